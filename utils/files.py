@@ -1,0 +1,230 @@
+"""Files that may be broken, hostile or half-written: checked reads, strict JSON, atomic writes."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from utils.errors import AltiplanoError, ArtifactError, ConfigError
+
+# Linux reads at most 2^31 - 4096 bytes a call; a round number below it keeps offsets aligned.
+_READ_CHUNK = 1 << 30
+
+
+class InputFile:
+    """A regular file for positioned reads, which notices when it changes underneath.
+
+    Not memory-mapped: a file that shrinks under a mapping kills the process (SIGBUS). Every read
+    opens the file anew, so that nothing has to be closed and threads may read at once.
+
+    Attributes:
+        path: the file.
+        size: its length in bytes when it was first seen.
+    """
+
+    def __init__(self, path: str | Path, error: type[AltiplanoError] = ArtifactError):
+        """Raises `error` at once if the path is missing, unreadable or no regular file."""
+        self.path, self._error = Path(path), error
+        try:
+            # Before open(): opening a FIFO waits for a writer, opening a device may do anything.
+            self._check_regular(os.stat(self.path))
+            with self._open() as fd:
+                self._state = _state(fd)
+        except (OSError, ValueError) as e:
+            raise error(f"cannot read {self.path}: {_reason(e)}") from e
+        self.size = self._state[2]
+
+    def read(self, offset: int, n_bytes: int) -> bytearray:
+        """`n_bytes` bytes from `offset`. Raises ArtifactError if the file has fewer."""
+        end = offset + n_bytes
+        if end > self.size:
+            raise self._error(f"{self.path} is truncated: needs {end} bytes, has {self.size}")
+        out = bytearray(n_bytes)
+        self.read_into(offset, memoryview(out))
+        return out
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fills the byte buffer `out` from `offset`.
+
+        Raises ArtifactError if the file is too short, or is not the file first seen any more.
+        """
+        try:
+            with self._open() as fd:
+                done = 0
+                while done < len(out):
+                    n = os.preadv(fd, [out[done : done + _READ_CHUNK]], offset + done)
+                    if n == 0:
+                        break
+                    done += n
+                unchanged = _state(fd) == self._state
+        except OSError as e:
+            raise self._error(f"cannot read {self.path}: {_reason(e)}") from e
+        if not unchanged:
+            raise self._error(f"{self.path} changed while it was being read; load it again")
+        if done < len(out):
+            need = offset + len(out)
+            raise self._error(f"{self.path} is truncated: needs {need} bytes, has {self.size}")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[int]:
+        fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._check_regular(os.fstat(fd))
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _check_regular(self, info: os.stat_result) -> None:
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
+            raise self._error(f"{self.path} is {kind}, expected a regular file")
+
+
+def _state(fd: int) -> tuple[int, ...]:
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def _reason(e: Exception) -> str:
+    return (getattr(e, "strerror", None) or str(e)).lower()
+
+
+def list_folder(path: str | Path) -> list[str]:
+    """Sorted names of a folder. Raises ArtifactError if it is unreadable, empty or no folder."""
+    try:
+        names = sorted(os.listdir(path))
+    except NotADirectoryError as e:
+        raise ArtifactError(f"{path} is a file, expected a folder") from e
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"cannot read folder {path}: {_reason(e)}") from e
+    if not names:
+        raise ArtifactError(f"folder {path} is empty, expected a checkpoint")
+    return names
+
+
+def member_path(folder: str | Path, name: Any) -> Path:
+    """The path of a file inside `folder` that a file of the checkpoint, or its format, names.
+
+    A symbolic link may not leave the folder, with one exception: in a Hugging Face cache, where
+    `snapshots/<revision>/` links into the same repository's `blobs/`.
+
+    Raises:
+        ArtifactError: the name is no plain file name, or leads outside.
+    """
+    plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+    if not plain or name in ("", ".", ".."):
+        raise ArtifactError(f"{folder} names a file {name!r:.200}, expected a plain file name")
+    root = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(root / name))
+    repo = root.parent.parent
+    in_hub_cache = root.parent.name == "snapshots" and (repo / "blobs").is_dir()
+    if not real.is_relative_to(repo if in_hub_cache else root):
+        raise ArtifactError(
+            f"{folder}/{name} is a link that leaves the folder; copy the file there"
+        )
+    return Path(folder) / name
+
+
+def parse_json(data: bytes, where: str, error: type[AltiplanoError] = ConfigError) -> dict:
+    """Strict JSON: UTF-8, an object, no duplicate keys, no NaN or Infinity.
+
+    Args:
+        data: the text.
+        where: what the error names.
+        error: what is raised.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            seen: set[str] = set()
+            key = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise error(f"{where}: duplicate key {key!r:.200}")
+        return out
+
+    def refuse(constant: str) -> None:
+        raise error(f"{where}: {constant} is not JSON, expected a number")
+
+    try:
+        text = data.decode("utf-8")
+        out = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except UnicodeDecodeError as e:
+        raise error(f"{where} is not UTF-8: bad byte at {e.start}") from e
+    except RecursionError as e:
+        raise error(f"{where} is nested too deeply") from e
+    except AltiplanoError:
+        raise
+    except ValueError as e:
+        raise error(f"{where} is not valid JSON: {str(e):.200}") from e
+    if not isinstance(out, dict):
+        raise error(f"{where}: expected a JSON object, got {type(out).__name__}")
+    return out
+
+
+def read_json(
+    path: str | Path, *, max_bytes: int = 1 << 20, error: type[AltiplanoError] = ConfigError
+) -> dict:
+    """The object in a small JSON file, parsed strictly. Raises `error` for anything wrong."""
+    file = InputFile(path, error)
+    if file.size > max_bytes:
+        raise error(f"{path} has {file.size} bytes, expected at most {max_bytes}")
+    return parse_json(bytes(file.read(0, file.size)), str(path), error)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path` whole, on disk, when the block ends; or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that appears at `path` whole, on disk, when the block ends; or not at all.
+
+    Args:
+        path: absent or an empty folder, unless `overwrite`.
+        overwrite: replace what is there, once the new folder is complete.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder) / name)
+            _fsync(Path(folder))
+        if overwrite and path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        _fsync(path.parent)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
