@@ -1,0 +1,306 @@
+"""GGUF files: the header parsed once and bounded by the file's size, tensors read one at a time.
+
+The layout is that of ggml's docs/gguf.md. The `gguf` package supplies the sizes of quantised blocks
+and their dequantizers; its reader is not used, because it loops as often as a hostile length says.
+Reads are preads, never mmap: a file that shrinks under a map kills the process with SIGBUS.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from utils.errors import ArtifactError
+
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
+_DTYPES = {GGMLQuantizationType[name]: np.dtype(dtype) for name, dtype in _FLOATS.items()}
+_DTYPES |= {GGMLQuantizationType[name]: np.dtype(np.float32) for name in _QUANTISED}
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_U64 = struct.Struct("<Q")
+
+# Many times what any Llama has (the largest header known takes 8 MB, 540,000 array elements and
+# 1,200 tensors), so that a hostile header of a big file cannot fill the memory with Python objects.
+_HEADER_SIZES = (8 << 20, 64 << 20)
+_MAX_ELEMENTS = 1 << 21
+_MAX_ENTRIES = 1 << 16
+# Smallest entries: key length, one byte of key, type, one byte of value; and
+# name length, one byte of name, rank, one extent, type, offset.
+_MIN_PAIR, _MIN_TENSOR = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
+
+# Values dequantised at once: 256 KB of float32 stay in the second-level cache, and numpy holds no
+# lock meanwhile, so that threads which read different tensors run side by side.
+_CHUNK = 1 << 16
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+
+
+class GGUFFile:
+    """An opened GGUF file; safe to read from several threads.
+
+    Attributes:
+        metadata: the key-value part as plain Python values, arrays as lists.
+        shapes: by tensor name, in numpy's order (the reverse of the file's).
+        dtypes: by tensor name, what `read` returns: quantised tensors come as float32.
+        description: the path, for messages.
+    """
+
+    def __init__(self, path: Path, stamp: tuple, metadata: dict, tensors: dict[str, _Tensor]):
+        self.metadata: dict[str, Any] = metadata
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: _DTYPES[tensor.kind] for name, tensor in tensors.items()}
+        self.description = str(path)
+        self._stamp, self._tensors = stamp, tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a new array of `shapes[name]` and `dtypes[name]`.
+
+        Raises:
+            ArtifactError: the file was changed since it was opened, or cannot be read.
+            KeyError: no such tensor.
+        """
+        tensor = self._tensors[name]
+        raw = np.empty(tensor.size, np.uint8)
+        _read(self.description, tensor.offset, raw, self._stamp)
+        if tensor.kind.name in _FLOATS:
+            return raw.view(self.dtypes[name]).reshape(tensor.shape)
+        values_in_block, bytes_in_block = GGML_QUANT_SIZES[tensor.kind]
+        blocks = raw.reshape(-1, bytes_in_block)
+        out = np.empty((len(blocks), values_in_block), np.float32)
+        step = _CHUNK // values_in_block
+        with np.errstate(all="ignore"):  # infinite scales are the business of the finite check
+            for i in range(0, len(blocks), step):
+                rows = blocks[i : i + step].reshape(1, -1)
+                out[i : i + step] = dequantize(rows, tensor.kind).reshape(-1, values_in_block)
+        return out.reshape(tensor.shape)
+
+
+def open_gguf(path: str | os.PathLike) -> GGUFFile:
+    """Reads and checks the header of a little-endian GGUF file of version 2 or 3.
+
+    Raises ArtifactError where anything in it is inconsistent, or a tensor has a type that is not one
+    of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K.
+    """
+    stamp = _read(path, 0, np.empty(0, np.uint8))
+    file_size = stamp[2]
+    for size in _HEADER_SIZES:
+        data = np.empty(min(size, file_size), np.uint8)
+        _read(path, 0, data, stamp)
+        try:
+            metadata, tensors = _parse(_Cursor(data.tobytes(), file_size, str(path)))
+        except _HeaderIsLonger:
+            continue
+        return GGUFFile(Path(path), stamp, metadata, tensors)
+    raise ArtifactError(f"{path}: the header is longer than {_HEADER_SIZES[-1]:,} bytes")
+
+
+def _read(path: str | os.PathLike, offset: int, into: np.ndarray, stamp: tuple | None = None):
+    """Fills `into` from the file's bytes at `offset`; returns the stamp (device, inode, size, mtime)
+    of the file, which must be the given one before and after."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            get_stamp = lambda s: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
+            before, done, view = get_stamp(os.fstat(file.fileno())), 0, memoryview(into)
+            while done < into.nbytes:
+                got = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if not got:
+                    break
+                done += got
+            after = get_stamp(os.fstat(file.fileno()))
+    except OSError as e:
+        raise ArtifactError(f"{path}: {e.strerror}") from e
+    if done < into.nbytes or before != (stamp or before) or after != before:
+        raise ArtifactError(f"{path}: the file was changed while it was being read; start again")
+    return before
+
+
+class _HeaderIsLonger(Exception):
+    """The header goes on after the bytes at hand, inside the file."""
+
+
+class _Cursor:
+    """A bounds-checked walk over the first bytes of a file."""
+
+    def __init__(self, data: bytes, file_size: int, path: str):
+        self.data, self.file_size, self.path = data, file_size, path
+        self.pos, self.elements = 0, 0
+
+    def fail(self, message: str):
+        raise ArtifactError(f"{self.path}: {message}")
+
+    def need(self, size: int, what: str) -> None:
+        """The next `size` bytes are there."""
+        left = self.file_size - self.pos
+        if size > left:
+            self.fail(f"{what} takes {size} bytes at byte {self.pos}, but {left} are left")
+        if size > len(self.data) - self.pos:
+            raise _HeaderIsLonger
+
+    def count(self, what: str, smallest: int, most: int) -> int:
+        """A number of entries that take at least `smallest` bytes each."""
+        count = self.scalar("Q", what)
+        if count > most:
+            self.fail(f"{what} is {count}, expected at most {most}")
+        if count * smallest > self.file_size - self.pos:
+            left = self.file_size - self.pos
+            self.fail(f"{what} is {count}, of {smallest} bytes or more each, but {left} are left")
+        return count
+
+    def scalar(self, code: str, what: str) -> Any:
+        return self.scalars(1, code, what)[0]
+
+    def scalars(self, count: int, code: str, what: str) -> tuple:
+        size = count * struct.calcsize("<" + code)
+        self.need(size, what)
+        values = struct.unpack_from(f"<{count}{code}", self.data, self.pos)
+        self.pos += size
+        return values
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """`count` strings, each a length and UTF-8. The loop is open-coded: it runs 100,000 times."""
+        data, pos, end, out = self.data, self.pos, len(self.data), []
+        try:
+            for _ in range(count):
+                start = pos + 8
+                stop = start + (_U64.unpack_from(data, pos)[0] if start <= end else 0)
+                if stop > end or start > end:
+                    self.pos = pos
+                    self.need(stop - pos, f"a string of {what}")
+                out.append(data[start:stop].decode())
+                pos = stop
+        except UnicodeDecodeError:
+            self.fail(f"a string of {what} at byte {pos} is not UTF-8")
+        self.pos = pos
+        return out
+
+    def value(self, key: str) -> Any:
+        """The type and the value of a key."""
+        kind = self.scalar("I", f"the type of {key!r}")
+        if key == "general.alignment" and kind != _UINT32:
+            self.fail(f"general.alignment has the value type {kind}, expected {_UINT32} (uint32)")
+        if kind != _ARRAY:
+            return self.values(1, kind, key)[0]
+        kind = self.scalar("I", f"the element type of {key!r}")
+        if kind == _ARRAY:
+            self.fail(f"{key!r} is an array of arrays, which no Llama has")
+        smallest = 8 if kind == _STRING else struct.calcsize(_SCALARS.get(kind, "b"))
+        count = self.count(f"the length of {key!r}", smallest, _MAX_ELEMENTS)
+        self.elements += count
+        if self.elements > _MAX_ELEMENTS:
+            self.fail(f"arrays up to {key!r} hold more than {_MAX_ELEMENTS} elements")
+        return self.values(count, kind, key)
+
+    def values(self, count: int, kind: int, key: str) -> list:
+        if kind == _STRING:
+            return self.strings(count, repr(key))
+        if kind == _BOOL:
+            flags = self.scalars(count, "B", repr(key))
+            if any(flag > 1 for flag in flags):
+                self.fail(f"{key!r} is {max(flags)}, expected a bool (0 or 1)")
+            return [flag == 1 for flag in flags]
+        if kind not in _SCALARS:
+            self.fail(f"{key!r} has the unknown value type {kind}")
+        return list(self.scalars(count, _SCALARS[kind], repr(key)))
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+    """(metadata, tensors) of a whole header."""
+    cursor.need(4, "the magic number")
+    if cursor.data[:4] != b"GGUF":
+        cursor.fail(f"starts with {cursor.data[:4]!r}, expected b'GGUF': not a GGUF file")
+    cursor.pos = 4
+    version = cursor.scalar("I", "the version")
+    if version and version & 0xFFFF == 0:
+        cursor.fail("the GGUF file is big-endian; convert it with --bigendian left out")
+    if version not in (2, 3):
+        cursor.fail(f"GGUF version {version} is not supported, expected 2 or 3; convert it anew")
+    n_tensors = cursor.count("the number of tensors", _MIN_TENSOR, _MAX_ENTRIES)
+    n_pairs = cursor.count("the number of keys", _MIN_PAIR, _MAX_ENTRIES)
+    metadata: dict[str, Any] = {}
+    for i in range(n_pairs):
+        (key,) = cursor.strings(1, f"key {i}")
+        if not key or key in metadata:
+            cursor.fail(f"key {i} is {'empty' if not key else f'{key!r} for the second time'}")
+        metadata[key] = cursor.value(key)
+    _check_metadata(cursor, metadata)
+    tensors: dict[str, _Tensor] = {}
+    for i in range(n_tensors):
+        (name,) = cursor.strings(1, f"the name of tensor {i}")
+        if not name or name in tensors:
+            cursor.fail(f"tensor {i} is {'nameless' if not name else f'{name!r}, a second time'}")
+        tensors[name] = _tensor(cursor, name)
+    return metadata, _place(cursor, tensors, metadata.get("general.alignment", 32))
+
+
+def _check_metadata(cursor: _Cursor, metadata: dict[str, Any]) -> None:
+    alignment = metadata.get("general.alignment", 32)
+    if not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+        cursor.fail(f"general.alignment is {alignment}, expected a power of two from 8 to 65536")
+    arrays = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")]
+    lengths = {}
+    for key in arrays:
+        if key in metadata:
+            if not isinstance(metadata[key], list):
+                cursor.fail(f"{key} is {metadata[key]!r}, expected an array")
+            lengths[key] = len(metadata[key])
+    if len(set(lengths.values())) > 1:
+        sizes = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        cursor.fail(f"arrays that must be equally long are not: {sizes} elements")
+
+
+def _tensor(cursor: _Cursor, name: str) -> _Tensor:
+    """One entry of the tensor list; its offset still counts from the start of the data."""
+    rank = cursor.scalar("I", f"the rank of {name!r}")
+    if not 1 <= rank <= 4:
+        cursor.fail(f"tensor {name!r} has {rank} dimensions, expected 1 to 4")
+    extents = cursor.scalars(rank, "Q", f"the shape of {name!r}")
+    shape = extents[::-1]
+    kind = cursor.scalar("I", f"the type of {name!r}")
+    offset = cursor.scalar("Q", f"the offset of {name!r}")
+    known = kind in GGMLQuantizationType.__members__.values()
+    if not known or kind not in _DTYPES:
+        what = GGMLQuantizationType(kind).name if known else f"number {kind}"
+        names = ", ".join(kind.name for kind in _DTYPES)
+        cursor.fail(f"tensor {name!r} has the unsupported type {what}, expected one of {names}")
+    kind = GGMLQuantizationType(kind)
+    values, size = GGML_QUANT_SIZES[kind]
+    for extent in extents:
+        if not extent:
+            cursor.fail(f"tensor {name!r} has the shape {shape}: an extent of 0")
+        size *= extent
+    if extents[0] % values:
+        cursor.fail(
+            f"tensor {name!r}: rows of {extents[0]} are no multiple of {kind.name}'s {values}"
+        )
+    return _Tensor(shape, kind, offset, size // values)
+
+
+def _place(cursor: _Cursor, tensors: dict[str, _Tensor], alignment: int) -> dict[str, _Tensor]:
+    """The tensors with offsets from the start of the file, all inside it and apart."""
+    start = -(-cursor.pos // alignment) * alignment
+    end, before = start, "the header"
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset % alignment:
+            cursor.fail(f"tensor {name!r} is at {tensor.offset}, no multiple of {alignment}")
+        tensor = tensors[name] = tensor._replace(offset=start + tensor.offset)
+        if tensor.offset < end:
+            cursor.fail(f"tensor {name!r} at byte {tensor.offset} overlaps {before!r}, up to {end}")
+        end, before = tensor.offset + tensor.size, name
+        if end > cursor.file_size:
+            cursor.fail(
+                f"tensor {name!r} of shape {tensor.shape} ends at byte {end}, "
+                f"but the file has {cursor.file_size}: an unfinished download?"
+            )
+    return tensors
