@@ -2,10 +2,8 @@
 
 The layout is that of ggml's docs/gguf.md. The `gguf` package supplies the sizes of quantised blocks
 and their dequantizers; its reader is not used, because it loops as often as a hostile length says.
-Reads are preads, never mmap: a file that shrinks under a map kills the process with SIGBUS.
 """
 
-import os
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from utils.errors import ArtifactError
+from utils.files import InputFile
 
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
@@ -31,6 +30,7 @@ _U64 = struct.Struct("<Q")
 _HEADER_SIZES = (8 << 20, 64 << 20)
 _MAX_ELEMENTS = 1 << 21
 _MAX_ENTRIES = 1 << 16
+_MAX_NAME = 256
 # Smallest entries: key length, one byte of key, type, one byte of value; and
 # name length, one byte of name, rank, one extent, type, offset.
 _MIN_PAIR, _MIN_TENSOR = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
@@ -57,12 +57,12 @@ class GGUFFile:
         description: the path, for messages.
     """
 
-    def __init__(self, path: Path, stamp: tuple, metadata: dict, tensors: dict[str, _Tensor]):
+    def __init__(self, file: InputFile, metadata: dict, tensors: dict[str, _Tensor]):
         self.metadata: dict[str, Any] = metadata
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: _DTYPES[tensor.kind] for name, tensor in tensors.items()}
-        self.description = str(path)
-        self._stamp, self._tensors = stamp, tensors
+        self.description = str(file.path)
+        self._file, self._tensors = file, tensors
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as a new array of `shapes[name]` and `dtypes[name]`.
@@ -73,7 +73,7 @@ class GGUFFile:
         """
         tensor = self._tensors[name]
         raw = np.empty(tensor.size, np.uint8)
-        _read(self.description, tensor.offset, raw, self._stamp)
+        self._file.read_into(tensor.offset, memoryview(raw))
         if tensor.kind.name in _FLOATS:
             return raw.view(self.dtypes[name]).reshape(tensor.shape)
         values_in_block, bytes_in_block = GGML_QUANT_SIZES[tensor.kind]
@@ -87,43 +87,21 @@ class GGUFFile:
         return out.reshape(tensor.shape)
 
 
-def open_gguf(path: str | os.PathLike) -> GGUFFile:
+def open_gguf(path: str | Path) -> GGUFFile:
     """Reads and checks the header of a little-endian GGUF file of version 2 or 3.
 
     Raises ArtifactError where anything in it is inconsistent, or a tensor has a type that is not one
     of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K.
     """
-    stamp = _read(path, 0, np.empty(0, np.uint8))
-    file_size = stamp[2]
+    file = InputFile(path)
     for size in _HEADER_SIZES:
-        data = np.empty(min(size, file_size), np.uint8)
-        _read(path, 0, data, stamp)
+        data = bytes(file.read(0, min(size, file.size)))
         try:
-            metadata, tensors = _parse(_Cursor(data.tobytes(), file_size, str(path)))
+            metadata, tensors = _parse(_Cursor(data, file.size, str(path)))
         except _HeaderIsLonger:
             continue
-        return GGUFFile(Path(path), stamp, metadata, tensors)
+        return GGUFFile(file, metadata, tensors)
     raise ArtifactError(f"{path}: the header is longer than {_HEADER_SIZES[-1]:,} bytes")
-
-
-def _read(path: str | os.PathLike, offset: int, into: np.ndarray, stamp: tuple | None = None):
-    """Fills `into` from the file's bytes at `offset`; returns the stamp (device, inode, size, mtime)
-    of the file, which must be the given one before and after."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            get_stamp = lambda s: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns)
-            before, done, view = get_stamp(os.fstat(file.fileno())), 0, memoryview(into)
-            while done < into.nbytes:
-                got = os.preadv(file.fileno(), [view[done:]], offset + done)
-                if not got:
-                    break
-                done += got
-            after = get_stamp(os.fstat(file.fileno()))
-    except OSError as e:
-        raise ArtifactError(f"{path}: {e.strerror}") from e
-    if done < into.nbytes or before != (stamp or before) or after != before:
-        raise ArtifactError(f"{path}: the file was changed while it was being read; start again")
-    return before
 
 
 class _HeaderIsLonger(Exception):
@@ -185,6 +163,15 @@ class _Cursor:
         self.pos = pos
         return out
 
+    def name(self, what: str, taken: dict[str, Any]) -> str:
+        """A key or a tensor's name: not empty, not endless, new."""
+        (name,) = self.strings(1, what)
+        if not 1 <= len(name) <= _MAX_NAME:
+            self.fail(f"{what} has {len(name)} characters, expected 1 to {_MAX_NAME}")
+        if name in taken:
+            self.fail(f"{what} is {name!r} for the second time")
+        return name
+
     def value(self, key: str) -> Any:
         """The type and the value of a key."""
         kind = self.scalar("I", f"the type of {key!r}")
@@ -230,16 +217,12 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     n_pairs = cursor.count("the number of keys", _MIN_PAIR, _MAX_ENTRIES)
     metadata: dict[str, Any] = {}
     for i in range(n_pairs):
-        (key,) = cursor.strings(1, f"key {i}")
-        if not key or key in metadata:
-            cursor.fail(f"key {i} is {'empty' if not key else f'{key!r} for the second time'}")
+        key = cursor.name(f"key {i}", metadata)
         metadata[key] = cursor.value(key)
     _check_metadata(cursor, metadata)
     tensors: dict[str, _Tensor] = {}
     for i in range(n_tensors):
-        (name,) = cursor.strings(1, f"the name of tensor {i}")
-        if not name or name in tensors:
-            cursor.fail(f"tensor {i} is {'nameless' if not name else f'{name!r}, a second time'}")
+        name = cursor.name(f"the name of tensor {i}", tensors)
         tensors[name] = _tensor(cursor, name)
     return metadata, _place(cursor, tensors, metadata.get("general.alignment", 32))
 

