@@ -35,6 +35,8 @@ class InputFile:
             self._check_regular(os.stat(self.path))
             with self._open() as fd:
                 self._state = _state(fd)
+        except AltiplanoError:
+            raise
         except (OSError, ValueError) as e:
             raise error(f"cannot read {self.path}: {_reason(e)}") from e
         self.size = self._state[2]
@@ -179,7 +181,7 @@ def read_json(
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that appears at `path` whole, on disk, when the block ends; or not at all."""
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as f:
@@ -200,7 +202,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         path: absent or an empty folder, unless `overwrite`.
         overwrite: replace what is there, once the new folder is complete.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)

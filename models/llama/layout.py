@@ -1,0 +1,161 @@
+"""The parameters of a model, their shapes, and what each file format calls them. No JAX here."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from models.llama.config import ModelConfig
+
+# One row a parameter: shape of one layer's array in fields of ModelConfig, then the names in Hugging
+# Face, Meta and GGUF files ({} is the layer). Matrices are [out, in] everywhere.
+_TABLE = {
+    "embed": (("vocab_size", "dim"), "model.embed_tokens", "tok_embeddings", "token_embd"),
+    "layers/attn/wq": (
+        ("n_heads*head_dim", "dim"),
+        "model.layers.{}.self_attn.q_proj",
+        "layers.{}.attention.wq",
+        "blk.{}.attn_q",
+    ),
+    "layers/attn/wk": (
+        ("n_kv_heads*head_dim", "dim"),
+        "model.layers.{}.self_attn.k_proj",
+        "layers.{}.attention.wk",
+        "blk.{}.attn_k",
+    ),
+    "layers/attn/wv": (
+        ("n_kv_heads*head_dim", "dim"),
+        "model.layers.{}.self_attn.v_proj",
+        "layers.{}.attention.wv",
+        "blk.{}.attn_v",
+    ),
+    "layers/attn/wo": (
+        ("dim", "n_heads*head_dim"),
+        "model.layers.{}.self_attn.o_proj",
+        "layers.{}.attention.wo",
+        "blk.{}.attn_output",
+    ),
+    "layers/mlp/w_gate": (
+        ("ffn_dim", "dim"),
+        "model.layers.{}.mlp.gate_proj",
+        "layers.{}.feed_forward.w1",
+        "blk.{}.ffn_gate",
+    ),
+    "layers/mlp/w_up": (
+        ("ffn_dim", "dim"),
+        "model.layers.{}.mlp.up_proj",
+        "layers.{}.feed_forward.w3",
+        "blk.{}.ffn_up",
+    ),
+    "layers/mlp/w_down": (
+        ("dim", "ffn_dim"),
+        "model.layers.{}.mlp.down_proj",
+        "layers.{}.feed_forward.w2",
+        "blk.{}.ffn_down",
+    ),
+    "layers/attn_norm": (
+        ("dim",),
+        "model.layers.{}.input_layernorm",
+        "layers.{}.attention_norm",
+        "blk.{}.attn_norm",
+    ),
+    "layers/ffn_norm": (
+        ("dim",),
+        "model.layers.{}.post_attention_layernorm",
+        "layers.{}.ffn_norm",
+        "blk.{}.ffn_norm",
+    ),
+    "final_norm": (("dim",), "model.norm", "norm", "output_norm"),
+    "lm_head": (("vocab_size", "dim"), "lm_head", "output", "output"),
+}
+_FORMATS = {"hf": 1, "meta": 2, "gguf": 3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array of the parameters, and the tensors of a file that it is made of.
+
+    Attributes:
+        path: where it is in the nested dict.
+        fields: its layer's shape in fields of ModelConfig, for error messages.
+        shape: the same in numbers, without the layer axis.
+        names: tensor names, one a layer, or one alone.
+        stacked: it has a leading layer axis.
+        heads: of wq, wk, bq and bk in Meta's and GGUF's RoPE layout: the number of heads whose rows
+            must be reordered. Else 0.
+    """
+
+    path: tuple[str, ...]
+    fields: tuple[str, ...]
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    heads: int
+
+
+def leaves(config: ModelConfig, format: str) -> list[Leaf]:
+    """The parameters of a model, in the order of a forward pass.
+
+    Args:
+        config: the model.
+        format: "hf", "meta" or "gguf", which decides the names.
+    """
+    out = []
+    for path, row in _TABLE.items():
+        if path == "lm_head" and config.tie_embeddings:
+            continue
+        name = row[_FORMATS[format]]
+        out.append(_leaf(config, path, row[0], f"{name}.weight", format))
+        parent, key = path.rpartition("/")[::2]
+        has_bias = {"layers/attn": config.attention_bias, "layers/mlp": config.mlp_bias}
+        if has_bias.get(parent, False):
+            # wq -> bq, w_gate -> b_gate
+            out.append(_leaf(config, f"{parent}/b{key[1:]}", row[0][:1], f"{name}.bias", format))
+    return out
+
+
+def _leaf(config: ModelConfig, path: str, fields: tuple[str, ...], name: str, format: str) -> Leaf:
+    stacked = path.startswith("layers/")
+    key = path.rpartition("/")[2]
+    heads = {"wq": config.n_heads, "bq": config.n_heads}
+    heads |= {"wk": config.n_kv_heads, "bk": config.n_kv_heads}
+    return Leaf(
+        path=tuple(path.split("/")),
+        fields=fields,
+        shape=tuple(math.prod(getattr(config, f) for f in field.split("*")) for field in fields),
+        names=tuple(name.format(i) for i in range(config.n_layers)) if stacked else (name,),
+        stacked=stacked,
+        heads=0 if format == "hf" else heads.get(key, 0),
+    )
+
+
+def to_half_split(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a q or k projection from neighbour pairs (Meta, GGUF) to the half-split RoPE layout.
+
+    Row 2i + j of a head goes to row j · head_dim / 2 + i.
+
+    Args:
+        x: [heads * head_dim, ...].
+        heads: how many heads the rows are.
+
+    Returns:
+        [heads, 2, head_dim / 2, ...], a view.
+    """
+    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2)
+
+
+def to_neighbour_pairs(x: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `to_half_split`: [heads, head_dim / 2, 2, ...], a view."""
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def flatten(params: Mapping) -> dict[tuple[str, ...], object]:
+    """The arrays of a nested dict by path."""
+    out = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            out |= {(key, *path): leaf for path, leaf in flatten(value).items()}
+        else:
+            out[(key,)] = value
+    return out
