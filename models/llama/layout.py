@@ -159,3 +159,9 @@ def flatten(params: Mapping) -> dict[tuple[str, ...], object]:
         else:
             out[(key,)] = value
     return out
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two contiguous arrays are equal to the bit (NaN too, and -0 is not 0)."""
+    raw = lambda x: x.reshape(-1).view(np.uint8)
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(raw(a), raw(b))

@@ -19,11 +19,15 @@ import numpy as np
 from models.llama.config import ModelConfig
 from models.llama.gguf_file import open_gguf
 from models.llama.hub import resolve
-from models.llama.layout import Leaf, leaves
+from models.llama.layout import Leaf, leaves, same_bits
+from models.llama.meta_file import MetaFolder
 from models.llama.safetensors_file import INDEX, SINGLE, SafetensorsFolder
+from models.llama.save import save_checkpoint
 from models.llama.stream import Params, Progress, TensorSource, read_params
 from utils.errors import ArtifactError, ConfigError
 from utils.files import list_folder, member_path, read_json
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 # What a file may hold beside the parameters. RoPE's frequencies follow from the config.
 _IGNORED = {
@@ -109,6 +113,8 @@ def _open(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource, str]
     names = list_folder(path)
     if SINGLE in names or INDEX in names:
         return (*_open_hf(path, tie), "hf")
+    if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
+        return (*_open_meta(path, tie), "meta")
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return (*_open_gguf(member_path(path, ggufs[0]), tie), "gguf")
@@ -139,6 +145,18 @@ def _open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     return config, source
 
 
+def _open_meta(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
+    params = read_json(member_path(path, "params.json"))
+    source = MetaFolder(path, params.get("dim"))
+    embed, head = "tok_embeddings.weight", "output.weight"
+    # Meta's files of tied models hold the embedding a second time, as the head.
+    if tie is None and head in source.shapes and _same(source, embed, head):
+        tie = True
+    tied = _tie(source, head, tie)
+    vocab_size = (*source.shapes.get(embed, ()), None)[0]
+    return ModelConfig.from_meta(params, vocab_size=vocab_size, tie_embeddings=tied), source
+
+
 def _open_gguf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     source = open_gguf(path)
     freqs = "rope_freqs.weight"
@@ -165,7 +183,7 @@ def _same(source: TensorSource, a: str, b: str) -> bool:
     described = lambda name: (source.shapes.get(name), source.dtypes.get(name))
     if described(a) != described(b):
         return False
-    return np.array_equal(source.read(a).view(np.uint8), source.read(b).view(np.uint8))
+    return same_bits(source.read(a), source.read(b))
 
 
 def _check_names(
