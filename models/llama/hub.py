@@ -48,12 +48,12 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
     Raises:
         ArtifactError: there is no such thing, or it cannot be fetched.
     """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+    name = os.fspath(path_or_name)
+    path = Path(os.path.expanduser(name))
+    if name and os.path.exists(path):  # an empty name would be the current folder
+        if not path.is_dir() and path.suffix.lower() != ".gguf":
+            raise ArtifactError(f"{path} is neither a folder nor a .gguf file; {_OTHERWISE}")
         return path
-    if path.exists():
-        raise ArtifactError(f"{path} is neither a folder nor a .gguf file; {_OTHERWISE}")
-    name = str(path_or_name)
     if name == DEFAULT_MODEL:
         return _default_model(progress)
     if isinstance(path_or_name, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
