@@ -1,0 +1,319 @@
+"""Conversations to token ids: by the checkpoint's own jinja template, or in Llama 2's or 3's format.
+
+Text of a message never becomes a control token. The built-in formats write control tokens as ids.
+A jinja template writes them by name, so there it has to be found out which names the template
+wrote and which a message did; see JinjaFormat.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from models.llama.tokenizer import Tokenizer, check_text
+from models.llama.tokenizer_codecs import Piece
+from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
+
+Message = Mapping[str, str]
+
+ROLES = ("system", "user", "assistant", "tool", "ipython")
+MAX_TEMPLATE_CHARS = 1 << 20
+# A rendered conversation is its messages and some markup around each of them.
+MAX_MARKUP_CHARS = 1 << 22
+
+
+class ChatFormat(ABC):
+    """How a conversation is written for one model."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+        """The conversation as plain text (str) and control tokens (int), from checked messages."""
+
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, with exactly one BOS where the model's prompts have one.
+
+        Args:
+            messages: objects with `role` (one of ROLES) and `content`; a system message comes
+                first.
+            add_generation_prompt: end with what starts an assistant's answer. The last message
+                is then not the assistant's.
+
+        Raises:
+            DataError: a message is wrong (its index is named), or the format does not take it.
+            ArtifactError: the template fails.
+        """
+        check_messages(messages, add_generation_prompt)
+        ids = self.tokenizer.encode_pieces(self.pieces(messages, add_generation_prompt))
+        bos_id = self.tokenizer.bos_id
+        missing = self.tokenizer.adds_bos and ids[:1] != [bos_id]
+        return [bos_id] * missing + ids
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as text, to be read by people. Arguments and errors as encode_chat."""
+        check_messages(messages, add_generation_prompt)
+        names = {i: name for name, i in self.tokenizer.special_tokens.items()}
+        pieces = self.pieces(messages, add_generation_prompt)
+        return "".join(p if isinstance(p, str) else names[p] for p in pieces)
+
+    def _special(self, name: str) -> int:
+        if name not in self.tokenizer.special_tokens:
+            raise ArtifactError(
+                f"the tokenizer has no {name!r}, which {type(self).__name__} needs; "
+                "choose another chat format"
+            )
+        return self.tokenizer.special_tokens[name]
+
+
+class Llama3Format(ChatFormat):
+    """Llama 3's format, as Meta's reference encodes it: each content is stripped."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
+        self._bos, self._start, self._end, self._eot = (self._special(f"<|{n}|>") for n in names)
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+        out: list[Piece] = [self._bos]
+        for message in messages:
+            out += self._header(message["role"])
+            out[-1] += message["content"].strip()
+            out.append(self._eot)
+        return out + (self._header("assistant") if add_generation_prompt else [])
+
+    def _header(self, role: str) -> list[Piece]:
+        return [self._start, "ipython" if role == "tool" else role, self._end, "\n\n"]
+
+
+class Llama2Format(ChatFormat):
+    """Llama 2's format, as Meta's reference encodes it.
+
+    `[INST]` and `<<SYS>>` are no tokens in Llama 2, and so no encoding can tell a user's apart
+    from the format's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self._bos, self._eos = self._special("<s>"), self._special("</s>")
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+        system = ""
+        out: list[Piece] = []
+        turns = list(enumerate(messages))
+        if messages[0]["role"] == "system":
+            system = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
+            del turns[0]
+        for turn, (index, message) in enumerate(turns):
+            expected = ("user", "assistant")[turn % 2]
+            if message["role"] != expected:
+                raise DataError(
+                    f"message {index} is of the role {message['role']!r}; Llama 2's format "
+                    f"expects {expected!r}: user and assistant take turns"
+                )
+            if expected == "user":
+                out += [self._bos, f"[INST] {(system + message['content']).strip()} [/INST]"]
+                system = ""
+            else:
+                out[-1] += f" {message['content'].strip()} "
+                out.append(self._eos)
+        if not out:
+            raise DataError("message 0 is the only one and of the role 'system'; add a user's")
+        return out
+
+
+class JinjaFormat(ChatFormat):
+    """The checkpoint's own chat template, in jinja's immutable sandbox, set as transformers sets it.
+
+    Which control tokens did the template write, and which are a message's text? The template is
+    rendered twice: once with the messages, once with a copy in which each visible character that
+    occurs in the name of any control token is replaced by a private stand-in. In the second
+    rendering every control token is the template's own. Usually the two differ in nothing but
+    the stand-ins, and the second says where each character came from. They can differ more where
+    a template looks into a message (for `</think>`): then the first rendering is taken if its
+    control tokens are the same ones, and the second, with what the template did not recognise,
+    if not. So a message can neither add nor remove a control token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str):
+        """Raises ArtifactError if the template is too long or does not compile."""
+        super().__init__(tokenizer)
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise ArtifactError(
+                f"the chat template has {len(source)} characters, expected at most "
+                f"{MAX_TEMPLATE_CHARS}"
+            )
+        try:
+            self._template = _environment().from_string(source)
+        except Exception as e:
+            raise _template_error(e) from e
+        names = {i: name for name, i in tokenizer.special_tokens.items()}
+        roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        self._names = {f"{role}_token": names.get(i, "") for role, i in roles.items()}
+        self._watched = {c for name in names.values() for c in name if not c.isspace()}
+
+    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
+        stand_ins = self._stand_ins(messages)
+        masked = [dict(m) | {"content": m["content"].translate(stand_ins)} for m in messages]
+        back = {ord(stand_in): char for char, stand_in in stand_ins.items()}
+        text = self._render(messages, add_generation_prompt)
+        safe_text = self._render(masked, add_generation_prompt)
+        pieces = self.tokenizer.split_special(text)
+        safe = self.tokenizer.split_special(safe_text)
+        control = [p for p in pieces if isinstance(p, int)]
+        same = control == [p for p in safe if isinstance(p, int)]
+        if same and safe_text.translate(back) != text:
+            return pieces
+        return [p.translate(back) if isinstance(p, str) else p for p in safe]
+
+    def _stand_ins(self, messages: Sequence[Message]) -> dict[int, str]:
+        """A private-use character that no message has, for each character of a control token."""
+        used = set().union(*(m["content"] for m in messages))
+        free = (chr(c) for c in range(0xF0000, 0x10FFFE) if chr(c) not in used)
+        table = {ord(char): stand_in for char, stand_in in zip(sorted(self._watched), free)}
+        if len(table) < len(self._watched):
+            raise DataError("the messages use up all private-use characters; remove some")
+        return table
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        limit = MAX_MARKUP_CHARS + 4 * sum(len(m["content"]) for m in messages)
+        variables = self._names | {
+            "messages": [dict(m) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(**variables):
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise ArtifactError(f"the chat template writes over {limit} characters")
+        except AltiplanoError:
+            raise
+        except Exception as e:
+            raise _template_error(e) from e
+        return "".join(parts)
+
+
+def chat_format_for(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
+    """The chat format of a model.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        name: `llama2`, `llama3`, or the name of one of the checkpoint's own templates; None for
+            its usual one. A format is never guessed.
+
+    Raises:
+        ArtifactError: the checkpoint has no such template, or it does not compile.
+        ConfigError: an unknown name.
+    """
+    built_in = {"llama2": Llama2Format, "llama3": Llama3Format}
+    if name in built_in:
+        return built_in[name](tokenizer)
+    templates = tokenizer.chat_templates
+    if (name or "default") in templates:
+        return JinjaFormat(tokenizer, templates[name or "default"])
+    known = ", ".join(sorted([*built_in, *templates]))
+    if name is not None:
+        raise ConfigError(f"unknown chat format {name!r:.80}, expected one of: {known}")
+    raise ArtifactError(f"the checkpoint has no usual chat template; name a format: {known}")
+
+
+def check_messages(messages: Any, add_generation_prompt: bool) -> None:
+    """Raises DataError, with the index, unless messages are what ChatFormat.encode_chat takes."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"messages: expected a non-empty list, got {messages!r:.80}")
+    for index, message in enumerate(messages):
+        where = f"message {index}"
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            got = sorted(map(str, message)) if isinstance(message, Mapping) else message
+            raise DataError(f"{where}: expected the keys role and content, got {got!r:.80}")
+        if message["role"] not in ROLES:
+            raise DataError(f"{where}: role {message['role']!r:.80}, expected one of {ROLES}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"{where}: content is {message['content']!r:.80}, expected a string")
+        check_text(message["content"], where)
+        if message["role"] == "system" and index > 0:
+            raise DataError(f"{where}: a system message can only be the first and the only one")
+    if add_generation_prompt and messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"message {len(messages) - 1} is the assistant's and the last: there is nothing to "
+            "answer; remove it, or pass add_generation_prompt=False"
+        )
+
+
+# The jinja environment --------------------------------------------------------------------------
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Bounds `*` and `**` too: jinja computes constants such as `'a' * 10**9` while it compiles."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not all(isinstance(x, (int, float)) for x in (left, right)):
+            size = max(
+                len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)
+            )
+            if size > 1000:
+                raise jinja2.sandbox.SecurityError(f"operands of {operator} are too large")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Undefined(jinja2.Undefined):
+    """May be tested, as templates do, but not written."""
+
+    __str__ = jinja2.Undefined._fail_with_undefined_error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks an assistant's text for training; here it is only written."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.Environment:
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=_Undefined,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    # jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _raise_exception(message: str) -> None:
+    raise DataError(f"the chat template refuses the messages: {message!s:.300}")
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _template_error(e: Exception) -> ArtifactError:
+    line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
+    return ArtifactError(
+        f"the chat template fails{line}: {type(e).__name__}: {e!s:.300}; name a built-in format"
+    )

@@ -1,0 +1,324 @@
+"""One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it gives."""
+
+import codecs
+import operator
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from models.llama.gguf_file import open_gguf
+from models.llama.tokenizer_codecs import Piece
+from models.llama.tokenizer_files import (
+    LLAMA3_PAD,
+    LLAMA3_STOPS,
+    Vocabulary,
+    read_sentencepiece,
+    read_tiktoken,
+)
+from models.llama.tokenizer_gguf import read_gguf
+from models.llama.tokenizer_json import chat_templates_of, read_tokenizer_json
+from utils.errors import ArtifactError, DataError, SamplingError, is_int
+from utils.files import InputFile, list_folder, member_path, parse_json, read_json
+
+# Far above any real tokenizer: weights passed by mistake are refused before they are read.
+_MAX_FILE_BYTES = 256 << 20
+_MAX_CONFIG_BYTES = 16 << 20
+
+
+class Tokenizer:
+    """Text to token ids and back, the same for every kind of file.
+
+    Attributes:
+        vocab_size: the largest id plus one. A model may have more rows in its embedding; those
+            rows are padding, and sampling must never choose them.
+        special_tokens: control tokens, name to id.
+        bos_id, eos_id, pad_id: None where there is none.
+        stop_ids: ids that end an answer.
+        adds_bos: whether a prompt of this model starts with BOS.
+        chat_templates: jinja sources by name.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._codec = vocabulary.codec
+        self.vocab_size = vocabulary.codec.vocab_size
+        self.special_tokens = dict(vocabulary.special_tokens)
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+        self.pad_id = vocabulary.pad_id
+        self.stop_ids = vocabulary.stop_ids
+        self.adds_bos = vocabulary.adds_bos
+        self.chat_templates = dict(vocabulary.chat_templates)
+        self._special_ids = frozenset(self.special_tokens.values())
+        # Where one name starts another, the longer one is meant.
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja source of the usual chat template, if the checkpoint has one."""
+        return self.chat_templates.get("default")
+
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text. Bytes that the vocabulary has no token for are dropped, as by
+                llama.cpp (SmolLM2 lacks a few control characters).
+            bos: start with BOS.
+            eos: end with EOS.
+            allow_special: encode names of control tokens as those tokens. Never for text that a
+                user wrote: without it, `<|eot_id|>` is seven plain tokens.
+
+        Raises:
+            DataError: the text has a lone surrogate.
+            ArtifactError: the model has no such token as was asked for.
+        """
+        check_text(text, "text")
+        ids = self.encode_pieces(self.split_special(text) if allow_special else [text])
+        for wanted, token_id, name in ((bos, self.bos_id, "BOS"), (eos, self.eos_id, "EOS")):
+            if wanted and token_id is None:
+                raise ArtifactError(f"this tokenizer has no {name} token")
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids of plain text (str) and control tokens (int) in turn."""
+        return self._codec.encode(pieces)
+
+    def split_special(self, text: str) -> list[Piece]:
+        """The text as pieces: the names of control tokens in it as ids, the rest as it is."""
+        pieces: list[Piece] = []
+        at = 0
+        for match in self._special.finditer(text):
+            pieces += [text[at : match.start()], self.special_tokens[match[0]]]
+            at = match.end()
+        return [p for p in [*pieces, text[at:]] if p != ""]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of token ids.
+
+        Bytes that are no UTF-8 become U+FFFD. The space that sentencepiece puts before a text is
+        taken away again.
+
+        Args:
+            ids: token ids.
+            skip_special: leave control tokens out; else they are written by name.
+
+        Raises:
+            SamplingError: an id is no integer of the vocabulary.
+        """
+        stream = self.stream(skip_special)
+        return "".join([stream.push(i) for i in ids]) + stream.finish()
+
+    def stream(self, skip_special: bool = False) -> "StreamDecoder":
+        """A decoder that takes one id at a time; what it gives joins to `decode` of them all."""
+        return StreamDecoder(self, skip_special)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id is that of a control token."""
+        return token_id in self._special_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token. An id in a gap of the vocabulary gives U+FFFD's.
+
+        Raises:
+            SamplingError: the id is no integer of the vocabulary.
+        """
+        try:
+            index = operator.index(token_id)
+        except TypeError:
+            index = -1
+        if not 0 <= index < self.vocab_size:
+            raise SamplingError(
+                f"token id {token_id!r:.40}: expected an integer from 0 to {self.vocab_size - 1}"
+            )
+        return self._codec.token_bytes(index)
+
+    @property
+    def strips_first_space(self) -> bool:
+        """Whether decoding takes away a space at the start of a text."""
+        return self._codec.strips_first_space
+
+
+class StreamDecoder:
+    """Decodes id by id and holds back the bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._strip = tokenizer.strips_first_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now. Raises SamplingError for an id outside the vocabulary."""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._tokenizer.is_special(token_id):
+            return "" if self._skip_special else self._utf8.decode(data)
+        if self._strip:
+            self._strip = False
+            data = data.removeprefix(b" ")
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for a character that never ended, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer; its kind is found from the content of the file.
+
+    Args:
+        path: a tokenizer file, a GGUF file, or a checkpoint folder. In a folder `tokenizer.json`
+            is preferred, then `tokenizer.model` (also in `original/`, and beside a folder of
+            Meta's), then a single `.gguf` file.
+
+    Raises:
+        ArtifactError: there is none, it is broken or unsupported, or it names no token that ends
+            a text.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    file = _find(path) if path.is_dir() else path
+    try:
+        vocabulary = _read(file, folder)
+        if not vocabulary.stop_ids:
+            raise ArtifactError(
+                "no end-of-sequence token: neither the tokenizer's files nor "
+                "generation_config.json name one"
+            )
+        if vocabulary.adds_bos and vocabulary.bos_id is None:
+            raise ArtifactError("prompts shall start with BOS, but no bos_token is named")
+    except ArtifactError as e:
+        raise e if str(file) in str(e) else ArtifactError(f"{file}: {e}") from e
+    return Tokenizer(vocabulary)
+
+
+def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ArtifactError if the tokenizer can name an id for which the model has no row.
+
+    JAX clamps an index that is out of range in silence, so such an id would read another token's
+    row. Fewer ids than rows are fine: the other rows are padding.
+
+    Args:
+        tokenizer: a tokenizer.
+        vocab_size: rows of the model's embedding.
+    """
+    largest = max([tokenizer.vocab_size - 1, *tokenizer.stop_ids])
+    if largest >= vocab_size:
+        raise ArtifactError(
+            f"the tokenizer has ids up to {largest}, the model {vocab_size} rows of embedding; "
+            "they do not belong together: pass --tokenizer_path"
+        )
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises DataError if a text has a lone surrogate, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"{where}: lone surrogate U+{ord(text[e.start]):04X} at character {e.start}"
+        ) from e
+
+
+def decode_utf8(data: bytes, where: str) -> str:
+    """Strict UTF-8, without a byte order mark.
+
+    Args:
+        data: bytes of a file or of stdin.
+        where: what the error names.
+
+    Raises:
+        DataError: with the offset of the first byte that is wrong.
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}"
+        ) from e
+
+
+def _find(folder: Path) -> Path:
+    names = list_folder(folder)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if name in names:
+            return member_path(folder, name)
+    elsewhere = [folder / "original"] + [folder.parent] * ("params.json" in names)
+    for place in elsewhere:
+        if (place / "tokenizer.model").is_file():
+            return member_path(place, "tokenizer.model")
+    ggufs = [n for n in names if n.endswith(".gguf")]
+    if len(ggufs) == 1:
+        return member_path(folder, ggufs[0])
+    raise ArtifactError(
+        f"{folder} has no tokenizer.json, no tokenizer.model and {len(ggufs)} .gguf files, "
+        "expected one of them; pass --tokenizer_path"
+    )
+
+
+def _read(path: Path, folder: Path) -> Vocabulary:
+    file = InputFile(path)
+    start = bytes(file.read(0, min(file.size, 64)))
+    if start.startswith(b"GGUF"):
+        return _with_pad(read_gguf(open_gguf(path).metadata))
+    if start.startswith(b"version https://git-lfs"):
+        raise ArtifactError("this is a Git LFS pointer and not the file; run `git lfs pull`")
+    if not 0 < file.size <= _MAX_FILE_BYTES:
+        raise ArtifactError(f"{file.size} bytes, expected 1 to {_MAX_FILE_BYTES}")
+    data = bytes(file.read(0, file.size))
+    config = _companion(folder, "tokenizer_config.json")
+    if start.lstrip().startswith(b"{"):
+        special = _companion(folder, "special_tokens_map.json")
+        vocabulary = read_tokenizer_json(
+            parse_json(data, str(path), ArtifactError), special | config
+        )
+    elif re.match(rb"[A-Za-z0-9+/=]+ ", start):
+        vocabulary = read_tiktoken(data)
+    elif start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
+        vocabulary = read_sentencepiece(data)
+    else:
+        raise ArtifactError(
+            f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
+            "tiktoken or sentencepiece tokenizer.model, or GGUF"
+        )
+    templates = chat_templates_of(config.get("chat_template"))
+    if (folder / "chat_template.jinja").exists():
+        source = InputFile(member_path(folder, "chat_template.jinja"))
+        if source.size > _MAX_CONFIG_BYTES:
+            raise ArtifactError(f"{source.path} has {source.size} bytes")
+        templates = {"default": decode_utf8(source.read(0, source.size), str(source.path))}
+    elif (folder / "chat_template.json").exists():
+        entry = _companion(folder, "chat_template.json")
+        templates = chat_templates_of(entry.get("chat_template"))
+    stops = vocabulary.stop_ids | _stop_ids(vocabulary, folder)
+    return _with_pad(replace(vocabulary, chat_templates=templates, stop_ids=stops))
+
+
+def _companion(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).exists():
+        return {}
+    return read_json(member_path(folder, name), max_bytes=_MAX_CONFIG_BYTES, error=ArtifactError)
+
+
+def _stop_ids(vocabulary: Vocabulary, folder: Path) -> frozenset[int]:
+    """EOS, Llama 3's ends of a turn, and what generation_config.json (or config.json) adds."""
+    stops = {vocabulary.eos_id} - {None}
+    if "<|eot_id|>" in vocabulary.special_tokens:
+        stops |= {vocabulary.special_tokens.get(name) for name in LLAMA3_STOPS} - {None}
+    for name in ("generation_config.json", "config.json"):
+        listed = _companion(folder, name).get("eos_token_id")
+        if listed is not None:
+            listed = listed if isinstance(listed, list) else [listed]
+            if not all(is_int(i) and 0 <= i < 1 << 31 for i in listed):
+                raise ArtifactError(f"{name}: eos_token_id {listed!r:.80}, expected token ids")
+            return frozenset(stops | set(listed))
+    return frozenset(stops)
+
+
+def _with_pad(vocabulary: Vocabulary) -> Vocabulary:
+    pad_id = vocabulary.special_tokens.get(LLAMA3_PAD, vocabulary.pad_id)
+    return replace(vocabulary, pad_id=pad_id)

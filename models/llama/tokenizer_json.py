@@ -1,0 +1,182 @@
+"""Reads the tokenizer of a Hugging Face `tokenizer.json`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+
+from models.llama.tokenizer_codecs import AddedToken, BPECodec, BPEParts
+from models.llama.tokenizer_files import Vocabulary, looks_like_markup
+from utils.errors import ArtifactError, is_int
+
+
+def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
+    """A Hugging Face `tokenizer.json` that holds a byte-pair encoding.
+
+    Args:
+        spec: the file.
+        config: `tokenizer_config.json`, or an empty dict.
+    """
+    model = spec.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        kind = model.get("type") if isinstance(model, dict) else model
+        raise ArtifactError(f"model type {kind!r:.80}; expected 'BPE'")
+    if any(model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix")):
+        raise ArtifactError("subword prefixes and word suffixes are not supported")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        raise ArtifactError("model.vocab must be an object and model.merges a list")
+    templates = chat_templates_of(config.get("chat_template"))
+    names = {k: token_name(config, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    added = _added_tokens(spec, config, set(names.values()), "\0".join(templates.values()))
+    check_ids(vocab, added)
+    byte_level, strips = _spelling(spec.get("decoder"))
+    options = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
+    codec = BPECodec(
+        BPEParts(
+            pipeline=_pipeline(spec),
+            vocab=vocab,
+            merges=[merge_pair(m) for m in merges],
+            added=added,
+            options={k: model[k] for k in options if model.get(k) is not None},
+            byte_level=byte_level,
+            strips_first_space=strips,
+        )
+    )
+    special = {t.content: t.id for t in added if t.control}
+    known = vocab | special
+    ids = {}
+    for key, name in names.items():
+        if name is not None and name not in known:
+            raise ArtifactError(f"{key} {name!r:.80} is not in the vocabulary")
+        ids[key] = known.get(name)
+    first = _first_special(spec.get("post_processor"))
+    explicit = config.get("add_bos_token")
+    return Vocabulary(
+        codec=codec,
+        special_tokens=special,
+        bos_id=ids["bos_token"] if ids["bos_token"] is not None else known.get(first),
+        eos_id=ids["eos_token"],
+        pad_id=ids["pad_token"],
+        adds_bos=explicit if isinstance(explicit, bool) else first is not None,
+        chat_templates=templates,
+    )
+
+
+def token_name(config: dict, key: str) -> str | None:
+    """A special token of `tokenizer_config.json`: a string, or an object with its content."""
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(value, str):
+        raise ArtifactError(f"{key} is {value!r:.80}, expected a string")
+    return value
+
+
+def chat_templates_of(value: Any) -> dict[str, str]:
+    """Templates by name, from a `chat_template` entry: a string, or a list of named ones."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(t, dict) for t in value):
+        named = [(t.get("name"), t.get("template")) for t in value]
+        if all(isinstance(x, str) for pair in named for x in pair):
+            return dict(named)
+    raise ArtifactError("chat_template is neither a string nor a list of named templates")
+
+
+def _added_tokens(spec: dict, config: dict, named: set, templates: str) -> list[AddedToken]:
+    """The added tokens of both files, and which of them are control tokens.
+
+    Those marked special are, and those with a role. Of the others, tags are and what a chat
+    template writes: not a run of spaces, which is text.
+    """
+    listed = list(spec.get("added_tokens") or [])
+    seen = {t.get("content") for t in listed if isinstance(t, dict)}
+    for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
+        if isinstance(entry, dict) and entry.get("content") not in seen and token_id.isdigit():
+            listed.append(entry | {"id": int(token_id)})
+    vocab = spec["model"]["vocab"]
+    seen = {t.get("content") for t in listed if isinstance(t, dict)}
+    for name in sorted(n for n in named if n in vocab and n not in seen):
+        listed.append({"id": vocab[name], "content": name, "special": True})
+    added = []
+    for entry in listed:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str) or not content or not is_int(entry.get("id")):
+            raise ArtifactError(f"added token {entry!r:.120} has no id or no content")
+        control = entry.get("special") is True or content in named or looks_like_markup(content)
+        control = control or (not content.isspace() and content in templates)
+        flags = ("lstrip", "rstrip", "single_word", "normalized")
+        switches = {f: entry.get(f) is True for f in flags}
+        added.append(AddedToken(entry["id"], content, control, **switches))
+    return added
+
+
+def check_ids(vocab: Mapping[str, Any], added: Iterable[AddedToken]) -> None:
+    """Raises ArtifactError unless each token has one id and each id one token."""
+    names: dict[int, str] = {}
+    ids: dict[str, int] = {}
+    for name, i in [*vocab.items(), *((t.content, t.id) for t in added)]:
+        if not is_int(i) or not 0 <= i < 1 << 31:
+            raise ArtifactError(f"token {name!r:.80} has the id {i!r:.80}")
+        if names.setdefault(i, name) != name or ids.setdefault(name, i) != i:
+            raise ArtifactError(f"token {name!r:.80} with id {i} clashes with {names[i]!r:.80}")
+
+
+def merge_pair(merge: Any) -> tuple[str, str]:
+    """A merge is written as a pair, or in older files as two tokens with a space between."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair):
+        return pair[0], pair[1]
+    raise ArtifactError(f"merge {merge!r:.80} is not a pair of tokens")
+
+
+def _pipeline(spec: dict) -> tokenizers.Tokenizer:
+    # Truncation and padding of a saved training run must not touch prompts; BOS is added by us.
+    shell = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": spec.get("normalizer"),
+        "pre_tokenizer": spec.get("pre_tokenizer"),
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
+    }
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(shell))
+    except Exception as e:  # the library raises plain Exception
+        raise ArtifactError(f"unknown normalizer or pre_tokenizer: {e!s:.200}") from e
+
+
+def _parts_of(component: Any, key: str) -> list[dict]:
+    if not isinstance(component, dict):
+        return []
+    parts = component.get(key) if component.get("type") == "Sequence" else [component]
+    return [p for p in parts or [] if isinstance(p, dict)]
+
+
+def _spelling(decoder: Any) -> tuple[bool, bool]:
+    """From the decoder: whether tokens are in the byte alphabet, whether a first space goes."""
+    parts = {p.get("type"): p for p in _parts_of(decoder, "decoders")}
+    if list(parts) == ["ByteLevel"]:
+        return True, False
+    if parts and parts.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        metaspace = parts.get("Metaspace")
+        strips = metaspace is not None and metaspace.get("prepend_scheme") != "never"
+        return False, strips or "Strip" in parts
+    raise ArtifactError(f"decoder {list(parts)!r:.120}; expected ByteLevel, or Llama 2's")
+
+
+def _first_special(post_processor: Any) -> str | None:
+    """The special token that the file's template puts before a text."""
+    for part in _parts_of(post_processor, "processors"):
+        single = part.get("single")
+        if part.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
+            first = single[0].get("SpecialToken") if isinstance(single[0], dict) else None
+            if isinstance(first, dict) and isinstance(first.get("id"), str):
+                return first["id"]
+    return None
