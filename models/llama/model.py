@@ -1,0 +1,217 @@
+"""Llama as Flax modules: they declare parameters and call the ops, nothing else.
+
+One code path trains, prefills and decodes. Parameters (L layers stacked on a leading axis, matrices
+[out, in] as in checkpoints):
+
+    embed [V, D]   layers/attn/{wq, wk, wv, wo}   layers/mlp/{w_gate, w_up, w_down}
+    layers/{attn_norm, ffn_norm} [L, D]   final_norm [D]   lm_head [V, D] (absent when tied)
+
+`layers` may also be a tuple of L unstacked dicts (`unstack_layers`): what decoding wants.
+Dimension key: B batch, T new tokens, L layers, D model dim, N query heads, K kv heads, H head dim,
+F ffn dim, V vocab.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from models.llama.config import ModelConfig
+from utils import kvcache, ops
+from utils.attention import attention
+from utils.kvcache import KVCache
+from utils.rope import inv_frequencies
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, masks, kv=None):
+        c = self.config
+        q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        wq, bq = _dense(self, "q", (q_dim, c.dim), c.attention_bias)
+        wk, bk = _dense(self, "k", (kv_dim, c.dim), c.attention_bias)
+        wv, bv = _dense(self, "v", (kv_dim, c.dim), c.attention_bias)
+        wo, bo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+        q_BTNH = ops.apply_rope(heads(ops.linear(x_BTD, wq, bq)), rope)
+        k_BTKH = ops.apply_rope(heads(ops.linear(x_BTD, wk, bk)), rope)
+        v_BTKH = heads(ops.linear(x_BTD, wv, bv))
+        if kv is not None:
+            k_buffer, v_buffer, lengths, empty = kv
+            kv = kvcache.write(k_buffer, k_BTKH, lengths), kvcache.write(v_buffer, v_BTKH, lengths)
+        if kv is None or empty:
+            keys, values = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+        else:
+            keys, values = kv
+        out_BTNH = attention(q_BTNH, keys, values, **masks)
+        return ops.linear(out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo, bo), kv
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward layer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        w_gate, b_gate = _dense(self, "_gate", (c.ffn_dim, c.dim), c.mlp_bias)
+        w_up, b_up = _dense(self, "_up", (c.ffn_dim, c.dim), c.mlp_bias)
+        w_down, b_down = _dense(self, "_down", (c.dim, c.ffn_dim), c.mlp_bias, depth=c.n_layers)
+        gate, up = ops.linear(x_BTD, w_gate, b_gate), ops.linear(x_BTD, w_up, b_up)
+        return ops.linear(ops.feed_forward(x_BTD, gate, up, c.activation), w_down, b_down)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each on the normed input and added back."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rope, masks, kv=None):
+        """[B, T, D] -> ([B, T, D], this layer's new (k, v) buffers, or None without a cache)."""
+        c = self.config
+        norm = lambda name, x: ops.rms_norm(x, _norm(self, name, c.dim).astype(x.dtype), c.norm_eps)
+        attn, kv = Attention(c, name="attn")(norm("attn_norm", x_BTD), rope, masks, kv)
+        x_BTD = x_BTD + attn
+        return x_BTD + FeedForward(c, name="mlp")(norm("ffn_norm", x_BTD)), kv
+
+
+class LLaMa(nn.Module):
+    """The whole model: `LLaMa(config).apply({"params": params}, tokens_BT) -> (logits_BTV, None)`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: Array,
+        *,
+        positions_BT: Array | None = None,
+        segment_ids_BT: Array | None = None,
+        key_mask_BS: Array | None = None,
+        cache: KVCache | None = None,
+        logits_at_BM: Array | None = None,
+    ) -> tuple[Array, KVCache | None]:
+        """The causal forward pass, over new tokens alone or after those in a cache.
+
+        Args:
+            tokens_BT: [B, T] int32.
+            positions_BT: [B, T] int32, RoPE's index; default: a token's index in its row.
+            segment_ids_BT: [B, T] int32, packed documents; attention stays inside one. No cache.
+            key_mask_BS: [B, S] bool, False hides a key, for example left padding. S is T, or the
+                cache's capacity where it already holds tokens.
+            cache: a row's T new tokens take the slots after its `lengths`, which must fit
+                (`kvcache.check_capacity`); the new cache's lengths count all T.
+            logits_at_BM: [B, M] int32, the tokens whose logits are wanted; default: all T.
+
+        Returns:
+            logits [B, T or M, V] float32, and the new cache (None without one).
+        """
+        c = self.config
+        embed_VD = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
+        index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        if cache is not None:
+            index_BT = index_BT + cache.lengths[:, None]
+        fresh = cache is None or cache.empty
+        masks = {
+            "slots_BT": None if fresh else index_BT,
+            "key_mask_BS": key_mask_BS,
+            "segment_ids_BT": segment_ids_BT,
+        }
+        inv_freq = jnp.asarray(inv_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        rope = ops.rope_angles(index_BT if positions_BT is None else positions_BT, inv_freq)
+        x_BTD = embed_VD[tokens_BT]
+        if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
+            x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
+        else:
+            x_BTD, cache = self._unrolled_layers(x_BTD, rope, masks, cache)
+        if logits_at_BM is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, logits_at_BM[..., None], axis=1)
+        x_BTD = ops.rms_norm(
+            x_BTD, _norm(self, "final_norm", c.dim).astype(x_BTD.dtype), c.norm_eps
+        )
+        if c.tie_embeddings:
+            return ops.project(x_BTD, embed_VD), cache
+        init = nn.initializers.normal(0.02)
+        return ops.project(x_BTD, self.param("lm_head", init, (c.vocab_size, c.dim))), cache
+
+    def _scanned_layers(self):
+        """All layers as one loop: compile time does not grow with depth."""
+        return nn.scan(
+            TransformerBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.n_layers,
+        )(self.config, name="layers")
+
+    def _unrolled_layers(self, x_BTD, rope, masks, cache):
+        """Layer after layer, so that XLA updates each layer's cache in place and copies no weights."""
+        block = TransformerBlock(self.config, parent=None)
+        new_k, new_v = [], []
+        for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
+            kv = cache and (cache.k[i], cache.v[i], cache.lengths, cache.empty)
+            x_BTD, kv = block.apply({"params": layer}, x_BTD, rope, masks, kv)
+            if cache:
+                new_k.append(kv[0])
+                new_v.append(kv[1])
+        if cache:
+            lengths = cache.lengths + x_BTD.shape[1]
+            cache = KVCache(tuple(new_k), tuple(new_v), lengths)
+        return x_BTD, cache
+
+
+def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
+    """Random parameters for training from scratch: normal with std 0.02, projections into the residual
+    stream divided by sqrt(2 L) (GPT-2, section 2.3), norms 1.
+    """
+    params = LLaMa(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
+    """An empty KVCache for `batch` rows of `capacity` slots."""
+    shape = (batch, config.n_kv_heads, capacity, config.head_dim)
+    return KVCache.create(shape, config.n_layers, dtype)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of one dict a layer.
+
+    A decode step on stacked layers would copy every weight out of the stack first. It takes the
+    stacked leaves one by one, so a caller who drops `params` never holds two whole models.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    leaves, structure = jax.tree.flatten(params["layers"])
+    by_leaf = [[leaf[i] for i in range(leaf.shape[0])] for leaf in leaves]
+    layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*by_leaf, strict=True))
+    return {**params, "layers": layers}
+
+
+def _layers(layers):
+    """One dict a layer, from a tuple of them or from a stack."""
+    if isinstance(layers, tuple):
+        return layers
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return [jax.tree.map(lambda leaf: leaf[i], layers) for i in range(count)]
+
+
+def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, depth: int = 0):
+    """Declares matrix `w{name}` and, if asked, vector `b{name}`; depth scales a residual output."""
+    std = 0.02 / (2 * depth) ** 0.5 if depth else 0.02
+    weight = module.param(f"w{name}", nn.initializers.normal(std), shape)
+    return weight, module.param(f"b{name}", nn.initializers.zeros, shape[:1]) if bias else None
+
+
+def _norm(module: nn.Module, name: str, dim: int) -> Array:
+    return module.param(name, nn.initializers.ones, (dim,))
