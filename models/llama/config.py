@@ -1,16 +1,18 @@
-"""What decides the maths of a model: `ModelConfig`, read from each format's own file, and presets.
+"""What decides the maths of a model: `ModelConfig`, read from each format's own file.
 
 No JAX here: a config is plain data, so that loaders and planners can check it before anything else.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from models.llama.config_rope import llama3_scaling, require, rope_from_gguf, rope_from_hf, shortest
 from utils.errors import ConfigError, is_int, is_number, raise_all
-from utils.rope import RopeScaling, llama3_factors
+from utils.rope import RopeScaling
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
@@ -50,19 +52,19 @@ class ModelConfig:
         for name, most in limits.items():
             value = getattr(self, name)
             if not is_int(value) or not 1 <= value <= most:
-                bad.append(f"{name}={value!r}, expected an integer in 1..{most}")
+                bad.append(f"{name}={value!r:.80}, expected an integer in 1..{most}")
         for name, most in dict(norm_eps=1.0, rope_theta=1e12).items():
             value = getattr(self, name)
             if not is_number(value) or not 0 < value <= most:
-                bad.append(f"{name}={value!r}, expected a number above 0, at most {most:g}")
+                bad.append(f"{name}={value!r:.80}, expected a number above 0, at most {most:g}")
         for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
-                bad.append(f"{name}={getattr(self, name)!r}, expected true or false")
+                bad.append(f"{name}={getattr(self, name)!r:.80}, expected true or false")
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS.values():
             names = ", ".join(sorted(set(ACTIVATIONS.values())))
-            bad.append(f"activation={self.activation!r} is not supported ({names})")
+            bad.append(f"activation={self.activation!r:.80} is not supported ({names})")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            bad.append(f"rope_scaling={self.rope_scaling!r}, expected a RopeScaling or None")
+            bad.append(f"rope_scaling={self.rope_scaling!r:.80}, expected a RopeScaling or None")
         raise_all("model config", bad)
         if self.n_heads % self.n_kv_heads:
             bad.append(f"n_heads={self.n_heads} is no multiple of n_kv_heads={self.n_kv_heads}")
@@ -95,14 +97,14 @@ class ModelConfig:
         """
         _check_hf_is_llama(config)
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        _require(config, (*needed, "intermediate_size"), "config.json")
+        require(config, (*needed, "intermediate_size"), "config.json")
         heads, dim = config["num_attention_heads"], config["hidden_size"]
         head_dim = config.get("head_dim")
         if head_dim is None:
             head_dim = _divide(dim, heads, "hidden_size", "num_attention_heads")
         kv_heads = config.get("num_key_value_heads")
         act = config.get("hidden_act", "silu")
-        theta, scaling = _rope_from_hf(config)
+        theta, scaling = rope_from_hf(config)
         return cls(
             vocab_size=config["vocab_size"],
             dim=dim,
@@ -177,19 +179,21 @@ class ModelConfig:
             tie_embeddings: true where the checkpoint has no `output.weight`.
             max_seq_len: overrides the generation's own context length.
         """
-        _require(params, ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"), "params.json")
+        require(params, ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"), "params.json")
         for key in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args"):
             if params.get(key):
                 raise ConfigError(f"params.json has {key}: only dense text Llama is supported")
         dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
         for key, value in dict(dim=dim, n_heads=heads, multiple_of=multiple).items():
             if not is_int(value) or not 1 <= value <= 2**20:
-                raise ConfigError(f"params.json {key}={value!r}, expected a positive integer")
+                raise ConfigError(f"params.json {key}={value!r:.80}, expected a positive integer")
         ffn = int(2 * (4 * dim) / 3)
         multiplier = params.get("ffn_dim_multiplier")
         if multiplier is not None:
             if not is_number(multiplier) or not 0 < multiplier < 1e3:
-                raise ConfigError(f"params.json ffn_dim_multiplier={multiplier!r}, expected > 0")
+                raise ConfigError(
+                    f"params.json ffn_dim_multiplier={multiplier!r:.80}, expected > 0"
+                )
             ffn = int(multiplier * ffn)
         ffn = multiple * ((ffn + multiple - 1) // multiple)
         vocab = params.get("vocab_size", -1)
@@ -201,7 +205,7 @@ class ModelConfig:
         if scaled:
             is_3_2 = (dim, params["n_layers"]) in ((2048, 16), (3072, 28))
             factor = params.get("rope_scaling_factor", 32.0 if is_3_2 else 8.0)
-            scaling = _llama3(factor, high=params.get("rope_high_freq_factor", 4.0))
+            scaling = llama3_scaling(factor, high=params.get("rope_high_freq_factor", 4.0))
         return cls(
             vocab_size=vocab,
             dim=dim,
@@ -242,7 +246,7 @@ class ModelConfig:
             raise ConfigError("Meta's layout has head_dim = dim / n_heads; export with format='hf'")
         if self.rope_scaling is not None:
             s = self.rope_scaling
-            if dataclasses.replace(s, factor=8.0, high_freq_factor=4.0) != _llama3(8.0):
+            if dataclasses.replace(s, factor=8.0, high_freq_factor=4.0) != llama3_scaling(8.0):
                 raise ConfigError(
                     f"Meta's layout has only llama3 RoPE scaling, this model has {s.kind}; "
                     "export with format='hf'"
@@ -273,7 +277,7 @@ class ModelConfig:
         """
         arch = metadata.get("general.architecture")
         if arch != "llama":
-            raise ConfigError(f"GGUF general.architecture is {arch!r}, expected 'llama'")
+            raise ConfigError(f"GGUF general.architecture is {arch!r:.80}, expected 'llama'")
         if metadata.get("llama.expert_count", 0):
             raise ConfigError("GGUF llama.expert_count is not 0: only dense Llama is supported")
         keys = dict(
@@ -285,7 +289,7 @@ class ModelConfig:
             max_seq_len="context_length",
         )
         keys = {ours: f"llama.{theirs}" for ours, theirs in keys.items()}
-        _require(metadata, tuple(keys.values()), "GGUF metadata")
+        require(metadata, tuple(keys.values()), "GGUF metadata")
         fields = {ours: metadata[theirs] for ours, theirs in keys.items()}
         heads = fields["n_heads"]
         head_dim = metadata.get("llama.attention.key_length")
@@ -293,12 +297,11 @@ class ModelConfig:
             head_dim = _divide(fields["dim"], heads, keys["dim"], keys["n_heads"])
         for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
             if metadata.get(key, head_dim) != head_dim:
-                raise ConfigError(f"GGUF {key}={metadata[key]!r}, expected head_dim={head_dim}")
+                raise ConfigError(f"GGUF {key}={metadata[key]!r:.80}, expected head_dim={head_dim}")
         vocab = metadata.get("llama.vocab_size")
         if vocab is None:
-            vocab = len(metadata.get("tokenizer.ggml.tokens", ()))
-        # GGUF stores these as float32: the shortest decimal is the number that was meant.
-        shortest = lambda x: float(str(np.float32(x))) if isinstance(x, float) else x
+            tokens = metadata.get("tokenizer.ggml.tokens")
+            vocab = len(tokens) if isinstance(tokens, list) else None
         fields["norm_eps"] = shortest(fields["norm_eps"])
         return cls(
             **fields,
@@ -306,7 +309,7 @@ class ModelConfig:
             n_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
             head_dim=head_dim,
             rope_theta=shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-            rope_scaling=_rope_from_gguf(metadata, rope_factors, head_dim, shortest),
+            rope_scaling=rope_from_gguf(metadata, rope_factors, head_dim),
             tie_embeddings=tie_embeddings,
             activation="silu",
             attention_bias=attention_bias,
@@ -314,121 +317,29 @@ class ModelConfig:
         )
 
 
-def _require(mapping: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-    missing = [key for key in keys if mapping.get(key) is None]
-    if missing:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}")
-
-
 def _divide(total: Any, parts: Any, total_name: str, parts_name: str) -> int:
     if not is_int(total) or not is_int(parts) or parts <= 0 or total <= 0 or total % parts:
         raise ConfigError(
-            f"{total_name}={total!r} is no multiple of {parts_name}={parts!r}, and no head_dim is given"
+            f"{total_name}={total!r:.80} is no multiple of {parts_name}={parts!r:.80}, and no head_dim is given"
         )
     return total // parts
 
 
 def _check_hf_is_llama(config: Mapping[str, Any]) -> None:
+    code = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
+    if code:
+        message = f"config.json names code ({', '.join(code)}): ignored, the built-in Llama is used"
+        warnings.warn(message, stacklevel=3)
     kind, archs = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama" or archs != ["LlamaForCausalLM"]:
         raise ConfigError(
-            f"config.json says model_type={kind!r}, architectures={archs!r}; "
+            f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; "
             "expected 'llama' and ['LlamaForCausalLM']"
         )
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"]
+    method = config.get("quantization_config") or config.get("compression_config")
+    if method is not None:
         method = method.get("quant_method") if isinstance(method, Mapping) else method
         raise ConfigError(
-            f"unsupported quantization {method!r} in config.json; "
+            f"unsupported quantization {method!r:.80} in config.json; "
             "use the unquantized checkpoint, or a GGUF file"
         )
-
-
-def _llama3(factor: Any, low: Any = 1.0, high: Any = 4.0, original: Any = 8192) -> RopeScaling:
-    return RopeScaling(
-        kind="llama3",
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_len=original,
-    )
-
-
-def _rope_from_hf(config: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """(theta, scaling) from either dialect; anything that would be ignored is refused by name."""
-    parameters, old = config.get("rope_parameters"), config.get("rope_scaling")
-    for name, value in (("rope_parameters", parameters), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"config.json {name}={value!r}, expected an object")
-    rope = {**(old or {}), **(parameters or {})}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError("config.json partial_rotary_factor is not 1: partial RoPE is unsupported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        _require(rope, ("factor",), "config.json RoPE scaling")
-        return theta, RopeScaling(kind="linear", factor=rope["factor"])
-    if kind != "llama3":
-        raise ConfigError(
-            f"config.json RoPE scaling type {kind!r} is not supported (default, linear, llama3)"
-        )
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    _require(rope, keys, "config.json RoPE scaling")
-    return theta, _llama3(*(rope[key] for key in keys))
-
-
-def _rope_from_gguf(metadata, rope_factors, head_dim, shortest) -> RopeScaling | None:
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
-    if kind not in ("none", "linear"):
-        raise ConfigError(f"GGUF llama.rope.scaling.type {kind!r} is not supported (none, linear)")
-    linear = factor not in (0.0, 1.0) and (
-        kind == "linear" or "llama.rope.scale_linear" in metadata
-    )
-    if rope_factors is None:
-        return RopeScaling(kind="linear", factor=shortest(factor)) if linear else None
-    if linear:
-        raise ConfigError("GGUF has both rope_freqs.weight and linear RoPE scaling")
-    if rope_factors.shape != (head_dim // 2,) or not np.isfinite(rope_factors).all():
-        raise ConfigError(f"GGUF rope_freqs.weight: expected {head_dim // 2} finite numbers")
-    if np.all(rope_factors == 1):
-        return None
-    # llama.cpp's converter writes the factors and drops the rule; Llama 3.1 and 3.2 have this one.
-    if np.max(rope_factors) > 0:
-        guess = _llama3(float(np.max(rope_factors)))
-        theta = metadata.get("llama.rope.freq_base", 10000.0)
-        if np.allclose(llama3_factors(head_dim, theta, guess), rope_factors, rtol=1e-5):
-            return guess
-    return RopeScaling(kind="factors", factors=tuple(float(f) for f in rope_factors))
-
-
-def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:
-    fields = dict(norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, tie_embeddings=False)
-    fields |= dict(activation="silu", attention_bias=False, mlp_bias=False) | rest
-    sizes = dict(vocab_size=vocab, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads)
-    return ModelConfig(**sizes, ffn_dim=ffn, head_dim=dim // heads, **fields)
-
-
-_L3 = dict(rope_theta=500000.0, max_seq_len=8192)
-_L31 = dict(rope_theta=500000.0, max_seq_len=131072, rope_scaling=_llama3(8.0))
-_L32 = _L31 | dict(rope_scaling=_llama3(32.0), tie_embeddings=True)
-_SMOL = dict(rope_theta=100000.0, max_seq_len=8192, tie_embeddings=True)
-
-PRESETS: Mapping[str, ModelConfig] = {
-    "llama-2-7b": _preset(32000, 4096, 32, 32, 32, 11008, max_seq_len=4096),
-    "llama-2-13b": _preset(32000, 5120, 40, 40, 40, 13824, max_seq_len=4096),
-    "llama-2-70b": _preset(32000, 8192, 80, 64, 8, 28672, max_seq_len=4096),
-    "llama-3-8b": _preset(128256, 4096, 32, 32, 8, 14336, **_L3),
-    "llama-3-70b": _preset(128256, 8192, 80, 64, 8, 28672, **_L3),
-    "llama-3.1-8b": _preset(128256, 4096, 32, 32, 8, 14336, **_L31),
-    "llama-3.1-70b": _preset(128256, 8192, 80, 64, 8, 28672, **_L31),
-    "llama-3.1-405b": _preset(128256, 16384, 126, 128, 8, 53248, **_L31),
-    "llama-3.2-1b": _preset(128256, 2048, 16, 32, 8, 8192, **_L32),
-    "llama-3.2-3b": _preset(128256, 3072, 28, 24, 8, 8192, **_L32),
-    "smollm2-135m": _preset(49152, 576, 30, 9, 3, 1536, **_SMOL),
-    "smollm2-360m": _preset(49152, 960, 32, 15, 5, 2560, **_SMOL),
-    "smollm2-1.7b": _preset(49152, 2048, 24, 32, 32, 8192, **_SMOL | dict(rope_theta=130000.0)),
-    "tinyllama-1.1b": _preset(32000, 2048, 22, 32, 4, 5632, max_seq_len=2048),
-}
