@@ -1,0 +1,234 @@
+"""Samplers: from logits to one token a row, with its log-probability.
+
+A sampler is a frozen dataclass whose numbers are traced: another temperature does not recompile.
+Dimension key: R rows, V vocab.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from utils.errors import SamplingError
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Greedy:
+    """The most probable token; the lowest id among equals. Log-probs are at temperature 1.
+
+    Attributes:
+        repetition_penalty: see `penalize`; None is off.
+    """
+
+    repetition_penalty: float | Array | None = None
+
+    def __call__(
+        self, logits_RV: Array, keys_R: Array, seen_RV: Array | None = None
+    ) -> tuple[Array, Array]:
+        """[R, V] float32 logits -> tokens [R] int32 and their log-probs [R] float32.
+
+        Args:
+            logits_RV: [R, V] float32.
+            keys_R: [R] PRNG keys, unused here.
+            seen_RV: [R, V] bool, the tokens so far; needed with a repetition penalty.
+        """
+        logits_RV = penalize(logits_RV, seen_RV, self.repetition_penalty)
+        tokens_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+        return tokens_R, token_logprobs(logits_RV, tokens_R)
+
+
+@flax.struct.dataclass
+class TopP:
+    """Draws from the nucleus: temperature, then top-k, then top-p, then min-p, then renormalise.
+
+    Source: nucleus sampling, Holtzman et al. (1904.09751) section 3.1; min-p, 2407.01082.
+
+    Attributes:
+        temperature: divides the logits; 0 is argmax.
+        top_p: in (0, 1]: the fewest most probable tokens whose mass, of what top-k left, reaches it;
+            the token that crosses it is kept. 1 is off.
+        top_k: keeps the k most probable tokens. 0 is off.
+        min_p: in [0, 1]: drops tokens below min_p times the largest probability. 0 is off.
+        repetition_penalty: see `penalize`; None is off.
+
+    Among tokens of equal probability the lower id comes first, so ties fall the same way each run.
+    """
+
+    temperature: float | Array = 1.0
+    top_p: float | Array = 1.0
+    top_k: int | Array = 0
+    min_p: float | Array = 0.0
+    repetition_penalty: float | Array | None = None
+
+    def __call__(
+        self, logits_RV: Array, keys_R: Array, seen_RV: Array | None = None
+    ) -> tuple[Array, Array]:
+        """[R, V] float32 logits -> tokens [R] int32 and their log-probs [R] float32.
+
+        A log-prob is that of the distribution after penalty and temperature and before truncation,
+        which is what RL's ratios use (at temperature 0: of temperature 1).
+
+        Args:
+            logits_RV: [R, V] float32.
+            keys_R: [R] PRNG keys, one a row, so that a row's draw does not depend on its mates.
+            seen_RV: [R, V] bool, the tokens so far; needed with a repetition penalty.
+        """
+        logits_RV = penalize(logits_RV, seen_RV, self.repetition_penalty)
+        greedy = jnp.asarray(self.temperature) == 0
+        scaled_RV = scale(logits_RV, jnp.where(greedy, 1.0, self.temperature))
+        tokens_R = jax.lax.cond(
+            greedy,
+            lambda: jnp.argmax(logits_RV, axis=-1).astype(jnp.int32),
+            lambda: self._draw(scaled_RV, keys_R),
+        )
+        return tokens_R, token_logprobs(scaled_RV, tokens_R)
+
+    def _draw(self, scaled_RV: Array, keys_R: Array) -> Array:
+        weights_RV = jnp.exp(scaled_RV - jnp.max(scaled_RV, axis=-1, keepdims=True))
+        truncated = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        weights_RV = jax.lax.cond(
+            truncated,
+            lambda: truncate(weights_RV, self.top_k, self.top_p, self.min_p),
+            lambda: weights_RV,
+        )
+        uniform_R = jax.vmap(jax.random.uniform)(keys_R)
+        return _inverse_cdf(weights_RV, uniform_R)
+
+
+Sampler = Greedy | TopP
+
+
+def traced(sampler: Sampler) -> Sampler:
+    """The sampler with its numbers as arrays of fixed types, so that 1 and 1.0 are one compilation."""
+    dtypes = {"top_k": jnp.int32}
+    as_array = lambda f: jnp.asarray(getattr(sampler, f.name), dtypes.get(f.name, jnp.float32))
+    given = [f for f in dataclasses.fields(sampler) if getattr(sampler, f.name) is not None]
+    return sampler.replace(**{f.name: as_array(f) for f in given})
+
+
+def check_sampler(sampler: Sampler) -> None:
+    """Raises SamplingError, on the host, that lists every number out of its range."""
+    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
+        "temperature": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        "top_k": (lambda x: x >= 0 and x == int(x), "a whole number of at least 0 (0 is off)"),
+        "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+        "repetition_penalty": (lambda x: 0 < x < math.inf, "a finite number above 0 (1 is off)"),
+    }
+    bad = []
+    for field in dataclasses.fields(sampler):
+        value, (fits, expected) = getattr(sampler, field.name), ranges[field.name]
+        if value is None and field.name == "repetition_penalty":
+            continue
+        is_number = isinstance(value, (numbers.Real, jax.Array)) and not isinstance(value, bool)
+        if not is_number or math.isnan(value) or math.isinf(value) or not fits(float(value)):
+            bad.append(f"{field.name}={value!r}, expected {expected}")
+    if bad:
+        raise SamplingError("; ".join(bad))
+
+
+def penalize(logits_RV: Array, seen_RV: Array | None, penalty: float | Array | None) -> Array:
+    """Makes tokens that were seen less likely: positive logits / penalty, negative ones · penalty.
+
+    Source: CTRL (1909.05858) section 4.1, in the form every library uses.
+    """
+    if penalty is None:
+        return logits_RV
+    penalized_RV = jnp.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
+    return jnp.where(seen_RV, penalized_RV, logits_RV)
+
+
+def scale(logits_RV: Array, temperature: float | Array) -> Array:
+    """Logits / temperature, shifted so that the largest is 0: finite for a tiny temperature too."""
+    # A shift first: dividing 30 by 1e-38 would overflow, 0 stays 0 and the others fall to -inf.
+    top_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return (logits_RV - top_R1) / jnp.maximum(temperature, tiny)
+
+
+def token_logprobs(logits_RV: Array, tokens_R: Array) -> Array:
+    """log softmax(logits) at one token a row: [R, V], [R] -> [R] float32."""
+    chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=-1)[:, 0]
+    return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
+
+
+def truncate(weights_RV: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Zeroes what top-k, top-p and min-p drop, without a sort.
+
+    Each filter keeps the tokens in front of a threshold. That threshold is found bit by bit, since
+    non-negative floats order as their bits do: 31 masked sums instead of sorting the vocabulary.
+
+    Args:
+        weights_RV: [R, V] float32, unnormalised probabilities, the largest 1.
+        top_k, top_p, min_p: scalars, off at 0, 1 and 0.
+
+    Returns:
+        [R, V] float32: the weights of the kept tokens, 0 for the others.
+    """
+    count = lambda mask_RV: jnp.sum(mask_RV, axis=-1, dtype=jnp.float32)
+    mass = lambda mask_RV: jnp.sum(jnp.where(mask_RV, weights_RV, 0), axis=-1)
+    keep_k = jnp.where(top_k > 0, top_k, weights_RV.shape[-1]).astype(jnp.float32)
+    after_k_RV = _keep_front(weights_RV, count, jnp.broadcast_to(keep_k, weights_RV.shape[:1]))
+    weights_RV = jnp.where(after_k_RV, weights_RV, 0)
+    limit_R = jnp.where(top_p < 1, top_p * jnp.sum(weights_RV, axis=-1), jnp.inf)
+    weights_RV = jnp.where(_keep_front(weights_RV, mass, limit_R), weights_RV, 0)
+    return jnp.where(weights_RV >= min_p, weights_RV, 0)
+
+
+def _keep_front(weights_RV: Array, measure: Callable[[Array], Array], limit_R: Array) -> Array:
+    """Which tokens have less than `limit` in front of them, in order of weight, then of id.
+
+    Args:
+        weights_RV: [R, V] float32, non-negative.
+        measure: a mask [R, V] -> [R], its count or its mass.
+        limit_R: [R].
+    """
+    bits_RV = jax.lax.bitcast_convert_type(weights_RV, jnp.int32)
+    enough = lambda mask_RV: measure(mask_RV) >= limit_R
+    # The lowest weight that is kept: the largest t such that {w >= t} reaches the limit, else 0.
+    lowest_R = _largest(lambda t_R: enough(bits_RV >= t_R[:, None]), limit_R.shape, bits=31)
+    above_RV = bits_RV > lowest_R[:, None]
+    equal_RV = bits_RV == lowest_R[:, None]
+    # Among its equals, ids up to the first one with which the limit is reached.
+    index_V = jnp.arange(weights_RV.shape[-1])
+    within = lambda i_R: equal_RV & (index_V < i_R[:, None])
+    last_R = _largest(
+        lambda i_R: ~enough(above_RV | within(i_R)),
+        limit_R.shape,
+        bits=weights_RV.shape[-1].bit_length(),
+    )
+    return above_RV | (equal_RV & (index_V <= last_R[:, None]))
+
+
+def _inverse_cdf(weights_RV: Array, uniform_R: Array) -> Array:
+    """The first token at which the cumulated weight exceeds uniform · total: [R] int32.
+
+    Sums over a growing mask are exactly monotone in floating point, so a token of weight 0 is never
+    drawn.
+    """
+    index_V = jnp.arange(weights_RV.shape[-1])
+    total_R = jnp.sum(weights_RV, axis=-1)
+    # uniform < 1, but its product with the total may round up to the total itself.
+    target_R = jnp.minimum(uniform_R * total_R, jnp.nextafter(total_R, 0.0))
+    before = lambda i_R: jnp.sum(jnp.where(index_V < i_R[:, None], weights_RV, 0), axis=-1)
+    bits = weights_RV.shape[-1].bit_length()
+    drawn_R = _largest(lambda i_R: before(i_R) <= target_R, target_R.shape, bits)
+    # The two totals may be summed in another order and differ in the last bit.
+    last_R = jnp.max(jnp.where(weights_RV > 0, index_V, 0), axis=-1)
+    return jnp.minimum(drawn_R, last_R)
+
+
+def _largest(holds: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:
+    """The largest int32 below 2**bits for which `holds`, true up to some point, is true; else 0."""
+
+    def try_bit(i, value):
+        with_bit = value | (1 << (bits - 1 - i)).astype(jnp.int32)
+        return jnp.where(holds(with_bit), with_bit, value)
+
+    return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros(shape, jnp.int32))
