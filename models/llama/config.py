@@ -17,6 +17,10 @@ from utils.rope import RopeScaling
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
+_META_KEYS = {"dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "norm_eps"}
+_META_KEYS |= {"multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope"}
+_META_KEYS |= {"rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -180,9 +184,11 @@ class ModelConfig:
             max_seq_len: overrides the generation's own context length.
         """
         require(params, ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"), "params.json")
-        for key in ("moe_args", "vision_chunk_size", "quantization_args", "lora_args"):
-            if params.get(key):
-                raise ConfigError(f"params.json has {key}: only dense text Llama is supported")
+        # Vision, experts, quantisation and LoRA each bring keys of their own.
+        if unknown := sorted(key for key in params if key not in _META_KEYS and params[key]):
+            raise ConfigError(
+                f"params.json has {', '.join(unknown):.200}: only dense text Llama is supported"
+            )
         dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
         for key, value in dict(dim=dim, n_heads=heads, multiple_of=multiple).items():
             if not is_int(value) or not 1 <= value <= 2**20:
@@ -200,7 +206,9 @@ class ModelConfig:
         if vocab == -1 and vocab_size is not None:
             vocab = vocab_size
         kv_heads, theta = params.get("n_kv_heads"), params.get("rope_theta", 10000.0)
-        scaled = bool(params.get("use_scaled_rope", False))
+        scaled = params.get("use_scaled_rope", False)
+        if not isinstance(scaled, bool):
+            raise ConfigError(f"params.json use_scaled_rope={scaled!r:.80}, expected true or false")
         context = 131072 if scaled else 8192 if theta == 500000.0 else 4096
         if scaled:
             is_3_2 = (dim, params["n_layers"]) in ((2048, 16), (3072, 28))
@@ -241,7 +249,8 @@ class ModelConfig:
             "rope_theta": self.rope_theta,
         }
         if base > self.ffn_dim:
-            out["ffn_dim_multiplier"] = self.ffn_dim / base
+            # Half a unit more, so that truncation gives ffn_dim and not one less.
+            out["ffn_dim_multiplier"] = (self.ffn_dim + 0.5) / base
         if self.head_dim * self.n_heads != self.dim:
             raise ConfigError("Meta's layout has head_dim = dim / n_heads; export with format='hf'")
         if self.rope_scaling is not None:

@@ -72,15 +72,14 @@ def rope_from_gguf(
     metadata: Mapping[str, Any], rope_factors: np.ndarray | None, head_dim: Any
 ) -> RopeScaling | None:
     """The scaling of a GGUF file, from its keys or its tensor `rope_freqs.weight`."""
-    kind = metadata.get("llama.rope.scaling.type", "none")
+    # llama.cpp: without a type, a factor is linear scaling; 0 means none.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
     factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
     if kind not in ("none", "linear"):
         raise ConfigError(
             f"GGUF llama.rope.scaling.type {kind!r:.80} is not supported (none, linear)"
         )
-    linear = factor not in (0.0, 1.0) and (
-        kind == "linear" or "llama.rope.scale_linear" in metadata
-    )
+    linear = kind == "linear" and factor not in (0.0, 1.0)
     if rope_factors is None:
         return RopeScaling(kind="linear", factor=shortest(factor)) if linear else None
     if linear:

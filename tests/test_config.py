@@ -1,0 +1,335 @@
+"""ModelConfig: read right from each format, and every absurd file refused."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llama_models.sku_list import all_registered_models
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.llama.config import ModelConfig
+from models.llama.presets import PRESETS
+from tests import tiny
+from utils.errors import ConfigError
+from utils.files import parse_json, read_json
+from utils.rope import RopeScaling
+
+HF = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=64,
+)
+META = dict(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=32)
+META |= dict(multiple_of=8, norm_eps=1e-5, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=8192)
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_from_hf_reads_what_transformers_wrote(name):
+    path, model = tiny.hf_model(name)
+    ours, theirs = ModelConfig.from_hf(read_json(path / "config.json")), model.config
+    assert (ours.vocab_size, ours.dim) == (theirs.vocab_size, theirs.hidden_size)
+    assert (ours.n_layers, ours.ffn_dim) == (theirs.num_hidden_layers, theirs.intermediate_size)
+    assert (ours.n_heads, ours.n_kv_heads) == (
+        theirs.num_attention_heads,
+        theirs.num_key_value_heads,
+    )
+    assert (ours.head_dim, ours.norm_eps) == (theirs.head_dim, theirs.rms_norm_eps)
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+    act = theirs.hidden_act
+    assert ours.activation == ("gelu_tanh" if act == "gelu_pytorch_tanh" else act)
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope["rope_theta"]
+    kind = None if rope["rope_type"] == "default" else rope["rope_type"]
+    assert (ours.rope_scaling and ours.rope_scaling.kind) == kind
+    if kind == "llama3":
+        scaling = ours.rope_scaling
+        assert scaling.original_max_len == rope["original_max_position_embeddings"]
+        assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+        )
+
+
+def test_from_hf_defaults_are_those_of_transformers():
+    given_keys = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+    given_keys |= {"num_attention_heads", "model_type"}
+    ours = ModelConfig.from_hf({k: v for k, v in HF.items() if k in given_keys})
+    theirs = LlamaConfig(num_attention_heads=4, hidden_size=16)
+    assert ours.n_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == theirs.head_dim
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.max_seq_len == theirs.max_position_embeddings
+    assert (ours.tie_embeddings, ours.activation) == (theirs.tie_word_embeddings, theirs.hidden_act)
+    assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+
+
+_configs = st.builds(
+    ModelConfig,
+    vocab_size=st.integers(1, 10**6),
+    dim=st.integers(1, 2**18),
+    n_layers=st.integers(1, 200),
+    n_heads=st.just(8),
+    n_kv_heads=st.sampled_from([1, 2, 8]),
+    head_dim=st.sampled_from([2, 64, 128]),
+    ffn_dim=st.integers(1, 2**20),
+    norm_eps=st.sampled_from([1e-5, 1e-6]),
+    rope_theta=st.floats(1, 1e7),
+    rope_scaling=st.sampled_from(
+        [
+            None,
+            RopeScaling(kind="linear", factor=3.0),
+            RopeScaling(kind="llama3", factor=32.0, high_freq_factor=4.0, original_max_len=8192),
+        ]
+    ),
+    max_seq_len=st.integers(1, 2**31 - 1),
+    tie_embeddings=st.booleans(),
+    activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"]),
+    attention_bias=st.booleans(),
+    mlp_bias=st.booleans(),
+)
+
+
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(_configs)
+def test_to_hf_comes_back(config):
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(dim=st.integers(1, 2**12).map(lambda n: n * 16), ffn=st.integers(1, 2**18))
+def test_to_meta_comes_back_for_any_width(dim, ffn):
+    hf = HF | dict(hidden_size=dim, num_attention_heads=8, head_dim=dim // 8, intermediate_size=ffn)
+    config = ModelConfig.from_hf(hf)
+    assert ModelConfig.from_meta(config.to_meta(), max_seq_len=64) == config
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("llama-3")])
+def test_presets_agree_with_metas_own_list(name):
+    # The list's Llama 2 entries carry Llama 3's numbers: it is no oracle for those.
+    descriptor = name if name.startswith("llama-3-") else name.replace("llama-", "llama")
+    model = next(m for m in all_registered_models() if m.descriptor().lower() == descriptor)
+    preset = PRESETS[name]
+    ours = ModelConfig.from_meta(dict(model.arch_args), tie_embeddings=preset.tie_embeddings)
+    assert ours == preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_n_params_is_what_transformers_builds(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        hf = LlamaConfig(**(config.to_hf() | dict(num_hidden_layers=1)))
+        model = LlamaForCausalLM(hf)
+    one_layer = sum(p.numel() for p in model.model.layers.parameters())
+    rest = sum(p.numel() for p in model.parameters()) - one_layer
+    assert config.n_params == one_layer * config.n_layers + rest
+
+
+def test_n_params_with_biases():
+    _, model = tiny.hf_model("biases")
+    config = ModelConfig.from_hf(model.config.to_dict())
+    assert config.n_params == sum(p.numel() for p in model.parameters())
+
+
+def test_from_meta_takes_the_vocabulary_of_old_files_from_the_tensor():
+    config = ModelConfig.from_meta(META | dict(vocab_size=-1), vocab_size=77)
+    assert config.vocab_size == 77
+    with pytest.raises(ConfigError, match="vocab_size=-1"):
+        ModelConfig.from_meta(META | dict(vocab_size=-1))
+
+
+ABSURD_HF = [
+    *[dict(hidden_size=n) for n in (0, -1, 2**40, True, 16.0, "16", None, [16])],
+    *[dict(hidden_size=n, head_dim=4) for n in (0, -1, 2**40, True, 16.0, "16", [16])],
+    *[dict(num_key_value_heads=n) for n in (3, 0, -2, 8.0, True)],
+    *[dict(num_attention_heads=n) for n in (0, 3, -4, 4.0, True, "4")],
+    *[dict(vocab_size=n) for n in (0, 10**12, -1, 32.0, True)],
+    *[dict(num_hidden_layers=n) for n in (0, 10**6, -2, 2.0, True)],
+    *[dict(intermediate_size=n) for n in (0, 2**40, 24.0)],
+    *[dict(head_dim=n) for n in (0, 3, -4, 4.0, True, 2**20)],
+    *[dict(rope_theta=n) for n in (0, -1.0, float("inf"), float("nan"), True, "1e4", 10**400)],
+    *[dict(rms_norm_eps=n) for n in (0, -1e-5, float("nan"), None, 2.0, True)],
+    *[dict(max_position_embeddings=n) for n in (0, -1, 64.0, True, 2**40)],
+    *[dict(tie_word_embeddings=n) for n in (1, "true", None)],
+    *[dict(attention_bias=n) for n in (1, "no")],
+    dict(mlp_bias=0),
+]
+
+
+@pytest.mark.covers("A23")
+@pytest.mark.parametrize("change", ABSURD_HF, ids=repr)
+def test_absurd_hf_config(change):
+    with pytest.raises(ConfigError) as e:
+        ModelConfig.from_hf(HF | change)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.covers("A23")
+def test_a_config_names_all_of_its_problems():
+    with pytest.raises(ConfigError) as e:
+        ModelConfig.from_hf(HF | dict(vocab_size=0, rms_norm_eps=-1, num_hidden_layers=10**6))
+    for name in ("vocab_size=0", "norm_eps=-1", "n_layers=1000000"):
+        assert name in str(e.value)
+
+
+@pytest.mark.covers("A23")
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[dict(dim=n) for n in (0, -1, 2**40, True, 16.0, None)],
+        *[dict(n_heads=n) for n in (0, 3, True, 4.0)],
+        *[dict(n_kv_heads=n) for n in (3, 0, True)],
+        *[dict(multiple_of=n) for n in (0, -8, 8.0, 2**40)],
+        *[dict(ffn_dim_multiplier=n) for n in (0, -1, float("inf"), "1", True)],
+        *[dict(rope_theta=n) for n in (0, None, float("inf"))],
+        *[dict(norm_eps=n) for n in (0, None, float("nan"))],
+        *[dict(n_layers=n) for n in (0, 10**6, 2.0)],
+        dict(use_scaled_rope="yes"),
+        dict(use_scaled_rope=True, rope_scaling_factor=0),
+        dict(moe_args={"num_experts": 16}),
+        dict(quantization_args={"group_size": 256}),
+        dict(vision_chunk_size=448),
+        dict(rope_freq_base=500000.0),
+    ],
+    ids=repr,
+)
+def test_absurd_meta_params(change):
+    with pytest.raises(ConfigError):
+        ModelConfig.from_meta(META | change)
+
+
+@pytest.mark.covers("A24")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(model_type="mistral"), "mistral"),
+        (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (dict(hidden_act="quick_gelu"), "quick_gelu"),
+        (dict(hidden_act=["silu"]), "activation"),
+        *[(dict(rope_scaling=dict(rope_type=k, factor=2.0)), k) for k in ("dynamic", "yarn", "x")],
+        *[(dict(rope_scaling=dict(type=k, factor=2.0)), k) for k in ("dynamic", "longrope")],
+        (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, beta_fast=32)), "yarn"),
+        (dict(rope_parameters={"full_attention": dict(rope_type="default")}), "full_attention"),
+        (dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
+        (dict(rope_scaling=LLAMA3 | dict(factor=0)), "factor=0"),
+        (dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)), "low < high"),
+        (dict(rope_scaling=LLAMA3, rope_parameters=LLAMA3 | dict(factor=32.0)), "factor"),
+        (dict(rope_scaling="linear"), "rope_scaling"),
+        (dict(rope_scaling=dict(type="linear")), "factor"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_unknown_maths_is_refused_by_name(change, named):
+    with pytest.raises(ConfigError, match=named):
+        ModelConfig.from_hf(HF | change)
+
+
+@pytest.mark.covers("A24")
+@pytest.mark.parametrize("key", ["auto_map", "trust_remote_code"])
+def test_keys_that_name_code_are_ignored_with_a_note(key):
+    value = {"AutoModelForCausalLM": "modeling_evil.Evil"} if key == "auto_map" else True
+    with pytest.warns(UserWarning, match=key):
+        assert ModelConfig.from_hf(HF | {key: value}) == ModelConfig.from_hf(HF)
+    hidden = HF | dict(_attn_implementation="evil/kernel", _attn_implementation_autoset=True)
+    assert ModelConfig.from_hf(hidden) == ModelConfig.from_hf(HF)
+
+
+@pytest.mark.covers("A25")
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
+def test_quantised_hf_config(method):
+    for key in ("quantization_config", "compression_config"):
+        with pytest.raises(ConfigError, match=f"unsupported quantization '{method}'"):
+            ModelConfig.from_hf(HF | {key: {"quant_method": method}})
+
+
+BAD_JSON = {
+    "empty": b"",
+    "not JSON": b"{vocab_size: 3}",
+    "cut": json.dumps(HF).encode()[:-1],
+    "two": b"{}{}",
+    "array": b"[]",
+    "NaN": b'{"rms_norm_eps": NaN}',
+    "Infinity": b'{"rope_theta": -Infinity}',
+    "duplicate": b'{"vocab_size": 1, "hidden_size": 2, "vocab_size": 3}',
+    "nested duplicate": b'{"rope_scaling": {"factor": 1, "factor": 8}}',
+    "not UTF-8": b'{"a": "\xff"}',
+    "UTF-16": json.dumps(HF).encode("utf-16"),
+    "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "huge integer": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "large": b'{"a": "' + b"x" * (1 << 20) + b'"}',
+}
+
+
+@pytest.mark.covers("A22")
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_json(tmp_path, case):
+    path = tmp_path / "config.json"
+    path.write_bytes(BAD_JSON[case])
+    with pytest.raises(ConfigError, match="config.json") as e:
+        read_json(path)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.covers("A22")
+def test_duplicate_and_constant_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="duplicate key 'vocab_size'"):
+        parse_json(BAD_JSON["duplicate"], "config.json")
+    with pytest.raises(ConfigError, match="NaN"):
+        parse_json(BAD_JSON["NaN"], "config.json")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_json(tmp_path / "params.json")
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@pytest.mark.covers("A22", "A23")
+@settings(derandomize=True, max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(HF)), st.sampled_from(sorted(META)), _json)
+def test_any_value_of_any_key_is_read_or_refused(hf_key, meta_key, value):
+    for read, fields, key in (
+        (ModelConfig.from_hf, HF, hf_key),
+        (ModelConfig.from_hf, HF, "rope_scaling"),
+        (ModelConfig.from_meta, META, meta_key),
+    ):
+        try:
+            config = read(fields | {key: value})
+        except ConfigError:
+            continue
+        assert hash(config) == hash(config)
+
+
+@pytest.mark.covers("A22")
+def test_every_cut_and_flip_of_a_config_is_read_or_refused():
+    good = json.dumps(HF).encode()
+    bad = [good[:n] for n in range(len(good))]
+    bad += [
+        good[:i] + bytes([good[i] ^ (1 << bit)]) + good[i + 1 :]
+        for i in range(len(good))
+        for bit in range(8)
+    ]
+    for data in bad:
+        try:
+            ModelConfig.from_hf(parse_json(data, "config.json"))
+        except ConfigError:
+            pass
