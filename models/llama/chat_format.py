@@ -134,13 +134,13 @@ class JinjaFormat(ChatFormat):
     """The checkpoint's own chat template, in jinja's immutable sandbox, set as transformers sets it.
 
     Which control tokens did the template write, and which are a message's text? The template is
-    rendered twice: once with the messages, once with a copy in which each visible character that
-    occurs in the name of any control token is replaced by a private stand-in. In the second
-    rendering every control token is the template's own. Usually the two differ in nothing but
-    the stand-ins, and the second says where each character came from. They can differ more where
-    a template looks into a message (for `</think>`): then the first rendering is taken if its
-    control tokens are the same ones, and the second, with what the template did not recognise,
-    if not. So a message can neither add nor remove a control token.
+    rendered twice: with the messages, and with a copy in which each visible character that occurs
+    in the name of any control token is replaced by a private stand-in. In that copy's rendering
+    every control token is the template's own. The first rendering is taken if the messages hold
+    no name of a control token and its control tokens are the same ones; else the second is, with
+    the characters put back. So a message can neither write a control token nor help to build one.
+    (The second alone would not do: a template that looks into messages, for `</think>` say, does
+    not recognise stand-ins.)
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str):
@@ -163,15 +163,12 @@ class JinjaFormat(ChatFormat):
     def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
         stand_ins = self._stand_ins(messages)
         masked = [dict(m) | {"content": m["content"].translate(stand_ins)} for m in messages]
-        back = {ord(stand_in): char for char, stand_in in stand_ins.items()}
-        text = self._render(messages, add_generation_prompt)
-        safe_text = self._render(masked, add_generation_prompt)
-        pieces = self.tokenizer.split_special(text)
-        safe = self.tokenizer.split_special(safe_text)
-        control = [p for p in pieces if isinstance(p, int)]
-        same = control == [p for p in safe if isinstance(p, int)]
-        if same and safe_text.translate(back) != text:
+        pieces = self.tokenizer.split_special(self._render(messages, add_generation_prompt))
+        safe = self.tokenizer.split_special(self._render(masked, add_generation_prompt))
+        typed = any(_control(self.tokenizer.split_special(m["content"])) for m in messages)
+        if not typed and _control(pieces) == _control(safe):
             return pieces
+        back = {ord(stand_in): char for char, stand_in in stand_ins.items()}
         return [p.translate(back) if isinstance(p, str) else p for p in safe]
 
     def _stand_ins(self, messages: Sequence[Message]) -> dict[int, str]:
@@ -284,6 +281,10 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _control(pieces: Sequence[Piece]) -> list[int]:
+    return [p for p in pieces if isinstance(p, int)]
 
 
 def _environment() -> jinja2.Environment:

@@ -264,14 +264,14 @@ def _read(path: Path, folder: Path) -> Vocabulary:
     file = InputFile(path)
     start = bytes(file.read(0, min(file.size, 64)))
     if start.startswith(b"GGUF"):
-        return _with_pad(read_gguf(open_gguf(path).metadata))
+        return _with_llama3(read_gguf(open_gguf(path).metadata))
     if start.startswith(b"version https://git-lfs"):
         raise ArtifactError("this is a Git LFS pointer and not the file; run `git lfs pull`")
     if not 0 < file.size <= _MAX_FILE_BYTES:
         raise ArtifactError(f"{file.size} bytes, expected 1 to {_MAX_FILE_BYTES}")
     data = bytes(file.read(0, file.size))
     config = _companion(folder, "tokenizer_config.json")
-    if start.lstrip().startswith(b"{"):
+    if re.match(rb'\s*\{\s*["}]', start):
         special = _companion(folder, "special_tokens_map.json")
         vocabulary = read_tokenizer_json(
             parse_json(data, str(path), ArtifactError), special | config
@@ -294,8 +294,8 @@ def _read(path: Path, folder: Path) -> Vocabulary:
     elif (folder / "chat_template.json").exists():
         entry = _companion(folder, "chat_template.json")
         templates = chat_templates_of(entry.get("chat_template"))
-    stops = vocabulary.stop_ids | _stop_ids(vocabulary, folder)
-    return _with_pad(replace(vocabulary, chat_templates=templates, stop_ids=stops))
+    stops = vocabulary.stop_ids | _listed_stops(folder)
+    return _with_llama3(replace(vocabulary, chat_templates=templates, stop_ids=stops))
 
 
 def _companion(folder: Path, name: str) -> dict[str, Any]:
@@ -304,21 +304,22 @@ def _companion(folder: Path, name: str) -> dict[str, Any]:
     return read_json(member_path(folder, name), max_bytes=_MAX_CONFIG_BYTES, error=ArtifactError)
 
 
-def _stop_ids(vocabulary: Vocabulary, folder: Path) -> frozenset[int]:
-    """EOS, Llama 3's ends of a turn, and what generation_config.json (or config.json) adds."""
-    stops = {vocabulary.eos_id} - {None}
-    if "<|eot_id|>" in vocabulary.special_tokens:
-        stops |= {vocabulary.special_tokens.get(name) for name in LLAMA3_STOPS} - {None}
+def _listed_stops(folder: Path) -> set[int]:
+    """What generation_config.json lists; config.json, if that one is silent."""
     for name in ("generation_config.json", "config.json"):
         listed = _companion(folder, name).get("eos_token_id")
         if listed is not None:
             listed = listed if isinstance(listed, list) else [listed]
             if not all(is_int(i) and 0 <= i < 1 << 31 for i in listed):
                 raise ArtifactError(f"{name}: eos_token_id {listed!r:.80}, expected token ids")
-            return frozenset(stops | set(listed))
-    return frozenset(stops)
+            return set(listed)
+    return set()
 
 
-def _with_pad(vocabulary: Vocabulary) -> Vocabulary:
-    pad_id = vocabulary.special_tokens.get(LLAMA3_PAD, vocabulary.pad_id)
-    return replace(vocabulary, pad_id=pad_id)
+def _with_llama3(vocabulary: Vocabulary) -> Vocabulary:
+    """With Llama 3's pad token and all its ends of a turn, whichever file named its tokens."""
+    special = vocabulary.special_tokens
+    if "<|eot_id|>" not in special:
+        return vocabulary
+    stops = vocabulary.stop_ids.union(special[name] for name in LLAMA3_STOPS if name in special)
+    return replace(vocabulary, stop_ids=stops, pad_id=special.get(LLAMA3_PAD, vocabulary.pad_id))

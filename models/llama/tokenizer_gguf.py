@@ -17,7 +17,7 @@ from models.llama.sentencepiece_model import (
 )
 from models.llama.tokenizer_codecs import AddedToken, BPECodec, BPEParts, Codec, SentencePieceCodec
 from models.llama.tokenizer_files import LLAMA3_PATTERN, Vocabulary, looks_like_markup
-from models.llama.tokenizer_json import chat_templates_of, merge_pair
+from models.llama.tokenizer_json import chat_templates_of, merge_pairs
 from utils.errors import ArtifactError, is_int
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -109,7 +109,7 @@ def _gguf_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> BPECode
         BPEParts(
             pipeline=pipeline,
             vocab=vocab,
-            merges=[merge_pair(m) for m in _gguf_array(metadata, "merges", str)],
+            merges=merge_pairs(_gguf_array(metadata, "merges", str)),
             added=added + [AddedToken(i, t, False) for t, i in plain.items()],
             options={"ignore_merges": pre == "llama-bpe"},
             byte_level=True,

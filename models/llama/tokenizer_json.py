@@ -37,7 +37,7 @@ def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
         BPEParts(
             pipeline=_pipeline(spec),
             vocab=vocab,
-            merges=[merge_pair(m) for m in merges],
+            merges=merge_pairs(merges),
             added=added,
             options={k: model[k] for k in options if model.get(k) is not None},
             byte_level=byte_level,
@@ -59,6 +59,7 @@ def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
         bos_id=ids["bos_token"] if ids["bos_token"] is not None else known.get(first),
         eos_id=ids["eos_token"],
         pad_id=ids["pad_token"],
+        stop_ids=frozenset({ids["eos_token"]} - {None}),
         adds_bos=explicit if isinstance(explicit, bool) else first is not None,
         chat_templates=templates,
     )
@@ -125,12 +126,14 @@ def check_ids(vocab: Mapping[str, Any], added: Iterable[AddedToken]) -> None:
             raise ArtifactError(f"token {name!r:.80} with id {i} clashes with {names[i]!r:.80}")
 
 
-def merge_pair(merge: Any) -> tuple[str, str]:
-    """A merge is written as a pair, or in older files as two tokens with a space between."""
-    pair = merge.split(" ") if isinstance(merge, str) else merge
-    if isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair):
-        return pair[0], pair[1]
-    raise ArtifactError(f"merge {merge!r:.80} is not a pair of tokens")
+def merge_pairs(merges: list) -> list[tuple[str, str]]:
+    """Merges as pairs. Older files write a merge as two tokens with a space between."""
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for index, pair in enumerate(pairs):
+        two = isinstance(pair, list) and len(pair) == 2
+        if not two or not isinstance(pair[0], str) or not isinstance(pair[1], str):
+            raise ArtifactError(f"merge {index} is {merges[index]!r:.80}, expected two tokens")
+    return [(a, b) for a, b in pairs]
 
 
 def _pipeline(spec: dict) -> tokenizers.Tokenizer:
