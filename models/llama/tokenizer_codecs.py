@@ -90,11 +90,9 @@ class BPECodec:
         secret = {t.id: f"\ufdd0{nonce}:{t.id}\ufdd1" for t in parts.added if t.control}
         vocab = {secret.get(i, token): i for token, i in parts.vocab.items()}
         vocab |= {secret.get(t.id, t.content): t.id for t in parts.added}
-        merges = [
-            (a, b)
-            for a, b in parts.merges
-            if a not in control and b not in control and a + b not in control
-        ]
+        merges = parts.merges
+        if built := control & parts.vocab.keys():
+            merges = [(a, b) for a, b in merges if not (a in built or b in built or a + b in built)]
         options = dict(parts.options)
         if options.get("unk_token") in control:
             # In a byte-level model an unknown byte is dropped, as llama.cpp does: text must not

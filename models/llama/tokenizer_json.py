@@ -117,21 +117,33 @@ def _added_tokens(spec: dict, config: dict, named: set, templates: str) -> list[
 
 def check_ids(vocab: Mapping[str, Any], added: Iterable[AddedToken]) -> None:
     """Raises ArtifactError unless each token has one id and each id one token."""
-    names: dict[int, str] = {}
-    ids: dict[str, int] = {}
-    for name, i in [*vocab.items(), *((t.content, t.id) for t in added)]:
-        if not is_int(i) or not 0 <= i < 1 << 31:
-            raise ArtifactError(f"token {name!r:.80} has the id {i!r:.80}")
-        if names.setdefault(i, name) != name or ids.setdefault(name, i) != i:
-            raise ArtifactError(f"token {name!r:.80} with id {i} clashes with {names[i]!r:.80}")
+    largest = (1 << 31) - 1
+    if not {type(i) for i in vocab.values()} <= {int}:
+        raise ArtifactError("model.vocab: an id is no integer")
+    names = {i: name for name, i in vocab.items()}
+    if len(names) < len(vocab):
+        name = next(name for name, i in vocab.items() if names[i] != name)
+        raise ArtifactError(f"tokens {name!r:.80} and {names[vocab[name]]!r:.80} have the same id")
+    for token in added:
+        if vocab.get(token.content, token.id) != token.id:
+            raise ArtifactError(
+                f"added token {token.content!r:.80} has the id {token.id}, but "
+                f"{vocab[token.content]} in model.vocab"
+            )
+        if names.setdefault(token.id, token.content) != token.content:
+            raise ArtifactError(
+                f"added token {token.content!r:.80} has the id {token.id} of "
+                f"{names[token.id]!r:.80}"
+            )
+    if names and not 0 <= min(names) <= max(names) <= largest:
+        raise ArtifactError(f"token ids run from {min(names)} to {max(names)}, at most {largest}")
 
 
 def merge_pairs(merges: list) -> list[tuple[str, str]]:
     """Merges as pairs. Older files write a merge as two tokens with a space between."""
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
     for index, pair in enumerate(pairs):
-        two = isinstance(pair, list) and len(pair) == 2
-        if not two or not isinstance(pair[0], str) or not isinstance(pair[1], str):
+        if type(pair) is not list or len(pair) != 2 or not type(pair[0]) is type(pair[1]) is str:
             raise ArtifactError(f"merge {index} is {merges[index]!r:.80}, expected two tokens")
     return [(a, b) for a, b in pairs]
 
