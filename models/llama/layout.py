@@ -163,5 +163,5 @@ def flatten(params: Mapping) -> dict[tuple[str, ...], object]:
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two contiguous arrays are equal to the bit (NaN too, and -0 is not 0)."""
-    raw = lambda x: x.reshape(-1).view(np.uint8)
+    raw = lambda x: x.reshape(-1).view(f"u{x.itemsize}")
     return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(raw(a), raw(b))

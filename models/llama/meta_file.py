@@ -85,19 +85,17 @@ class MetaFolder:
 
         Raises ArtifactError if a file changed, or the shards' copies of a replicated tensor differ.
         """
-        axis = self._axes[name]
-        parts = (shard.read(name) for shard in self._shards)
-        if len(self._shards) == 1:
-            return next(parts)
-        if axis is None:
-            out = next(parts)
-            for shard, part in zip(self._shards[1:], parts):
-                if not same_bits(out, part):
-                    raise ArtifactError(f"{shard.path}: {name!r:.200} differs from shard 00's copy")
+        axis, out = self._axes[name], np.empty(self.shapes[name], self.dtypes[name])
+        if axis is not None:
+            for shard, place in zip(self._shards, np.split(out, len(self._shards), axis)):
+                shard.read_into(name, place)
             return out
-        out = np.empty(self.shapes[name], self.dtypes[name])
-        for place, part in zip(np.split(out, len(self._shards), axis), parts):
-            place[...] = part
+        self._shards[0].read_into(name, out)
+        part = np.empty_like(out)
+        for shard in self._shards[1:]:
+            shard.read_into(name, part)
+            if not same_bits(out, part):
+                raise ArtifactError(f"{shard.path}: {name!r:.200} differs from shard 00's copy")
         return out
 
 
@@ -124,11 +122,13 @@ class _Shard:
         for name, tensor in _unpickle(path).items():
             self.tensors[name] = _locate(f"{path}: tensor {name!r:.200}", tensor, records)
 
-    def read(self, name: str) -> np.ndarray:
-        shape, dtype, offset = self.tensors[name]
-        out = np.empty(shape, dtype)
-        self._file.read_into(offset, memoryview(out.reshape(-1).view(np.uint8)))
-        return out
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fills `out`, which may be any view of the tensor's shape and dtype."""
+        whole = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        raw = memoryview(whole.reshape(-1).view(np.uint8))
+        self._file.read_into(self.tensors[name][2], raw)
+        if whole is not out:
+            out[...] = whole
 
 
 def _records(path: Path, file: InputFile) -> dict[int, int]:
