@@ -210,7 +210,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     cursor.pos = 4
     version = cursor.scalar("I", "the version")
     if version and version & 0xFFFF == 0:
-        cursor.fail("the GGUF file is big-endian; convert it with --bigendian left out")
+        cursor.fail("the GGUF file is big-endian; convert it without --bigendian")
     if version not in (2, 3):
         cursor.fail(f"GGUF version {version} is not supported, expected 2 or 3; convert it anew")
     n_tensors = cursor.count("the number of tensors", _MIN_TENSOR, _MAX_ENTRIES)
@@ -231,12 +231,14 @@ def _check_metadata(cursor: _Cursor, metadata: dict[str, Any]) -> None:
     alignment = metadata.get("general.alignment", 32)
     if not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         cursor.fail(f"general.alignment is {alignment}, expected a power of two from 8 to 65536")
+    if metadata.get("split.count", 0) not in (0, 1):
+        cursor.fail("is one part of a split model; join them with `llama-gguf-split --merge`")
     arrays = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")]
     lengths = {}
     for key in arrays:
         if key in metadata:
             if not isinstance(metadata[key], list):
-                cursor.fail(f"{key} is {metadata[key]!r}, expected an array")
+                cursor.fail(f"{key} is a {type(metadata[key]).__name__}, expected an array")
             lengths[key] = len(metadata[key])
     if len(set(lengths.values())) > 1:
         sizes = ", ".join(f"{key} has {length}" for key, length in lengths.items())

@@ -190,7 +190,7 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
             f"{repo} is neither a folder here nor a public repository of Hugging Face; check the "
             "name, or run `hf auth login` if it is private"
         ) from e
-    except (errors.HTTPError, OSError) as e:
+    except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
             weights = ["config.json", *_SAFETENSORS]

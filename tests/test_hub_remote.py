@@ -1,0 +1,195 @@
+"""resolve() of a Hugging Face id: the real client against a small server of this process."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import types
+import urllib.parse
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from models.llama import hub
+from utils.errors import ArtifactError
+
+ROOT = Path(hub.__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+REPOS = {
+    "org/plain": [*SMALL, "special_tokens_map.json", "chat_template.jinja", "model.safetensors"]
+    + ["README.md", "pytorch_model.bin", "consolidated.00.pth", "params.json", "model.onnx"]
+    + ["onnx/model.safetensors", "original/consolidated.00.pth", "consolidated.safetensors"],
+    "org/sharded": [*SMALL, "model.safetensors.index.json"]
+    + ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+    "org/meta": ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
+    + ["checklist.chk"],
+    "org/gguf": ["README.md", "a-Q4_0.gguf", "a-Q8_0.gguf"],
+    "org/nothing": ["README.md", "config.json", "pytorch_model.bin"],
+    "org/gated": [*SMALL, "model.safetensors"],
+    "org/broken": ["config.json", "model.safetensors"],
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The few requests that huggingface_hub makes to fetch a snapshot."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = urllib.parse.urlparse(self.path).path.strip("/").split("/")
+        api = path[:2] == ["api", "models"]
+        repo = "/".join(path[2:4] if api else path[:2])
+        self.server.asked.append("" if api else "/".join(path[4:]))
+        if repo not in REPOS:
+            self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "none"})
+        elif api and path[4:5] == ["tree"]:
+            oid = lambda name: hashlib.sha1(name.encode()).hexdigest()
+            tree = [dict(path=n, type="file", size=len(n) * 1000, oid=oid(n)) for n in REPOS[repo]]
+            self.answer(200, json.dumps(tree).encode())
+        elif api:
+            siblings = [dict(rfilename=n, size=len(n) * 1000) for n in REPOS[repo]]
+            self.answer(200, json.dumps(dict(id=repo, sha=COMMIT, siblings=siblings)).encode())
+        elif repo == "org/gated":
+            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask"})
+        elif repo == "org/broken" and path[4] == "model.safetensors":
+            self.answer(403, b"{}", {"X-Error-Message": "out of quota"})
+        else:
+            name = "/".join(path[4:])
+            etag = hashlib.sha1(name.encode()).hexdigest()
+            self.answer(200, content(name), {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
+
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] = {}) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def content(name: str) -> bytes:
+    return name.encode() * 1000
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def ask(repo: str, home: Path, endpoint: str, **env: str) -> dict:
+    """resolve(repo) in a process of its own, because the client reads its settings once.
+
+    Returns:
+        what: the path or the error's message; told: the progress; stderr.
+    """
+    code = (
+        "import json, sys; from models.llama import hub\n"
+        "told, names = [], []\n"
+        "try: what = str(hub.resolve(sys.argv[1], lambda *r: told.append(r)))\n"
+        "except hub.ArtifactError as e: what = str(e)\n"
+        "print(json.dumps(dict(what=what, told=told)))"
+    )
+    env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, repo],
+        cwd=ROOT,
+        env=kept | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"stderr": done.stderr}
+
+
+@pytest.fixture
+def fetch(server, tmp_path):
+    url = f"http://127.0.0.1:{server.server_port}"
+    return lambda repo, **env: ask(repo, tmp_path / "hf", env.pop("url", url), **env)
+
+
+TOKENIZER = ["chat_template.jinja", "special_tokens_map.json"]
+
+
+@pytest.mark.parametrize(
+    "repo, names",
+    [
+        ("org/plain", sorted([*SMALL, *TOKENIZER, "model.safetensors"])),
+        ("org/sharded", sorted(REPOS["org/sharded"])),
+        ("org/meta", sorted(set(REPOS["org/meta"]) - {"checklist.chk"})),
+    ],
+)
+def test_fetches_one_kind_of_weights_config_and_tokenizer(fetch, server, repo, names):
+    server.asked.clear()
+    got = fetch(repo)
+    folder = Path(got["what"])
+    assert sorted(os.listdir(folder)) == names
+    assert all((folder / name).read_bytes() == content(name) for name in names)
+    total = sum(len(content(name)) for name in names)
+    assert got["told"][-1] == [f"fetching {repo}", total, total]
+    assert got["stderr"] == ""
+    assert {name for name in server.asked if name} == set(names)
+    # Later starts work without a network too.
+    assert fetch(repo, HF_HUB_OFFLINE="1")["what"] == str(folder)
+    assert fetch(repo, url="http://127.0.0.1:9")["what"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    "repo, message",
+    [
+        ("org/gated", "org/gated is gated: accept its licence on https://huggingface.co/org/gated"),
+        ("org/missing", "org/missing is neither a folder here nor a public repository"),
+        ("org/a--b", "org/a--b is neither a folder here nor a public repository"),
+        ("org/gguf", "no weights that .* `hf download org/gguf a-Q4_0.gguf`"),
+        ("org/nothing", "has no model.*safetensors and no consolidated"),
+        (
+            "org/broken",
+            "cannot fetch org/broken from Hugging Face, and it is not in the cache: .*403",
+        ),
+    ],
+)
+def test_repositories_that_cannot_be_loaded(fetch, repo, message):
+    got = fetch(repo)
+    with pytest.raises(ArtifactError, match=message):
+        raise ArtifactError(got["what"])
+    assert "\n" not in got["what"]
+
+
+def test_no_network_and_nothing_in_the_cache(fetch):
+    for settings in (dict(url="http://127.0.0.1:9"), dict(HF_HUB_OFFLINE="1")):
+        got = fetch("org/plain", **settings)["what"]
+        assert got.startswith("cannot fetch org/plain from Hugging Face") and "\n" not in got
+        assert "--ckpt_dir" in got
+
+
+def test_download_that_breaks_off(monkeypatch):
+    """hf_xet, which fetches big files, reports its failures as RuntimeErrors."""
+
+    def snapshot_download(repo, local_files_only=False, **_):
+        kind = errors.LocalEntryNotFoundError if local_files_only else RuntimeError
+        raise kind("Data processing error: CAS service error\nmore")
+
+    files = [types.SimpleNamespace(rfilename="model.safetensors", size=None)]
+    info = lambda *_, **__: types.SimpleNamespace(siblings=files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ArtifactError, match="cannot fetch org/name .* CAS service error; try"):
+        hub.resolve("org/name")
