@@ -40,16 +40,21 @@ class SentencePieceModel(NamedTuple):
 
 def parse_model(data: bytes) -> SentencePieceModel:
     """Reads a model file. Raises ArtifactError, without a file name, if it is no such file."""
-    pieces, rest, adds_space = [], bytearray(), True
+    pieces, rest, adds_space, seen = [], bytearray(), True, set()
     for number, value, start, end in _fields(data):
         if number == 1 and isinstance(value, bytes):
             pieces.append(_parse_piece(value, len(pieces)))
             continue
         rest += data[start:end]
+        seen.add(number)
         if number == 3 and isinstance(value, bytes):  # NormalizerSpec.add_dummy_prefix
             adds_space = next((bool(v) for n, v, _, _ in _fields(value) if n == 3), True)
-    if not pieces:
-        raise ArtifactError("not a sentencepiece model: it has no pieces")
+    # They follow the pieces: a file cut between two pieces lacks them.
+    if not pieces or not seen >= {2, 3}:
+        raise ArtifactError(
+            f"not a sentencepiece model, or truncated: {len(pieces)} pieces, "
+            "and no TrainerSpec or no NormalizerSpec"
+        )
     return SentencePieceModel(pieces, adds_space, bytes(rest))
 
 

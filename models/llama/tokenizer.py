@@ -271,11 +271,11 @@ def _read(path: Path, folder: Path) -> Vocabulary:
         raise ArtifactError(f"{file.size} bytes, expected 1 to {_MAX_FILE_BYTES}")
     data = bytes(file.read(0, file.size))
     config = _companion(folder, "tokenizer_config.json")
+    templates = _chat_templates(folder, config)
     if re.match(rb'\s*\{\s*["}]', start):
-        special = _companion(folder, "special_tokens_map.json")
-        vocabulary = read_tokenizer_json(
-            parse_json(data, str(path), ArtifactError), special | config
-        )
+        config = _companion(folder, "special_tokens_map.json") | config
+        spec = parse_json(data, str(path), ArtifactError)
+        vocabulary = read_tokenizer_json(spec, config, templates.values())
     elif re.match(rb"[A-Za-z0-9+/=]+ ", start):
         vocabulary = read_tiktoken(data)
     elif start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
@@ -285,17 +285,19 @@ def _read(path: Path, folder: Path) -> Vocabulary:
             f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
             "tiktoken or sentencepiece tokenizer.model, or GGUF"
         )
-    templates = chat_templates_of(config.get("chat_template"))
-    if (folder / "chat_template.jinja").exists():
-        source = InputFile(member_path(folder, "chat_template.jinja"))
-        if source.size > _MAX_CONFIG_BYTES:
-            raise ArtifactError(f"{source.path} has {source.size} bytes")
-        templates = {"default": decode_utf8(source.read(0, source.size), str(source.path))}
-    elif (folder / "chat_template.json").exists():
-        entry = _companion(folder, "chat_template.json")
-        templates = chat_templates_of(entry.get("chat_template"))
     stops = vocabulary.stop_ids | _listed_stops(folder)
     return _with_llama3(replace(vocabulary, chat_templates=templates, stop_ids=stops))
+
+
+def _chat_templates(folder: Path, config: dict) -> dict[str, str]:
+    """Templates by name, from the first place that has any, in transformers' order."""
+    if (folder / "chat_template.jinja").exists():
+        file = InputFile(member_path(folder, "chat_template.jinja"))
+        if file.size > _MAX_CONFIG_BYTES:
+            raise ArtifactError(f"{file.path} has {file.size} bytes, at most {_MAX_CONFIG_BYTES}")
+        return {"default": decode_utf8(bytes(file.read(0, file.size)), str(file.path))}
+    entry = _companion(folder, "chat_template.json") or config
+    return chat_templates_of(entry.get("chat_template"))
 
 
 def _companion(folder: Path, name: str) -> dict[str, Any]:

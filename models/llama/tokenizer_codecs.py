@@ -94,6 +94,8 @@ class BPECodec:
         if built := control & parts.vocab.keys():
             merges = [(a, b) for a, b in merges if not (a in built or b in built or a + b in built)]
         options = dict(parts.options)
+        if "unk_token" in options and options["unk_token"] not in parts.vocab.keys() | control:
+            raise ArtifactError(f"unk_token {options['unk_token']!r:.80} is not in the vocabulary")
         if options.get("unk_token") in control:
             # In a byte-level model an unknown byte is dropped, as llama.cpp does: text must not
             # become a control token, and the unknown token is often the end of text.

@@ -89,7 +89,7 @@ def _gguf_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> BPECode
     if pre is None:
         warnings.warn("the GGUF file names no tokenizer.ggml.pre: using 'default', as llama.cpp")
         pre = "default"
-    if pre not in GGUF_PATTERNS:
+    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
         raise ArtifactError(
             f"tokenizer.ggml.pre is {pre!r:.80}; known: {', '.join(sorted(GGUF_PATTERNS))}; "
             "pass --tokenizer_path with the tokenizer of the original model"

@@ -1,6 +1,7 @@
 """Reads the tokenizer of a Hugging Face `tokenizer.json`."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from models.llama.tokenizer_files import Vocabulary, looks_like_markup
 from utils.errors import ArtifactError, is_int
 
 
-def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
+def read_tokenizer_json(spec: dict, config: dict, templates: Iterable[str] = ()) -> Vocabulary:
     """A Hugging Face `tokenizer.json` that holds a byte-pair encoding.
 
     Args:
         spec: the file.
         config: `tokenizer_config.json`, or an empty dict.
+        templates: the checkpoint's chat templates: what they write are control tokens.
     """
     model = spec.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
@@ -27,9 +29,8 @@ def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
     vocab, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ArtifactError("model.vocab must be an object and model.merges a list")
-    templates = chat_templates_of(config.get("chat_template"))
     names = {k: token_name(config, k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    added = _added_tokens(spec, config, set(names.values()), "\0".join(templates.values()))
+    added = _added_tokens(spec, config, set(names.values()), "\0".join(templates))
     check_ids(vocab, added)
     byte_level, strips = _spelling(spec.get("decoder"))
     options = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
@@ -61,7 +62,6 @@ def read_tokenizer_json(spec: dict, config: dict) -> Vocabulary:
         pad_id=ids["pad_token"],
         stop_ids=frozenset({ids["eos_token"]} - {None}),
         adds_bos=explicit if isinstance(explicit, bool) else first is not None,
-        chat_templates=templates,
     )
 
 
@@ -93,26 +93,32 @@ def _added_tokens(spec: dict, config: dict, named: set, templates: str) -> list[
     Those marked special are, and those with a role. Of the others, tags are and what a chat
     template writes: not a run of spaces, which is text.
     """
-    listed = list(spec.get("added_tokens") or [])
-    seen = {t.get("content") for t in listed if isinstance(t, dict)}
-    for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
-        if isinstance(entry, dict) and entry.get("content") not in seen and token_id.isdigit():
+    listed = list(_typed(spec.get("added_tokens"), list, "added_tokens"))
+    for token_id, entry in _typed(config.get("added_tokens_decoder"), dict, "added tokens").items():
+        if isinstance(entry, dict) and re.fullmatch("[0-9]{1,10}", token_id):
             listed.append(entry | {"id": int(token_id)})
     vocab = spec["model"]["vocab"]
-    seen = {t.get("content") for t in listed if isinstance(t, dict)}
-    for name in sorted(n for n in named if n in vocab and n not in seen):
-        listed.append({"id": vocab[name], "content": name, "special": True})
-    added = []
+    listed += [{"id": vocab[name], "content": name} for name in sorted(named & vocab.keys())]
+    added: dict[str, AddedToken] = {}
     for entry in listed:
         content = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(content, str) or not content or not is_int(entry.get("id")):
             raise ArtifactError(f"added token {entry!r:.120} has no id or no content")
         control = entry.get("special") is True or content in named or looks_like_markup(content)
         control = control or (not content.isspace() and content in templates)
-        flags = ("lstrip", "rstrip", "single_word", "normalized")
-        switches = {f: entry.get(f) is True for f in flags}
-        added.append(AddedToken(entry["id"], content, control, **switches))
-    return added
+        flags = {f: entry.get(f) is True for f in ("lstrip", "rstrip", "single_word", "normalized")}
+        token = AddedToken(entry["id"], content, control, **flags)
+        if added.setdefault(content, token).id != token.id:
+            raise ArtifactError(
+                f"added token {content!r:.80} has the ids {added[content].id} and {token.id}"
+            )
+    return list(added.values())
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ArtifactError(f"{what} is {value!r:.80}, expected {kind.__name__}")
+    return kind() if value is None else value
 
 
 def check_ids(vocab: Mapping[str, Any], added: Iterable[AddedToken]) -> None:
@@ -168,15 +174,19 @@ def _pipeline(spec: dict) -> tokenizers.Tokenizer:
 
 
 def _parts_of(component: Any, key: str) -> list[dict]:
-    if not isinstance(component, dict):
-        return []
-    parts = component.get(key) if component.get("type") == "Sequence" else [component]
-    return [p for p in parts or [] if isinstance(p, dict)]
+    """The steps of a decoder or post-processor: of a sequence all, else itself."""
+    component = _typed(component, dict, key)
+    parts = (
+        _typed(component.get(key), list, key)
+        if "Sequence" == component.get("type")
+        else [component]
+    )
+    return [p for p in parts if isinstance(p, dict) and isinstance(p.get("type"), str)]
 
 
 def _spelling(decoder: Any) -> tuple[bool, bool]:
     """From the decoder: whether tokens are in the byte alphabet, whether a first space goes."""
-    parts = {p.get("type"): p for p in _parts_of(decoder, "decoders")}
+    parts = {p["type"]: p for p in _parts_of(decoder, "decoders")}
     if list(parts) == ["ByteLevel"]:
         return True, False
     if parts and parts.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
@@ -190,7 +200,7 @@ def _first_special(post_processor: Any) -> str | None:
     """The special token that the file's template puts before a text."""
     for part in _parts_of(post_processor, "processors"):
         single = part.get("single")
-        if part.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
+        if part["type"] == "TemplateProcessing" and isinstance(single, list) and single:
             first = single[0].get("SpecialToken") if isinstance(single[0], dict) else None
             if isinstance(first, dict) and isinstance(first.get("id"), str):
                 return first["id"]
