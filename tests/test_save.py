@@ -1,0 +1,279 @@
+"""save_checkpoint: bit-equal through transformers and Meta's layout, whole or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.llama import save
+from models.llama.config import ModelConfig
+from models.llama.load import load_checkpoint, save_checkpoint
+from tests import tiny
+from utils.errors import CheckpointError, ConfigError
+from utils.files import atomic_directory, atomic_file
+from utils.rope import RopeScaling
+
+
+def loaded(name: str):
+    """(config, params) of a tiny checkpoint."""
+    return load_checkpoint(tiny.hf_model(name)[0])
+
+
+def assert_same(a, b) -> None:
+    """Two trees are equal to the bit."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_transformers_reads_it_back(tmp_path, name):
+    _, model = tiny.hf_model(name)
+    config, params = loaded(name)
+    save_checkpoint(tmp_path / "out", config, params)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", attn_implementation="eager"
+    )
+    want = model.state_dict()
+    got = theirs.state_dict()
+    assert set(got) == set(want)
+    for key, weight in got.items():
+        assert torch.equal(weight.float(), want[key]), key
+    assert str(next(theirs.parameters()).dtype) == f"torch.{params['embed'].dtype.name}"
+    assert theirs.config.rope_parameters == model.config.rope_parameters
+    tokens = torch.arange(96)[None] % 160
+    assert torch.equal(theirs.float()(tokens).logits, model(tokens).logits)
+    config_again, params_again = load_checkpoint(tmp_path / "out")
+    assert config_again == config
+    assert_same(params_again, params)
+
+
+@pytest.mark.parametrize("name", ["gqa", "bf16", "f16", "llama3_meta"])
+def test_meta_layout(tmp_path, name):
+    _, model = tiny.hf_model(name)
+    config, params = loaded(name)
+    save_checkpoint(tmp_path / "out", config, params, format="meta")
+    state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
+    want = tiny.meta_state(model)
+    assert set(state) == set(want)
+    for key, weight in state.items():
+        assert torch.equal(weight.float(), want[key]), key
+    theirs = json.loads((tmp_path / "out" / "params.json").read_text())
+    for key, value in tiny.meta_params(model).items():
+        assert key == "multiple_of" or theirs[key] == value
+    config_again, params_again = load_checkpoint(tmp_path / "out")
+    assert config_again.rope_scaling == config.rope_scaling
+    assert_same(params_again, params)
+
+
+def test_meta_layout_of_a_tied_model_has_the_head_that_metas_code_loads(tmp_path):
+    config, params = loaded("tied")
+    save_checkpoint(tmp_path / "out", config, params, format="meta")
+    state = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
+    assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])
+    config_again, params_again = load_checkpoint(tmp_path / "out")
+    assert config_again.tie_embeddings
+    assert_same(params_again, params)
+
+
+@pytest.mark.parametrize("limit", [1, 30_000, 100_000, 10**6])
+def test_shards(tmp_path, limit):
+    config, params = loaded("gqa")
+    save_checkpoint(tmp_path / "out", config, params, max_shard_bytes=limit)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    largest = 192 * 64 * 4
+    assert all(file.stat().st_size <= max(limit, largest) + 4000 for file in shards)
+    assert (len(shards) == 1) == (limit == 10**6)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(shards) > 1)
+    if len(shards) > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert index["metadata"]["total_size"] == total
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for key, weight in tiny.hf_model("gqa")[1].state_dict().items():
+        assert torch.equal(model.state_dict()[key], weight)
+    assert_same(load_checkpoint(tmp_path / "out")[1], params)
+
+
+def test_nan_and_negative_zero_survive(tmp_path):
+    config, params = loaded("bf16")
+    odd = np.array([np.nan, -0.0, np.inf, 1e-40], ml_dtypes.bfloat16)
+    odd.view(np.uint16)[0] = 0xFFC1  # a NaN with a sign and a payload
+    params["final_norm"] = params["final_norm"].at[:4].set(odd)
+    bits = np.asarray(params["final_norm"]).tobytes()
+    for format in ("hf", "meta"):
+        save_checkpoint(tmp_path / format, config, params, format=format)
+        with pytest.warns(UserWarning, match="NaN or infinity"):
+            _, again = load_checkpoint(tmp_path / format)
+        assert np.asarray(again["final_norm"]).tobytes() == bits
+
+
+def test_other_files(tmp_path):
+    config, params = loaded("gqa")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    generation = {"eos_token_id": [1, 2]}
+    save_checkpoint(
+        tmp_path / "out",
+        config,
+        params,
+        tokenizer_files=[tokenizer],
+        generation_config=generation,
+    )
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
+
+
+def wrong_params(config, params):
+    yield "layers/attn/wq is missing", params | {"layers": params["layers"] | {"attn": {}}}
+    yield "lm_head is missing", {k: v for k, v in params.items() if k != "lm_head"}
+    yield "extra is no parameter", params | {"extra": params["embed"]}
+    yield r"embed is \[64, 160\], expected \[160, 64\]", params | {"embed": params["embed"].T}
+    yield "final_norm has dtype int32", params | {"final_norm": params["final_norm"].astype(int)}
+
+
+def test_params_that_do_not_fit_the_config(tmp_path):
+    config, params = loaded("gqa")
+    for message, wrong in wrong_params(config, params):
+        with pytest.raises(ConfigError, match=message):
+            save_checkpoint(tmp_path / "out", config, wrong)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["biases", "gelu", "linear", "head_dim", "llama3_8"])
+def test_what_metas_layout_cannot_say_is_refused(tmp_path, name):
+    config, params = loaded(name)
+    with pytest.raises(ConfigError, match="export with format='hf'"):
+        save_checkpoint(tmp_path / "out", config, params, format="meta")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments(tmp_path):
+    config, params = loaded("gqa")
+    with pytest.raises(ConfigError, match="format='gguf'"):
+        save_checkpoint(tmp_path / "out", config, params, format="gguf")
+    with pytest.raises(ConfigError, match="max_shard_bytes=0"):
+        save_checkpoint(tmp_path / "out", config, params, max_shard_bytes=0)
+    scaling = RopeScaling(kind="factors", factors=(1.0,) * 8)
+    fields = {f: getattr(config, f) for f in ModelConfig.__dataclass_fields__}
+    with pytest.raises(ConfigError, match="RoPE factors"):
+        save_checkpoint(
+            tmp_path / "out", ModelConfig(**fields | dict(rope_scaling=scaling)), params
+        )
+
+
+def test_existing_folder(tmp_path):
+    config, params = loaded("gqa")
+    out = tmp_path / "out"
+    out.mkdir()
+    save_checkpoint(out, config, params)  # empty: fine
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already; pass overwrite=True"):
+        save_checkpoint(out, config, params)
+    assert (out / "notes.txt").read_text() == "mine"
+    save_checkpoint(out, config, params, overwrite=True)
+    assert not (out / "notes.txt").exists()
+    assert_same(load_checkpoint(out)[1], params)
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_checkpoint(out / "config.json", config, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_failure_leaves_what_was_there(tmp_path, monkeypatch, overwrite, error):
+    config, params = loaded("gqa")
+    out, calls = tmp_path / "out", []
+    if overwrite:
+        save_checkpoint(out, config, params)
+
+    def write_then_fail(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        write(*args)
+
+    write = save._write_shard
+    monkeypatch.setattr(save, "_write_shard", write_then_fail)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)) as e:
+        save_checkpoint(out, config, params, max_shard_bytes=50_000, overwrite=overwrite)
+    assert not isinstance(error, OSError) or "out: No space left" in str(e.value)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    if overwrite:
+        assert_same(load_checkpoint(out)[1], params)
+
+
+def test_unwritable_place(tmp_path):
+    config, params = loaded("gqa")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_checkpoint(tmp_path / "file" / "out", config, params)
+    with pytest.raises(CheckpointError, match="cannot write .*no-tokenizer|No such file"):
+        save_checkpoint(
+            tmp_path / "out", config, params, tokenizer_files=[tmp_path / "no-tokenizer"]
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_are_on_disk_before_the_folder_appears(tmp_path, monkeypatch):
+    """fsync of every file, of the folder, then the rename, then fsync of the parent."""
+    events = []
+
+    def named(fd) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{fd}")).name
+
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(named(fd)) or fsync(fd))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: events.append(f"-> {Path(b).name}") or rename(a, b)
+    )
+    save_checkpoint(tmp_path / "out", *loaded("gqa"))
+    assert {*events[:2]} == {"config.json", "model.safetensors"}
+    assert events[2].startswith(".out.tmp-")
+    assert events[3:] == ["-> out", tmp_path.name]
+
+
+def test_atomic_file(tmp_path):
+    path = tmp_path / "x"
+    with atomic_file(path) as f:
+        f.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    with pytest.raises(RuntimeError), atomic_file(path) as f:
+        f.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_atomic_directory_puts_the_old_one_back(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    path.mkdir()
+    (path / "old").touch()
+    rename = os.rename
+
+    def fail(a, b):
+        if Path(b) == path and ".tmp-" in str(a):
+            raise OSError(5, "Input/output error")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"), atomic_directory(path, overwrite=True):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "old"]
+
+
+def test_saved_from_a_checkpoint_in_the_same_place(tmp_path):
+    """Parameters do not refer to the file they came from."""
+    shutil.copytree(tiny.hf_model("gqa")[0], tmp_path / "model")
+    config, params = load_checkpoint(tmp_path / "model")
+    save_checkpoint(tmp_path / "model", config, params, overwrite=True)
+    assert_same(load_checkpoint(tmp_path / "model")[1], params)
