@@ -84,12 +84,19 @@ def hf_model(name: str) -> tuple[Path, LlamaForCausalLM]:
     """
     path = cache_dir() / name
     model = random_model(LlamaConfig(**(BASE | VARIANTS[name])))
-    model = model.to(_DTYPES.get(name, torch.float32))
+    cast_parameters(model, _DTYPES.get(name, torch.float32))
     sharded = dict(max_shard_size="100KB") if name == "sharded" else {}
     model.save_pretrained(path, **sharded)
     if name.startswith("old_"):
         write_old_dialect(path)
-    return path, model.float()
+    cast_parameters(model, torch.float32)
+    return path, model
+
+
+def cast_parameters(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
+    """Casts the weights alone: model.to() would round RoPE's frequencies too."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def random_model(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
