@@ -1,5 +1,6 @@
 """Chats against transformers, Meta's reference and llama.cpp; hostile messages and templates."""
 
+import copy
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.llama.chat_format import MAX_TEMPLATE_CHARS, chat_format_for
 from models.llama.tokenizer import load_tokenizer
+from models.llama.tokenizer_json import chat_templates_of
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -85,16 +87,22 @@ def make(tmp_path_factory, default_model_path):
 
     def build(kind: str, template, twin: bool = False):
         spec, bos, eos = specs[kind]
-        key = kind, repr(template), twin
+        listed = template if isinstance(template, list) else None
+        key = kind, repr(listed), twin
         if key not in cache:
             folder = tmp_path_factory.mktemp(kind)
             (folder / "tokenizer.json").write_text(spec)
-            config = {"bos_token": bos, "eos_token": eos, "chat_template": template}
+            config = {"bos_token": bos, "eos_token": eos, "chat_template": listed}
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             (folder / "tokenizer_config.json").write_text(json.dumps(config))
             load = PreTrainedTokenizerFast.from_pretrained if twin else load_tokenizer
             cache[key] = load(folder)
-        return cache[key]
+        tokenizer = cache[key] if twin else copy.copy(cache[key])
+        if isinstance(template, str) and twin:
+            tokenizer.chat_template = template
+        elif isinstance(template, str):
+            tokenizer.chat_templates = {"default": template}
+        return tokenizer
 
     build.smollm_template = metadata["tokenizer.chat_template"]
     return build
@@ -360,7 +368,25 @@ def test_a_format_is_never_guessed(make):
     assert chat_format_for(make("smollm", with_default)).render(chat("a")) == "D"
     for broken in (5, [1], [{"name": "x"}], {"a": "b"}):
         with pytest.raises(ArtifactError, match="chat_template is neither"):
-            make("smollm", broken)
+            chat_templates_of(broken)
+
+
+@pytest.mark.covers("B16")
+def test_where_templates_are_found(tmp_path):
+    """In transformers' order: a file of its own, chat_template.json, tokenizer_config.json."""
+    (tmp_path / "tokenizer.model").write_bytes(oracle.sentencepiece_model())
+    assert load_tokenizer(tmp_path).chat_template is None
+    for name, content in (
+        ("tokenizer_config.json", '{"chat_template": "A"}'),
+        ("chat_template.json", '{"chat_template": "B"}'),
+        ("chat_template.jinja", "C"),
+    ):
+        (tmp_path / name).write_text(content)
+        expected = content if content == "C" else json.loads(content)["chat_template"]
+        assert load_tokenizer(tmp_path).chat_template == expected
+    (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
+    with pytest.raises(ArtifactError, match="chat_template.jinja is not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.covers("B16")

@@ -192,6 +192,25 @@ def test_mutated_sentencepiece(data):
     tokenizer.decode(range(tokenizer.vocab_size))
 
 
+@pytest.mark.covers("B4")
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("added_tokens.json", {"<|im_end|>": 380}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"380": {"content": "<|im_end|>"}}}),
+    ],
+)
+def test_tokens_that_were_added_to_sentencepiece(tmp_path, name, content):
+    (tmp_path / "tokenizer.model").write_bytes(oracle.sentencepiece_model())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"1": {"content": "<s>"}}})
+    )
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match="adds tokens that tokenizer.model does not hold"):
+        load_tokenizer(tmp_path)
+
+
 # tokenizer.json ------------------------------------------------------------------------------
 
 
@@ -405,6 +424,18 @@ def test_gguf_without_a_name_for_the_pre_tokenizer_warns():
     del metadata["tokenizer.ggml.pre"]
     with pytest.warns(UserWarning, match="names no tokenizer.ggml.pre: using 'default'"):
         assert Tokenizer(read_gguf(metadata)).encode("t") == [151]
+
+
+@pytest.mark.covers("B7")
+def test_eos_of_gguf_is_a_control_token_whatever_its_type():
+    metadata = small_gguf()
+    metadata["tokenizer.ggml.merges"] += ["< e", "<e >"]
+    metadata["tokenizer.ggml.tokens"].insert(0, "<e")
+    metadata["tokenizer.ggml.token_type"] = [1] * 165
+    metadata["tokenizer.ggml.eos_token_id"] = 164
+    tokenizer = Tokenizer(read_gguf(metadata))
+    assert tokenizer.special_tokens == {"<e>": 164}
+    assert 164 not in tokenizer.encode("<e>") and tokenizer.decode(tokenizer.encode("<e>")) == "<e>"
 
 
 @pytest.mark.covers("A32")

@@ -19,7 +19,7 @@ from models.llama.tokenizer_files import (
 )
 from models.llama.tokenizer_gguf import read_gguf
 from models.llama.tokenizer_json import chat_templates_of, read_tokenizer_json
-from utils.errors import ArtifactError, DataError, SamplingError, is_int
+from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
 
 # Far above any real tokenizer: weights passed by mistake are refused before they are read.
@@ -224,22 +224,18 @@ def check_text(text: str, where: str) -> None:
         ) from e
 
 
-def decode_utf8(data: bytes, where: str) -> str:
+def decode_utf8(data: bytes, where: str, error: type[AltiplanoError] = DataError) -> str:
     """Strict UTF-8, without a byte order mark.
 
     Args:
         data: bytes of a file or of stdin.
         where: what the error names.
-
-    Raises:
-        DataError: with the offset of the first byte that is wrong.
+        error: what is raised, with the offset of the first byte that is wrong.
     """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as e:
-        raise DataError(
-            f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}"
-        ) from e
+        raise error(f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}") from e
 
 
 def _find(folder: Path) -> Path:
@@ -280,6 +276,13 @@ def _read(path: Path, folder: Path) -> Vocabulary:
         vocabulary = read_tiktoken(data)
     elif start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
         vocabulary = read_sentencepiece(data)
+        added = [*_companion(folder, "added_tokens.json").values()]
+        added += config.get("added_tokens_decoder") or []
+        if any(int(i) >= vocabulary.codec.vocab_size for i in map(str, added) if i.isdigit()):
+            raise ArtifactError(
+                "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
+                "not hold; save a tokenizer.json with transformers, beside it"
+            )
     else:
         raise ArtifactError(
             f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
@@ -295,7 +298,8 @@ def _chat_templates(folder: Path, config: dict) -> dict[str, str]:
         file = InputFile(member_path(folder, "chat_template.jinja"))
         if file.size > _MAX_CONFIG_BYTES:
             raise ArtifactError(f"{file.path} has {file.size} bytes, at most {_MAX_CONFIG_BYTES}")
-        return {"default": decode_utf8(bytes(file.read(0, file.size)), str(file.path))}
+        source = decode_utf8(bytes(file.read(0, file.size)), str(file.path), ArtifactError)
+        return {"default": source}
     entry = _companion(folder, "chat_template.json") or config
     return chat_templates_of(entry.get("chat_template"))
 

@@ -11,11 +11,12 @@ from models.llama.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
+    USER_DEFINED,
     Piece,
     bpe_model,
     serialize_model,
 )
-from models.llama.tokenizer_codecs import AddedToken, BPECodec, BPEParts, Codec, SentencePieceCodec
+from models.llama.tokenizer_codecs import AddedToken, BPECodec, BPEParts, SentencePieceCodec
 from models.llama.tokenizer_files import LLAMA3_PATTERN, Vocabulary, looks_like_markup
 from models.llama.tokenizer_json import chat_templates_of, merge_pairs
 from utils.errors import ArtifactError, is_int
@@ -28,7 +29,6 @@ GGUF_PATTERNS = {
     "llama-bpe": (LLAMA3_PATTERN,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED = 2, 3, 4
 
 
 def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -42,7 +42,6 @@ def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
         raise ArtifactError(
             f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
         )
-    codec = (_gguf_bpe if kind == "gpt2" else _gguf_sentencepiece)(metadata, tokens, types)
     ids = {}
     for name in ("bos", "eos", "eot", "eom", "padding"):
         i = metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -51,17 +50,25 @@ def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
                 f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
             )
         ids[name] = i
-    pre = metadata.get("tokenizer.ggml.pre")
+    stop_ids = frozenset(ids[k] for k in ("eos", "eot", "eom") if ids[k] is not None)
+    control = {
+        token: i
+        for i, (token, kind_of) in enumerate(zip(tokens, types))
+        if kind_of == CONTROL
+        or (kind_of == USER_DEFINED and looks_like_markup(token))
+        or i in stop_ids
+        or i == ids["bos"]
+    }
+    read = _bpe_codec if kind == "gpt2" else _sentencepiece_codec
+    implied_bos = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
     return Vocabulary(
-        codec=codec,
-        special_tokens=_gguf_control(tokens, types),
+        codec=read(metadata, tokens, types, control),
+        special_tokens=control,
         bos_id=ids["bos"],
         eos_id=ids["eos"],
         pad_id=ids["padding"],
-        stop_ids=frozenset(ids[k] for k in ("eos", "eot", "eom") if ids[k] is not None),
-        adds_bos=bool(
-            metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
-        ),
+        stop_ids=stop_ids,
+        adds_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", implied_bos)),
         chat_templates=chat_templates_of(metadata.get("tokenizer.chat_template")),
     )
 
@@ -76,15 +83,9 @@ def _gguf_array(metadata: Mapping, name: str, kind: type, default: list | None =
     return values
 
 
-def _gguf_control(tokens: list[str], types: list[int]) -> dict[str, int]:
-    return {
-        t: i
-        for i, (t, kind) in enumerate(zip(tokens, types))
-        if kind == GGUF_CONTROL or (kind == GGUF_USER_DEFINED and looks_like_markup(t))
-    }
-
-
-def _gguf_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> BPECodec:
+def _bpe_codec(
+    metadata: Mapping, tokens: list[str], types: list[int], control: Mapping[str, int]
+) -> BPECodec:
     pre = metadata.get("tokenizer.ggml.pre")
     if pre is None:
         warnings.warn("the GGUF file names no tokenizer.ggml.pre: using 'default', as llama.cpp")
@@ -97,8 +98,7 @@ def _gguf_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> BPECode
     vocab = {t: i for i, t in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise ArtifactError("tokenizer.ggml.tokens: a token appears twice")
-    control = _gguf_control(tokens, types)
-    plain = {t: i for t, i in vocab.items() if types[i] == GGUF_USER_DEFINED and t not in control}
+    plain = {t: i for t, i in vocab.items() if types[i] == USER_DEFINED and t not in control}
     added = [AddedToken(i, t, True) for t, i in control.items()]
     pipeline = tokenizers.Tokenizer(tokenizers.models.BPE())
     pipeline.pre_tokenizer = pre_tokenizers.Sequence(
@@ -118,7 +118,9 @@ def _gguf_bpe(metadata: Mapping, tokens: list[str], types: list[int]) -> BPECode
     )
 
 
-def _gguf_sentencepiece(metadata: Mapping, tokens: list[str], types: list[int]) -> Codec:
+def _sentencepiece_codec(
+    metadata: Mapping, tokens: list[str], types: list[int], control: Mapping[str, int]
+) -> SentencePieceCodec:
     scores = _gguf_array(metadata, "scores", float)
     if len(scores) != len(tokens):
         raise ArtifactError(
@@ -126,7 +128,6 @@ def _gguf_sentencepiece(metadata: Mapping, tokens: list[str], types: list[int]) 
         )
     if not all(NORMAL <= kind <= BYTE for kind in types):
         raise ArtifactError("tokenizer.ggml.token_type: expected types 1 to 6")
-    control = _gguf_control(tokens, types)
     pieces = [
         Piece(t, score, CONTROL if t in control else kind)
         for t, score, kind in zip(tokens, scores, types)
