@@ -1,123 +1,40 @@
 """Text from a checkpoint: the command line, and `generate`, the function everything samples with.
 
-One decode step (`_decode`'s body) serves the batch, the stream and the RL rollout.
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
-import dataclasses
-import functools
+import json as jsonlib
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import flax.struct
+import fire
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import console
 import sampling
-from models.llama.model import LLaMa, Params, init_cache, unstack_layers
-from utils.errors import SamplingError, is_int
-from utils.kvcache import KVCache, check_capacity
+from decoding import STOP, Completions, Generation, GenerationConfig
+from models.llama.chat_format import chat_format_for
+from models.llama.hub import DEFAULT_MODEL
+from models.llama.model import LLaMa, Params
+from models.llama.tokenizer import Tokenizer, decode_utf8
+from utils import memory
+from utils.errors import ConfigError, DataError, SamplingError, is_int
+from utils.files import InputFile, parse_json
 
 Array = jax.Array
 
-RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
-REASONS = {RUNNING: "running", STOP: "stop", LENGTH: "length"}
+# Decode steps between two looks at the text for stop strings, and two reports of progress.
+STRIDE = 8
 
-# Decode steps between two looks at the text for stop strings.
-STOP_STRING_STRIDE = 8
+# What stdin may hold: far more than any context.
+MAX_STDIN_BYTES = 16 << 20
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How far to generate; none of these numbers recompiles but n.
-
-    Attributes:
-        max_new_tokens: tokens a row at most; None: as many as the context holds. A number above the
-            context length is cut to what it holds.
-        max_seq_len: prompt and completion together; None: the model's.
-        n: samples a prompt, from one prefill.
-        stop_ids: any of these ends a row; it is the completion's last token.
-        stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
-        vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
-            the tokenizer has tokens; None: all rows are tokens.
-    """
-
-    max_new_tokens: int | None = 256
-    max_seq_len: int | None = None
-    n: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    stop_strings: tuple[str, ...] = ()
-    vocab_limit: int | None = None
-
-    def __post_init__(self):
-        bad = []
-        for name, least in dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1).items():
-            value = getattr(self, name)
-            if value is not None and (not is_int(value) or value < least):
-                bad.append(f"{name}={value!r}, expected an integer of at least {least}")
-        if self.n is None:
-            bad.append("n=None, expected an integer of at least 1")
-        if any(not isinstance(s, str) or not s for s in self.stop_strings):
-            bad.append(f"stop={list(self.stop_strings)!r}: a stop string must not be empty")
-        if bad:
-            raise SamplingError("; ".join(bad))
-
-
-@dataclasses.dataclass(frozen=True)
-class Completions:
-    """What `generate` returns: row i · n + j is sample j of prompt i.
-
-    Attributes:
-        tokens: [R, W] int32, zeros after a row's length.
-        lengths: [R] int32, tokens up to and including the stop id.
-        logprobs: [R, W] float32, under the sampler's distribution before truncation.
-        finish_reason: "stop" or "length" a row.
-        stop_text: for a row that a stop string ended, its text up to that string; else None.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: list[str]
-    stop_text: list[str | None]
-
-    def row(self, i: int) -> list[int]:
-        """The tokens of row i, without padding."""
-        return self.tokens[i, : self.lengths[i]].tolist()
-
-
-@flax.struct.dataclass
-class DecodeState:
-    """All that a decode step reads and writes; donated from step to step.
-
-    Attributes:
-        cache: R rows; the last sampled token of each is not in it yet.
-        keys_R: one PRNG key a row, folded with the row's count for each draw.
-        tokens_RS, logprobs_RS: what was sampled so far.
-        counts_R: how many of them.
-        limits_R: at how many a row stops.
-        reason_R: RUNNING, or why the row ended.
-        seen_RV: tokens of prompt and completion, for a repetition penalty; else None.
-    """
-
-    cache: KVCache
-    keys_R: Array
-    tokens_RS: Array
-    logprobs_RS: Array
-    counts_R: Array
-    limits_R: Array
-    reason_R: Array
-    seen_RV: Array | None
-
-
-@flax.struct.dataclass
-class Rules:
-    """What is the same for all steps: the sampler, the stop ids (padded with -1), the vocabulary."""
-
-    sampler: sampling.Sampler
-    stop_ids: Array
-    vocab_limit: Array
+DEFAULT_QUESTION = "What is the capital of France?"
 
 
 def generate(
@@ -155,14 +72,7 @@ def generate(
     """
     run = Generation(model, params, sampler, config)
     run.start(prompts, key=key)
-    if config.stop_strings:
-        watch = StopStrings(config.stop_strings, tokenizer, run.rows)
-        while run.running:
-            run.advance(STOP_STRING_STRIDE)
-            watch.look(run)
-        return run.completions(watch.texts)
-    run.advance()
-    return run.completions()
+    return finish(run, tokenizer)
 
 
 def stream(
@@ -180,258 +90,313 @@ def stream(
     yield from run.stream()
 
 
-class Generation:
-    """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
+class RowText:
+    """The text of one row while it decodes, and whether a stop string is in it.
 
-    `cache` may be handed on: chat starts the next turn on the cache of the last one.
+    Attributes:
+        text: so far; up to the stop string once there is one.
+        stopped: whether there is one.
+        tokens: how many were pushed.
     """
 
-    def __init__(self, model, params, sampler, config: GenerationConfig):
-        sampling.check_sampler(sampler)
-        self.model, self.params, self.config = model, unstack_layers(params), config
-        vocab = model.config.vocab_size
-        stop_ids = sorted(config.stop_ids)
-        padded = stop_ids + [-1] * (-len(stop_ids) % 8 or 8 * (not stop_ids))
-        limit = vocab if config.vocab_limit is None else min(vocab, config.vocab_limit)
-        self.rules = Rules(
-            sampling.traced(sampler), jnp.asarray(padded, jnp.int32), jnp.asarray(limit, jnp.int32)
-        )
-        self.state: DecodeState | None = None
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
+        self.text, self.stopped, self.tokens = "", False, 0
 
-    def start(self, prompts, *, key: Array | None = None, cache: KVCache | None = None) -> None:
-        """Prefills the prompts and samples the first token of each row.
+    def push(self, token: int) -> None:
+        """Adds the next token."""
+        self.tokens += 1
+        self._add(self._decoder.push(token))
 
-        Args:
-            prompts: B lists of token ids, the ones that `cache` does not hold yet.
-            key: see `generate`.
-            cache: B rows already filled; it is donated. None: an empty one.
-        """
-        held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
-        limits = self._check(prompts, held)
-        lengths = np.asarray([len(p) for p in prompts], np.int32)
-        width = bucket(lengths.max(), 16)
-        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 256)
-        tokens = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        if cache is None:
-            dtype = self.params["embed"].dtype
-            cache = init_cache(self.model.config, len(prompts), capacity, dtype)
-        elif cache.capacity < capacity:
-            cache = cache.resized(capacity)
-        check_capacity(held, width, cache.capacity)
-        keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
-        batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
-        self.state = _prefill(self.model, self.config.n, self.params, self.rules, cache, batch)
-        self._raise_if_not_finite()
+    def finish(self) -> None:
+        """Adds what the decoder held back: the row has ended."""
+        self._add(self._decoder.finish())
 
-    def advance(self, steps: int | None = None) -> None:
-        """Decodes until every row has ended, or for so many steps."""
-        most = np.iinfo(np.int32).max if steps is None else steps
-        self.state = _decode(self.model, self.params, self.rules, self.state, jnp.int32(most))
-        self._raise_if_not_finite()
-
-    def stream(self) -> Iterator[tuple[int, float]]:
-        """Yields (token, log-prob) of a single row, one decode step at a time."""
-        index = 0
-        while True:
-            if int(self.state.counts_R[0]) > index:
-                yield int(self.state.tokens_RS[0, index]), float(self.state.logprobs_RS[0, index])
-                index += 1
-            if not self.running:
-                return
-            self.advance(1)
+    def _add(self, piece: str) -> None:
+        self.text += piece
+        found = [i for i in map(self.text.find, self._stops) if i >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
 
     @property
-    def rows(self) -> int:
-        """Rows of the batch, prompts times samples."""
-        return self.state.counts_R.shape[0]
-
-    @property
-    def running(self) -> bool:
-        """Whether any row has not ended."""
-        return bool((np.asarray(self.state.reason_R) == RUNNING).any())
-
-    def completions(self, stop_text: list[str | None] | None = None) -> Completions:
-        """What was sampled so far."""
-        state = self.state
-        lengths = np.asarray(state.counts_R)
-        width = int(lengths.max(initial=0))
-        return Completions(
-            tokens=np.where(
-                np.arange(width) < lengths[:, None], np.asarray(state.tokens_RS)[:, :width], 0
-            ),
-            lengths=lengths,
-            logprobs=np.asarray(state.logprobs_RS)[:, :width],
-            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R).tolist()],
-            stop_text=stop_text or [None] * self.rows,
-        )
-
-    def _check(self, prompts, held: np.ndarray) -> np.ndarray:
-        """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
-        c, vocab = self.config, self.model.config.vocab_size
-        context = self.model.config.max_seq_len if c.max_seq_len is None else c.max_seq_len
-        most = context if c.max_new_tokens is None else c.max_new_tokens
-        if not len(prompts):
-            raise SamplingError("no prompts; pass at least one list of token ids")
-        limits = []
-        for row, (prompt, before) in enumerate(zip(prompts, held.tolist(), strict=True)):
-            where = f"prompt {row}" if len(prompts) > 1 else "prompt"
-            if not len(prompt):
-                raise SamplingError(f"{where} is empty: it has no token to start from")
-            wrong = [t for t in prompt if not 0 <= t < vocab]
-            if wrong:
-                raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
-            used = before + len(prompt)
-            if used >= context and most > 0:
-                raise SamplingError(
-                    f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
-                    f"shorten it or pass --max_seq_len {used + 1} or more"
-                )
-            if most <= context and c.max_new_tokens is not None and used + most > context:
-                raise SamplingError(
-                    f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
-                    f"max_seq_len={context}; pass --max_seq_len {used + most} or more"
-                )
-            limits.append(min(most, context - used))
-        return np.asarray(limits, np.int32)
-
-    def _raise_if_not_finite(self) -> None:
-        bad = np.flatnonzero(np.asarray(self.state.reason_R) == NOT_FINITE)
-        if len(bad):
-            step = int(self.state.counts_R[bad[0]])
-            error = SamplingError(
-                f"logits of row {bad[0]} at step {step} are not finite: the weights hold NaN or "
-                "infinity, or the dtype overflows; try --dtype float32 or check the checkpoint"
-            )
-            error.exit_code = 5
-            raise error
+    def certain(self) -> int:
+        """Characters that no later token can turn into the start of a stop string."""
+        if self.stopped:
+            return len(self.text)
+        longest = max(map(len, self._stops), default=1) - 1
+        for held in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-held:]) for stop in self._stops):
+                return len(self.text) - held
+        return len(self.text)
 
 
-class StopStrings:
-    """Finds stop strings in the text of each row while it decodes."""
-
-    def __init__(self, stops: Sequence[str], tokenizer, rows: int):
-        if tokenizer is None:
-            raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
-        self.stops = stops
-        self.decoders = [tokenizer.stream() for _ in range(rows)]
-        self.pending, self.taken = [""] * rows, [0] * rows
-        self.texts: list[str | None] = [None] * rows
-
-    def push(self, row: int, token: int) -> bool:
-        """Adds a token to a row's text; true when a stop string is now in it (see `texts`)."""
-        self.pending[row] += self.decoders[row].push(token)
-        found = [self.pending[row].find(stop) for stop in self.stops]
-        if max(found) < 0:
-            return False
-        self.texts[row] = self.pending[row][: min(i for i in found if i >= 0)]
-        return True
-
-    def look(self, run: Generation) -> None:
-        """Reads what was decoded since the last look and ends the rows that hold a stop string."""
-        counts = np.asarray(run.state.counts_R).copy()
-        reasons = np.asarray(run.state.reason_R).copy()
-        tokens = np.asarray(run.state.tokens_RS)
-        for row in range(run.rows):
-            while self.texts[row] is None and self.taken[row] < counts[row]:
-                self.taken[row] += 1
-                if self.push(row, int(tokens[row, self.taken[row] - 1])):
-                    counts[row], reasons[row] = self.taken[row], STOP
-        run.state = run.state.replace(counts_R=jnp.asarray(counts), reason_R=jnp.asarray(reasons))
+def stream_text(run: Generation, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
+    row, shown = RowText(tokenizer, run.config.stop_strings), 0
+    for token, _ in run.stream():
+        row.push(token)
+        yield row.text[shown : row.certain]
+        shown = row.certain
+        if row.stopped:
+            run.end(np.asarray([row.tokens]), np.asarray([STOP]))
+            return
+    row.finish()
+    yield row.text[shown:]
 
 
-def bucket(n: int, least: int) -> int:
-    """The smallest buffer size that holds n: least · {1, 1.5, 2, 3, 4, 6, 8, …}."""
-    size = least
-    while size < n:
-        size *= 2
-    smaller = size * 3 // 4
-    return int(smaller if size > least and smaller >= n else size)
+def finish(
+    run: Generation,
+    tokenizer: Tokenizer | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Completions:
+    """Decodes a started Generation to its end.
+
+    Args:
+        run: started.
+        tokenizer: only for stop strings; they are looked for every few steps.
+        report: called now and then with the number of tokens so far.
+
+    Raises:
+        SamplingError: stop strings without a tokenizer, or logits that are not finite.
+    """
+    stops = run.config.stop_strings
+    if not stops and report is None:
+        run.advance()
+        return run.completions()
+    if stops and tokenizer is None:
+        raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
+    rows = [RowText(tokenizer, stops) for _ in range(run.rows if stops else 0)]
+    while True:
+        done = run.completions()
+        if rows:
+            _end_at_stop_strings(run, rows, done)
+        if report is not None:
+            report(int(done.lengths.sum()))
+        if not run.running:
+            return run.completions([row.text if row.stopped else None for row in rows])
+        run.advance(STRIDE)
 
 
-def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
-    """[B] keys: those given, or one key folded with a checksum of each prompt."""
-    if key.ndim:
-        return key
-    sums = [zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts]
-    return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.asarray(sums, jnp.uint32))
+def _end_at_stop_strings(run: Generation, rows: list[RowText], done: Completions) -> None:
+    """Gives each row's new tokens to its text, and ends the rows in which a stop string appeared."""
+    counts, reasons = done.lengths.copy(), np.asarray(run.state.reason_R).copy()
+    for i, row in enumerate(rows):
+        while not row.stopped and row.tokens < counts[i]:
+            row.push(int(done.tokens[i, row.tokens]))
+        if row.stopped:
+            counts[i], reasons[i] = row.tokens, STOP
+    run.end(counts, reasons)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n"), donate_argnames="cache")
-def _prefill(model: LLaMa, n: int, params, rules: Rules, cache: KVCache, batch) -> DecodeState:
-    """Runs the prompts through the model, copies each row n times, samples the first tokens."""
-    tokens_BT, lengths_B, limits_B, keys_B = batch
-    held_B = cache.lengths
-    last_B1 = (lengths_B - 1)[:, None]
-    logits_B1V, cache = model.apply(
-        {"params": params}, tokens_BT, cache=cache, logits_at_BM=last_B1
+def main(
+    ckpt_dir: str = DEFAULT_MODEL,
+    tokenizer_path: str | None = None,
+    prompt: str | None = None,
+    prompts_file: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    chat_format: str | None = None,
+    max_gen_len: int | None = None,
+    max_seq_len: int | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+    n: int = 1,
+    stop: str | Sequence[str] = (),
+    dtype: str = "auto",
+    logprobs: bool = False,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """Completes prompts. stdout carries the text and nothing else.
+
+    Args:
+        ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
+        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
+        prompt: the text to complete; default: stdin, or a question if there is none.
+        prompts_file: one prompt a line; or .jsonl with objects {"prompt": …}.
+        chat: the prompt is a user's message, written in the checkpoint's chat template.
+        system: the system message, with --chat.
+        chat_format: llama2, llama3 or the name of one of the checkpoint's templates, with --chat.
+        max_gen_len: new tokens at most; default: 256, or what the context holds.
+        max_seq_len: prompt and completion together; default: the model's context.
+        temperature: divides the logits; 0 takes the most probable token each time.
+        top_p: nucleus sampling, in (0, 1]; 1 is off.
+        top_k: only the k most probable tokens; 0 is off.
+        min_p: only tokens of at least min_p times the largest probability; 0 is off.
+        repetition_penalty: above 1 makes tokens that were there less likely.
+        seed: the same seed gives the same text.
+        n: completions a prompt.
+        stop: a text, or a JSON list of texts, that ends a completion and is left out of it.
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        logprobs: each token's log-probability, in the JSON.
+        json: one JSON object a completion.
+        debug: show the traceback of an error.
+    """
+    console.keep_compilations()
+    clock = console.Clock()
+    prompts, chat = _prompts(prompt, prompts_file, chat)
+    sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
+    sampling.check_sampler(sampler)
+    key = random_key(seed)
+    # Before the model is fetched and loaded: a wrong number should not cost that time.
+    GenerationConfig(
+        max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stops(stop)
     )
-    # Slots behind a row's true length hold its padding: later tokens overwrite them unseen.
-    cache = cache.replace(lengths=held_B + lengths_B)
-    rows = lambda x: jnp.repeat(x, n, axis=0)
-    keys_R = jax.vmap(jax.random.fold_in)(rows(keys_B), jnp.tile(jnp.arange(n), len(lengths_B)))
-    R, S, V = len(lengths_B) * n, cache.capacity, logits_B1V.shape[-1]
-    seen_RV = None
-    if rules.sampler.repetition_penalty is not None:
-        inside_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
-        # An id of V is out of bounds, and a scatter drops it.
-        ids_BT = jnp.where(inside_BT, tokens_BT, V)
-        seen_RV = rows(jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True))(ids_BT))
-    state = DecodeState(
-        cache=cache.repeated(n) if n > 1 else cache,
-        keys_R=keys_R,
-        tokens_RS=jnp.zeros((R, S), jnp.int32),
-        logprobs_RS=jnp.zeros((R, S), jnp.float32),
-        counts_R=jnp.zeros((R,), jnp.int32),
-        limits_R=rows(limits_B),
-        reason_R=jnp.where(rows(limits_B) > 0, RUNNING, LENGTH).astype(jnp.int32),
-        seen_RV=seen_RV,
+    if logprobs and not json:
+        raise ConfigError("--logprobs shows log-probabilities in the JSON: add --json")
+    model = console.load_model(ckpt_dir, tokenizer_path, dtype)
+    ids = [_encode(model.tokenizer, text, chat, system, chat_format) for text in prompts]
+    if max_gen_len is None:
+        room = (max_seq_len or model.llama.config.max_seq_len) - max(map(len, ids))
+        max_gen_len = max(1, min(256, room))
+    config = GenerationConfig(
+        max_new_tokens=max_gen_len,
+        max_seq_len=max_seq_len,
+        n=n,
+        stop_ids=model.tokenizer.stop_ids,
+        stop_strings=_stops(stop),
+        vocab_limit=model.vocab_limit,
     )
-    return _sample(state, rows(logits_B1V[:, 0]), rules)
-
-
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="state")
-def _decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array) -> DecodeState:
-    """Decodes up to `steps` tokens a row, and stops as soon as all rows have ended."""
-
-    def going(carry):
-        step, state = carry
-        return (step < steps) & jnp.any(state.reason_R == RUNNING)
-
-    def body(carry):
-        step, state = carry
-        last_R1 = jnp.take_along_axis(state.tokens_RS, state.counts_R[:, None] - 1, axis=1)
-        logits_R1V, cache = model.apply({"params": params}, last_R1, cache=state.cache)
-        running_R = state.reason_R == RUNNING
-        lengths_R = jnp.where(running_R, cache.lengths, state.cache.lengths)
-        state = state.replace(cache=cache.replace(lengths=lengths_R))
-        return step + 1, _sample(state, logits_R1V[:, 0], rules)
-
-    return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
-
-
-def _sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
-    """Draws the next token of every running row and records it; rows that ended stay as they are."""
-    finite_R = jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1))
-    logits_RV = jnp.where(jnp.arange(logits_RV.shape[-1]) < rules.vocab_limit, logits_RV, -jnp.inf)
-    keys_R = jax.vmap(jax.random.fold_in)(state.keys_R, state.counts_R)
-    tokens_R, logprobs_R = rules.sampler(logits_RV, keys_R, state.seen_RV)
-    running_R = (state.reason_R == RUNNING) & finite_R
-    rows = jnp.arange(len(tokens_R))
-    # A row that is not running writes out of bounds, which a scatter drops.
-    at = rows, jnp.where(running_R, state.counts_R, state.tokens_RS.shape[1])
-    counts_R = state.counts_R + running_R
-    stopped_R = jnp.any(tokens_R[:, None] == rules.stop_ids, axis=-1)
-    ended_R = jnp.where(counts_R >= state.limits_R, LENGTH, RUNNING)
-    ended_R = jnp.where(finite_R, jnp.where(stopped_R, STOP, ended_R), NOT_FINITE)
-    seen_RV = state.seen_RV
-    if seen_RV is not None:
-        seen_RV = seen_RV.at[rows, tokens_R].set(True)
-    return state.replace(
-        tokens_RS=state.tokens_RS.at[at].set(tokens_R),
-        logprobs_RS=state.logprobs_RS.at[at].set(logprobs_R),
-        counts_R=counts_R,
-        reason_R=jnp.where(state.reason_R == RUNNING, ended_R, state.reason_R),
-        seen_RV=seen_RV,
+    console.exit_on_interrupt()
+    run = Generation(model.llama, model.params, sampler, config)
+    clock.lap()
+    run.start(ids, key=key)
+    prefill_seconds = clock.lap()
+    if run.rows == 1 and not json:
+        for piece in stream_text(run, model.tokenizer):
+            print(piece, end="", flush=True)
+        print()
+        done = run.completions()
+    else:
+        total = min(max_gen_len, model.llama.config.max_seq_len) * run.rows
+        with console.progress() as report:
+            done = finish(run, model.tokenizer, lambda tokens: report("tokens", tokens, total))
+        texts = _texts(done, model.tokenizer)
+        if json:
+            _write_json(prompts, ids, done, texts, logprobs)
+        else:
+            print("\n".join(texts))
+    decode_seconds = clock.lap()
+    n_prompt, n_decoded = sum(map(len, ids)), int(done.lengths.sum()) - run.rows
+    console.stderr.print(
+        f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
+        f"{int(done.lengths.sum())} tokens, {max(n_decoded, 0) / decode_seconds:.1f} tok/s; "
+        f"weights {memory.human(memory.tree_bytes(model.params))}, "
+        f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
+        f"compiled in {clock.compile_seconds:.1f} s"
     )
+
+
+def random_key(seed: int) -> Array:
+    """A PRNG key. Raises SamplingError unless the seed is in 0 .. 2^32 - 1."""
+    if not is_int(seed) or not 0 <= seed < 2**32:
+        raise SamplingError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
+    return jax.random.key(seed)
+
+
+def _prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list[str], bool]:
+    """(the prompts, whether they are messages), from the flags, a file or stdin."""
+    if prompt is not None and path is not None:
+        raise ConfigError("pass --prompt or --prompts_file, not both")
+    if prompt is not None:
+        return [prompt], chat
+    if path is not None:
+        file = InputFile(path, DataError)
+        lines = decode_utf8(bytes(file.read(0, file.size)), path).splitlines()
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not numbered:
+            raise DataError(f"{path} has no prompts: expected one a line")
+        if Path(path).suffix != ".jsonl":
+            return [line for _, line in numbered], chat
+        return [_prompt_of(line, f"{path}:{number}") for number, line in numbered], chat
+    text = read_stdin().removesuffix("\n")
+    if text.strip():
+        return [text], chat
+    console.stderr.print(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)")
+    return [DEFAULT_QUESTION], True
+
+
+def read_stdin() -> str:
+    """All of a piped stdin; nothing from a terminal. Raises DataError if it is no text or huge."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise DataError(f"stdin holds over {memory.human(MAX_STDIN_BYTES)}: that is no prompt")
+    return decode_utf8(data, "stdin")
+
+
+def _prompt_of(line: str, where: str) -> str:
+    value = parse_json(line.encode(), where, DataError).get("prompt")
+    if not isinstance(value, str):
+        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
+    return value
+
+
+def _stops(stop: Any) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _encode(
+    tokenizer: Tokenizer, text: str, chat: bool, system: str | None, chat_format: str | None
+) -> list[int]:
+    if not chat:
+        if system is not None or chat_format is not None:
+            raise ConfigError("--system and --chat_format need --chat")
+        return tokenizer.encode(text, bos=tokenizer.adds_bos)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return chat_format_for(tokenizer, chat_format).encode_chat(messages)
+
+
+def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
+    """The text of each row, without control tokens and up to a stop string."""
+    decoded = (tokenizer.decode(done.row(i), skip_special=True) for i in range(len(done.lengths)))
+    return [text if stop is None else stop for text, stop in zip(decoded, done.stop_text)]
+
+
+def _write_json(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> None:
+    """One JSON object a completion, one a line."""
+    n = len(texts) // len(prompts)
+    for i, text in enumerate(texts):
+        row = {
+            "prompt": prompts[i // n],
+            "text": text,
+            "prompt_tokens": ids[i // n],
+            "tokens": done.row(i),
+            "finish_reason": done.finish_reason[i],
+        }
+        if logprobs:
+            row["logprobs"] = done.logprobs[i, : done.lengths[i]].tolist()
+        print(jsonlib.dumps(row, ensure_ascii=False))
+
+
+def _parse_stop(value: str) -> list[str]:
+    """`--stop` as text, or as a JSON list of texts."""
+    if not value.startswith("["):
+        return [value]
+    try:
+        stops = jsonlib.loads(value)
+    except ValueError as e:
+        raise ConfigError(f"--stop {value!r:.80} is no JSON list: {e}") from e
+    return stops
+
+
+if __name__ == "__main__":
+    # fire would read --prompt 12 as a number and --prompt [1] as a list.
+    texts = (
+        "ckpt_dir",
+        "tokenizer_path",
+        "prompt",
+        "prompts_file",
+        "system",
+        "chat_format",
+        "dtype",
+    )
+    parsers = dict.fromkeys(texts, str) | {"stop": _parse_stop}
+    console.run(fire.decorators.SetParseFns(**parsers)(main))

@@ -178,10 +178,14 @@ def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
+def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, int, int, int]:
+    """[B, K, S, H] of a KV cache's buffers."""
+    return batch, config.n_kv_heads, capacity, config.head_dim
+
+
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
     """An empty KVCache for `batch` rows of `capacity` slots."""
-    shape = (batch, config.n_kv_heads, capacity, config.head_dim)
-    return KVCache.create(shape, config.n_layers, dtype)
+    return KVCache.create(cache_shape(config, batch, capacity), config.n_layers, dtype)
 
 
 def unstack_layers(params: Params) -> Params:

@@ -1,0 +1,176 @@
+"""What the command lines share: errors as one line, Ctrl-C, progress, the compilation cache."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import fire
+import jax
+import platformdirs
+import rich.console
+import rich.progress
+
+from models.llama.hub import DEFAULT_MODEL, resolve
+from models.llama.load import load_checkpoint
+from models.llama.model import LLaMa, Params, unstack_layers
+from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from utils.errors import AltiplanoError, ArtifactError
+
+BROKEN_PIPE, INTERRUPTED = 141, 130
+
+stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Model(NamedTuple):
+    """What a command line works with; `params` has its layers unstacked, for decoding."""
+
+    llama: LLaMa
+    params: Params
+    tokenizer: Tokenizer
+
+    @property
+    def vocab_limit(self) -> int:
+        """Ids from here on are rows of the embedding without a token."""
+        return min(self.tokenizer.vocab_size, self.llama.config.vocab_size)
+
+
+def run(command: Callable[..., None]) -> None:
+    """Runs a command line through fire; an error becomes one line and the documented exit code.
+
+    `--debug` shows the traceback as well.
+    """
+    debug = "--debug" in sys.argv
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
+        sys.stdout = open(os.devnull, "w")
+    code = 0
+    try:
+        fire.Fire(command)
+        sys.stdout.flush()
+    except AltiplanoError as e:
+        code = _report(str(e), e.exit_code, debug)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    except OSError as e:
+        code = _report(f"cannot write or read: {e}", 1, debug)
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        code = _report(f"out of memory: {str(e).splitlines()[0]}", ArtifactError.exit_code, debug)
+    if code:
+        # What could not be written is lost: keep the interpreter from trying again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(code)
+
+
+def _report(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def exit_on_interrupt() -> None:
+    """From here on Ctrl-C ends the process at once, with what was printed flushed.
+
+    Python handles a signal between two of its own steps, and a compilation is one step of many
+    seconds. A thread that waits for the signal's byte is not held up by it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while os.read(reader, 1) != bytes([signal.SIGINT]):
+            pass
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            pass
+        stderr.show_cursor(True)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def load_model(
+    ckpt_dir: str = DEFAULT_MODEL, tokenizer_path: str | None = None, dtype: str = "auto"
+) -> Model:
+    """Loads weights and tokenizer, with a progress bar on stderr.
+
+    Args:
+        ckpt_dir: see `load_checkpoint`.
+        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+    """
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with progress() as report:
+        path = resolve(ckpt_dir, report)
+        tokenizer = load_tokenizer(tokenizer_path or path)
+        config, params = load_checkpoint(path, dtype=dtype, progress=report)
+    check_against_model(tokenizer, config.vocab_size)
+    return Model(LLaMa(config), unstack_layers(params), tokenizer)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, in all) that draws progress bars on stderr while the context lasts."""
+    columns = rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn()
+    columns += rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn()
+    tasks: dict[str, Any] = {}
+    with rich.progress.Progress(
+        *columns, console=stderr, transient=True, disable=not stderr.is_terminal
+    ) as bars:
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        yield report
+
+
+def keep_compilations() -> None:
+    """Compiled programs go to the user's cache folder, so that a second start need not compile."""
+    folder = platformdirs.user_cache_path("altiplano") / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        warnings.warn(f"compiled programs are not kept: {e}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Clock:
+    """Seconds since the last lap, less those that JAX spent on tracing and compiling."""
+
+    def __init__(self):
+        self.compile_seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self._lap()
+
+    def _on_event(self, event: str, seconds: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self.compile_seconds += seconds
+
+    def _lap(self) -> tuple[float, float]:
+        self._start = time.perf_counter(), self.compile_seconds
+        return self._start
+
+    def lap(self) -> float:
+        """Seconds since the last lap, without compilation."""
+        (wall, compiled), (now, compiled_now) = self._start, self._lap()
+        return max(now - wall - (compiled_now - compiled), 1e-9)

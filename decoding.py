@@ -1,0 +1,375 @@
+"""Generation under way: a batch of rows, prefilled once and decoded step by step.
+
+The batch, the stream and the RL rollout all run `decode`'s body, so they cannot diverge.
+Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sampling
+from models.llama.model import LLaMa, Params, cache_shape, init_cache, unstack_layers
+from utils import memory
+from utils.errors import SamplingError, is_int
+from utils.kvcache import KVCache, check_capacity
+
+Array = jax.Array
+
+RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
+REASONS = {RUNNING: "running", STOP: "stop", LENGTH: "length"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How far to generate; none of these numbers recompiles but n.
+
+    Attributes:
+        max_new_tokens: tokens a row at most; None: as many as the context holds. A number above the
+            context length is cut to what it holds.
+        max_seq_len: prompt and completion together; None: the model's.
+        n: samples a prompt, from one prefill.
+        stop_ids: any of these ends a row; it is the completion's last token.
+        stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
+        vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
+            the tokenizer has tokens; None: all rows are tokens.
+    """
+
+    max_new_tokens: int | None = 256
+    max_seq_len: int | None = None
+    n: int = 1
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    vocab_limit: int | None = None
+
+    def __post_init__(self):
+        bad = []
+        for name, least in dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1).items():
+            value = getattr(self, name)
+            if value is not None and (not is_int(value) or value < least):
+                bad.append(f"{name}={value!r}, expected an integer of at least {least}")
+        if self.n is None:
+            bad.append("n=None, expected an integer of at least 1")
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            bad.append(f"stop={list(self.stop_strings)!r}: a stop string must not be empty")
+        if bad:
+            raise SamplingError("; ".join(bad))
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What `generate` returns: row i · n + j is sample j of prompt i.
+
+    Attributes:
+        tokens: [R, W] int32, zeros after a row's length.
+        lengths: [R] int32, tokens up to and including the stop id.
+        logprobs: [R, W] float32, under the sampler's distribution before truncation.
+        finish_reason: "stop" or "length" a row.
+        stop_text: for a row that a stop string ended, its text up to that string; else None.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: list[str]
+    stop_text: list[str | None]
+
+    def row(self, i: int) -> list[int]:
+        """The tokens of row i, without padding."""
+        return self.tokens[i, : self.lengths[i]].tolist()
+
+
+class Generation:
+    """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
+
+    `cache` may be handed on: chat starts the next turn on the cache of the last one.
+    """
+
+    def __init__(self, model, params, sampler, config: GenerationConfig):
+        sampling.check_sampler(sampler)
+        self.model, self.params, self.config = model, unstack_layers(params), config
+        vocab = model.config.vocab_size
+        stop_ids = sorted(config.stop_ids)
+        padded = stop_ids + [-1] * (-len(stop_ids) % 8 or 8 * (not stop_ids))
+        limit = vocab if config.vocab_limit is None else min(vocab, config.vocab_limit)
+        self.rules = Rules(
+            sampling.traced(sampler), jnp.asarray(padded, jnp.int32), jnp.asarray(limit, jnp.int32)
+        )
+        self.state: DecodeState | None = None
+
+    def start(self, prompts, *, key: Array | None = None, cache: KVCache | None = None) -> None:
+        """Prefills the prompts and samples the first token of each row.
+
+        Args:
+            prompts: B lists of token ids, the ones that `cache` does not hold yet.
+            key: see `generate`.
+            cache: B rows already filled; it is donated. None: an empty one.
+        """
+        held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
+        limits = self._check(prompts, held)
+        lengths = np.asarray([len(p) for p in prompts], np.int32)
+        width = bucket(lengths.max(), 16)
+        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 256)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        if cache is None:
+            self._check_memory(len(prompts) * self.config.n, capacity)
+        elif self.config.n > 1:
+            raise SamplingError("a filled cache takes one sample a prompt: n=1")
+        elif cache.capacity < capacity:
+            cache = cache.resized(capacity)
+        check_capacity(held, width, capacity if cache is None else cache.capacity)
+        keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
+        batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
+        sizes = (self.config.n, capacity)
+        self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
+        self._raise_if_not_finite()
+
+    def advance(self, steps: int | None = None) -> None:
+        """Decodes until every row has ended, or for so many steps."""
+        most = np.iinfo(np.int32).max if steps is None else steps
+        self.state = decode(self.model, self.params, self.rules, self.state, jnp.int32(most))
+        self._raise_if_not_finite()
+
+    def stream(self) -> Iterator[tuple[int, float]]:
+        """Yields (token, log-prob) of a single row, one decode step at a time."""
+        index = 0
+        while True:
+            if np.asarray(self.state.counts_R)[0] > index:
+                token = np.asarray(self.state.tokens_RS)[0, index]
+                yield int(token), float(np.asarray(self.state.logprobs_RS)[0, index])
+                index += 1
+            if not self.running:
+                return
+            self.advance(1)
+
+    def end(self, counts_R: np.ndarray, reason_R: np.ndarray) -> None:
+        """Ends rows from outside: how many tokens each keeps, and why it ended (or RUNNING)."""
+        self.state = self.state.replace(
+            counts_R=jnp.asarray(counts_R, jnp.int32), reason_R=jnp.asarray(reason_R, jnp.int32)
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, prompts times samples."""
+        return self.state.counts_R.shape[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether any row has not ended."""
+        return bool((np.asarray(self.state.reason_R) == RUNNING).any())
+
+    def completions(self, stop_text: list[str | None] | None = None) -> Completions:
+        """What was sampled so far."""
+        state = self.state
+        lengths = np.asarray(state.counts_R)
+        width = int(lengths.max(initial=0))
+        return Completions(
+            tokens=np.where(
+                np.arange(width) < lengths[:, None], np.asarray(state.tokens_RS)[:, :width], 0
+            ),
+            lengths=lengths,
+            logprobs=np.asarray(state.logprobs_RS)[:, :width],
+            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R).tolist()],
+            stop_text=stop_text or [None] * self.rows,
+        )
+
+    def _check(self, prompts, held: np.ndarray) -> np.ndarray:
+        """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
+        c, vocab = self.config, self.model.config.vocab_size
+        context = self.model.config.max_seq_len if c.max_seq_len is None else c.max_seq_len
+        most = context if c.max_new_tokens is None else c.max_new_tokens
+        if not len(prompts):
+            raise SamplingError("no prompts; pass at least one list of token ids")
+        limits = []
+        for row, (prompt, before) in enumerate(zip(prompts, held.tolist(), strict=True)):
+            where = f"prompt {row}" if len(prompts) > 1 else "prompt"
+            if not len(prompt):
+                raise SamplingError(f"{where} is empty: it has no token to start from")
+            wrong = [t for t in prompt if not 0 <= t < vocab]
+            if wrong:
+                raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
+            used = before + len(prompt)
+            if used >= context and most > 0:
+                raise SamplingError(
+                    f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
+                    f"shorten it or pass --max_seq_len {used + 1} or more"
+                )
+            if most <= context and c.max_new_tokens is not None and used + most > context:
+                raise SamplingError(
+                    f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
+                    f"max_seq_len={context}; pass --max_seq_len {used + most} or more"
+                )
+            limits.append(min(most, context - used))
+        return np.asarray(limits, np.int32)
+
+    def _check_memory(self, rows: int, capacity: int) -> None:
+        config, dtype = self.model.config, self.params["embed"].dtype
+        size = memory.cache_bytes(cache_shape(config, rows, capacity), config.n_layers, dtype)
+        memory.check_fits({f"the KV cache of {rows} rows of {capacity} tokens": size})
+
+    def _raise_if_not_finite(self) -> None:
+        bad = np.flatnonzero(np.asarray(self.state.reason_R) == NOT_FINITE)
+        if len(bad):
+            step = int(self.state.counts_R[bad[0]])
+            error = SamplingError(
+                f"logits of row {bad[0]} at step {step} are not finite: the weights hold NaN or "
+                "infinity, or the dtype overflows; try --dtype float32 or check the checkpoint"
+            )
+            error.exit_code = 5
+            raise error
+
+
+def bucket(n: int, least: int) -> int:
+    """The smallest buffer size that holds n: least · {1, 1.5, 2, 3, 4, 6, 8, …}."""
+    size = least
+    while size < n:
+        size *= 2
+    smaller = size * 3 // 4
+    return int(smaller if size > least and smaller >= n else size)
+
+
+def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
+    """[B] keys: those given, or one key folded with a checksum of each prompt."""
+    if key.ndim:
+        return key
+    sums = [zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts]
+    return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.asarray(sums, jnp.uint32))
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """All that a decode step reads and writes; donated from step to step.
+
+    Attributes:
+        cache: R rows; the last sampled token of each is not in it yet.
+        keys_R: one PRNG key a row, folded with the row's count for each draw.
+        tokens_RS, logprobs_RS: what was sampled so far.
+        counts_R: how many of them.
+        limits_R: at how many a row stops.
+        reason_R: RUNNING, or why the row ended.
+        seen_RV: tokens of prompt and completion, for a repetition penalty; else None.
+    """
+
+    cache: KVCache
+    keys_R: Array
+    tokens_RS: Array
+    logprobs_RS: Array
+    counts_R: Array
+    limits_R: Array
+    reason_R: Array
+    seen_RV: Array | None
+
+
+@flax.struct.dataclass
+class Rules:
+    """What is the same for all steps: the sampler, the stop ids (padded with -1), the vocabulary."""
+
+    sampler: sampling.Sampler
+    stop_ids: Array
+    vocab_limit: Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sizes"), donate_argnames="cache")
+def prefill(
+    model: LLaMa,
+    sizes: tuple[int, int],
+    params: Params,
+    rules: Rules,
+    cache: KVCache | None,
+    batch: tuple[Array, Array, Array, Array],
+) -> DecodeState:
+    """Runs the prompts through the model, copies each row n times, samples the first tokens.
+
+    Args:
+        model: static.
+        sizes: static, (n, the capacity of a new cache).
+        params: with unstacked layers.
+        rules: see Rules.
+        cache: B rows to go on from (donated), or None for a new one.
+        batch: tokens [B, T] int32 padded on the right, their lengths [B], limits [B] and keys [B].
+    """
+    n, capacity = sizes
+    tokens_BT, lengths_B, limits_B, keys_B = batch
+    if cache is None:
+        cache = init_cache(model.config, len(tokens_BT), capacity, params["embed"].dtype)
+    held_B = cache.lengths
+    last_B1 = (lengths_B - 1)[:, None]
+    logits_B1V, cache = model.apply(
+        {"params": params}, tokens_BT, cache=cache, logits_at_BM=last_B1
+    )
+    # Slots behind a row's true length hold its padding: later tokens overwrite them unseen.
+    cache = cache.replace(lengths=held_B + lengths_B)
+    rows = lambda x: jnp.repeat(x, n, axis=0)
+    keys_R = jax.vmap(jax.random.fold_in)(rows(keys_B), jnp.tile(jnp.arange(n), len(lengths_B)))
+    R, S, V = len(lengths_B) * n, cache.capacity, logits_B1V.shape[-1]
+    seen_RV = None
+    if rules.sampler.repetition_penalty is not None:
+        inside_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+        # An id of V is out of bounds, and a scatter drops it.
+        ids_BT = jnp.where(inside_BT, tokens_BT, V)
+        seen_RV = rows(jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True))(ids_BT))
+    state = DecodeState(
+        cache=cache.repeated(n) if n > 1 else cache,
+        keys_R=keys_R,
+        tokens_RS=jnp.zeros((R, S), jnp.int32),
+        logprobs_RS=jnp.zeros((R, S), jnp.float32),
+        counts_R=jnp.zeros((R,), jnp.int32),
+        limits_R=rows(limits_B),
+        reason_R=jnp.where(rows(limits_B) > 0, RUNNING, LENGTH).astype(jnp.int32),
+        seen_RV=seen_RV,
+    )
+    return sample(state, rows(logits_B1V[:, 0]), rules)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames="state")
+def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array) -> DecodeState:
+    """Decodes up to `steps` tokens a row, and stops as soon as all rows have ended."""
+
+    def going(carry):
+        step, state = carry
+        return (step < steps) & jnp.any(state.reason_R == RUNNING)
+
+    def body(carry):
+        step, state = carry
+        last_R1 = jnp.take_along_axis(state.tokens_RS, state.counts_R[:, None] - 1, axis=1)
+        logits_R1V, cache = model.apply({"params": params}, last_R1, cache=state.cache)
+        running_R = state.reason_R == RUNNING
+        lengths_R = jnp.where(running_R, cache.lengths, state.cache.lengths)
+        state = state.replace(cache=cache.replace(lengths=lengths_R))
+        return step + 1, sample(state, logits_R1V[:, 0], rules)
+
+    return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+
+
+def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
+    """Draws the next token of every running row and records it; rows that ended stay as they are."""
+    finite_R = jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1))
+    logits_RV = jnp.where(jnp.arange(logits_RV.shape[-1]) < rules.vocab_limit, logits_RV, -jnp.inf)
+    keys_R = jax.vmap(jax.random.fold_in)(state.keys_R, state.counts_R)
+    tokens_R, logprobs_R = rules.sampler(logits_RV, keys_R, state.seen_RV)
+    running_R = (state.reason_R == RUNNING) & finite_R
+    rows = jnp.arange(len(tokens_R))
+    # A row that is not running writes out of bounds, which a scatter drops.
+    at = rows, jnp.where(running_R, state.counts_R, state.tokens_RS.shape[1])
+    counts_R = state.counts_R + running_R
+    stopped_R = jnp.any(tokens_R[:, None] == rules.stop_ids, axis=-1)
+    ended_R = jnp.where(counts_R >= state.limits_R, LENGTH, RUNNING)
+    ended_R = jnp.where(finite_R, jnp.where(stopped_R, STOP, ended_R), NOT_FINITE)
+    seen_RV = state.seen_RV
+    if seen_RV is not None:
+        seen_RV = seen_RV.at[rows, tokens_R].set(True)
+    return state.replace(
+        tokens_RS=state.tokens_RS.at[at].set(tokens_R),
+        logprobs_RS=state.logprobs_RS.at[at].set(logprobs_R),
+        counts_R=counts_R,
+        reason_R=jnp.where(state.reason_R == RUNNING, ended_R, state.reason_R),
+        seen_RV=seen_RV,
+    )
