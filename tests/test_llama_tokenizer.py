@@ -234,6 +234,9 @@ def test_text_that_is_no_unicode(load):
         assert load("llama3").decode(load("llama3").encode(form)) == form
 
 
+UNITS = ["a", " ", "\n", "^", "-", "0", "😀", "e\u0301\u0302", "漢"]
+
+
 @pytest.mark.covers("B10")
 @pytest.mark.parametrize("kind", ["llama3", "llama3_json", "smollm_gguf", "sentencepiece"])
 def test_time_is_linear_in_the_text(load, kind):
@@ -246,7 +249,7 @@ def test_time_is_linear_in_the_text(load, kind):
             best = min(best, time.perf_counter() - start)
         return best
 
-    for unit in ("a", " ", "\n", "^", "-", "0", "😀", "e\u0301\u0302", "漢"):
+    for unit in UNITS:
         small, large = (seconds(unit, size) for size in (15_000, 120_000))
         # Eight times the text; quadratic would be 64 times the time.
         assert large < 25 * max(small, 0.002), (unit, small, large)
@@ -255,12 +258,13 @@ def test_time_is_linear_in_the_text(load, kind):
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.covers("B11")
+@pytest.mark.covers("B10", "B11")
 def test_long_runs_are_cut_as_metas_reference_cuts_them(load):
     meta = MetaTokenizer(oracle.LLAMA3_MODEL)
     words = "ab " * 140_000
     texts = ["a" * 25_000, "a" * 25_001, " " * 60_001, "x" + " " * 50_001 + "y", words]
     texts += ["é" * 25_003 + " b", "\x1c" * 25_003, "b" * 399_990 + " " * 30_000]
+    texts += [unit * 30_000 for unit in UNITS]
     for text in texts:
         ids = meta.encode(text, bos=False, eos=False)
         assert load("llama3").encode(text) == ids

@@ -438,6 +438,31 @@ def test_eos_of_gguf_is_a_control_token_whatever_its_type():
     assert 164 not in tokenizer.encode("<e>") and tokenizer.decode(tokenizer.encode("<e>")) == "<e>"
 
 
+@pytest.mark.covers("B7")
+def test_a_control_token_that_is_a_whole_word():
+    """With `ignore_merges` a word of the vocabulary is taken whole, before any merge."""
+    metadata = small_gguf() | {"tokenizer.ggml.pre": "llama-bpe"}
+    metadata["tokenizer.ggml.tokens"][-1] = "end"
+    tokenizer = Tokenizer(read_gguf(metadata))
+    assert tokenizer.encode("end", allow_special=True) == [163]
+    assert len(tokenizer.encode("end")) == 3
+
+
+@pytest.mark.covers("B7")
+def test_an_unknown_byte_is_no_control_token():
+    """The unknown token of a byte-level model is often its end of text."""
+    metadata = small_gguf()
+    vocab = {t: i for i, t in enumerate(metadata["tokenizer.ggml.tokens"])}
+    spec = {"model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<e>"}}
+    spec |= {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    }
+    spec |= {"decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}
+    tokenizer = Tokenizer(read_tokenizer_json(spec, {"eos_token": "<e>"}))
+    assert tokenizer.special_tokens == {"<e>": 163}
+    assert tokenizer.decode(tokenizer.encode("a\xffb")) == "ab"
+
+
 @pytest.mark.covers("A32")
 def test_a_duplicate_token_in_gguf():
     metadata = small_gguf()

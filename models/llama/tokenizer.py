@@ -278,7 +278,7 @@ def _read(path: Path, folder: Path) -> Vocabulary:
         vocabulary = read_sentencepiece(data)
         added = [*_companion(folder, "added_tokens.json").values()]
         added += config.get("added_tokens_decoder") or []
-        if any(int(i) >= vocabulary.codec.vocab_size for i in map(str, added) if i.isdigit()):
+        if any(int(i) >= vocabulary.codec.vocab_size for i in map(str, added) if i.isdecimal()):
             raise ArtifactError(
                 "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
                 "not hold; save a tokenizer.json with transformers, beside it"
