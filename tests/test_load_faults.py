@@ -532,6 +532,12 @@ def test_no_regular_file(hf, name, kind):
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.covers("A1", "A2")
+def test_a_read_beyond_the_end_allocates_nothing(hf):
+    with pytest.raises(ArtifactError, match=f"needs {2**60} bytes, has"):
+        InputFile(hf / "model.safetensors").read(0, 2**60)
+
+
 @pytest.mark.covers("A34")
 def test_a_fifo_that_takes_the_files_place_after_the_check(hf, monkeypatch):
     path = hf / "model.safetensors"

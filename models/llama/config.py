@@ -189,19 +189,7 @@ class ModelConfig:
             raise ConfigError(
                 f"params.json has {', '.join(unknown):.200}: only dense text Llama is supported"
             )
-        dim, heads, multiple = params["dim"], params["n_heads"], params["multiple_of"]
-        for key, value in dict(dim=dim, n_heads=heads, multiple_of=multiple).items():
-            if not is_int(value) or not 1 <= value <= 2**20:
-                raise ConfigError(f"params.json {key}={value!r:.80}, expected a positive integer")
-        ffn = int(2 * (4 * dim) / 3)
-        multiplier = params.get("ffn_dim_multiplier")
-        if multiplier is not None:
-            if not is_number(multiplier) or not 0 < multiplier < 1e3:
-                raise ConfigError(
-                    f"params.json ffn_dim_multiplier={multiplier!r:.80}, expected > 0"
-                )
-            ffn = int(multiplier * ffn)
-        ffn = multiple * ((ffn + multiple - 1) // multiple)
+        dim, heads = params["dim"], params["n_heads"]
         vocab = params.get("vocab_size", -1)
         if vocab == -1 and vocab_size is not None:
             vocab = vocab_size
@@ -221,11 +209,11 @@ class ModelConfig:
             n_heads=heads,
             n_kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=params.get("head_dim") or _divide(dim, heads, "dim", "n_heads"),
-            ffn_dim=ffn,
+            ffn_dim=_meta_ffn_dim(params),
             norm_eps=params["norm_eps"],
             rope_theta=theta,
             rope_scaling=scaling if scaled else None,
-            max_seq_len=max_seq_len or context,
+            max_seq_len=max_seq_len or params.get("max_seq_len") or context,
             tie_embeddings=tie_embeddings,
             activation="silu",
             attention_bias=False,
@@ -352,3 +340,18 @@ def _check_hf_is_llama(config: Mapping[str, Any]) -> None:
             f"unsupported quantization {method!r:.80} in config.json; "
             "use the unquantized checkpoint, or a GGUF file"
         )
+
+
+def _meta_ffn_dim(params: Mapping[str, Any]) -> int:
+    """The width that Meta's FeedForward computes: 2/3 of 4 · dim, scaled, rounded up."""
+    dim, multiple = params["dim"], params["multiple_of"]
+    for key, value in dict(dim=dim, multiple_of=multiple).items():
+        if not is_int(value) or not 1 <= value <= 2**20:
+            raise ConfigError(f"params.json {key}={value!r:.80}, expected a positive integer")
+    ffn = int(2 * (4 * dim) / 3)
+    multiplier = params.get("ffn_dim_multiplier")
+    if multiplier is not None:
+        if not is_number(multiplier) or not 0 < multiplier < 1e3:
+            raise ConfigError(f"params.json ffn_dim_multiplier={multiplier!r:.80}, expected > 0")
+        ffn = int(multiplier * ffn)
+    return multiple * ((ffn + multiple - 1) // multiple)

@@ -9,9 +9,29 @@ import numpy as np
 from models.llama.config import ModelConfig
 
 # One row a parameter: shape of one layer's array in fields of ModelConfig, then the names in Hugging
-# Face, Meta and GGUF files ({} is the layer). Matrices are [out, in] everywhere.
+# Face, Meta and GGUF files ({} is the layer). Matrices are [out, in] everywhere. Large ones first:
+# the embedding is one tensor for one thread, and others have work beside it meanwhile.
 _TABLE = {
     "embed": (("vocab_size", "dim"), "model.embed_tokens", "tok_embeddings", "token_embd"),
+    "lm_head": (("vocab_size", "dim"), "lm_head", "output", "output"),
+    "layers/mlp/w_gate": (
+        ("ffn_dim", "dim"),
+        "model.layers.{}.mlp.gate_proj",
+        "layers.{}.feed_forward.w1",
+        "blk.{}.ffn_gate",
+    ),
+    "layers/mlp/w_up": (
+        ("ffn_dim", "dim"),
+        "model.layers.{}.mlp.up_proj",
+        "layers.{}.feed_forward.w3",
+        "blk.{}.ffn_up",
+    ),
+    "layers/mlp/w_down": (
+        ("dim", "ffn_dim"),
+        "model.layers.{}.mlp.down_proj",
+        "layers.{}.feed_forward.w2",
+        "blk.{}.ffn_down",
+    ),
     "layers/attn/wq": (
         ("n_heads*head_dim", "dim"),
         "model.layers.{}.self_attn.q_proj",
@@ -36,24 +56,6 @@ _TABLE = {
         "layers.{}.attention.wo",
         "blk.{}.attn_output",
     ),
-    "layers/mlp/w_gate": (
-        ("ffn_dim", "dim"),
-        "model.layers.{}.mlp.gate_proj",
-        "layers.{}.feed_forward.w1",
-        "blk.{}.ffn_gate",
-    ),
-    "layers/mlp/w_up": (
-        ("ffn_dim", "dim"),
-        "model.layers.{}.mlp.up_proj",
-        "layers.{}.feed_forward.w3",
-        "blk.{}.ffn_up",
-    ),
-    "layers/mlp/w_down": (
-        ("dim", "ffn_dim"),
-        "model.layers.{}.mlp.down_proj",
-        "layers.{}.feed_forward.w2",
-        "blk.{}.ffn_down",
-    ),
     "layers/attn_norm": (
         ("dim",),
         "model.layers.{}.input_layernorm",
@@ -67,7 +69,6 @@ _TABLE = {
         "blk.{}.ffn_norm",
     ),
     "final_norm": (("dim",), "model.norm", "norm", "output_norm"),
-    "lm_head": (("vocab_size", "dim"), "lm_head", "output", "output"),
 }
 _FORMATS = {"hf": 1, "meta": 2, "gguf": 3}
 
@@ -95,7 +96,7 @@ class Leaf:
 
 
 def leaves(config: ModelConfig, format: str) -> list[Leaf]:
-    """The parameters of a model, in the order of a forward pass.
+    """The parameters of a model.
 
     Args:
         config: the model.

@@ -73,6 +73,7 @@ def load_checkpoint(
     target = None if dtype is None else _target_dtype(dtype)
     config, source, format = _open(resolve(path_or_name, progress), tie)
     parts = leaves(config, format)
+    # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)
     params, broken = read_params(source, parts, target, progress)
@@ -107,7 +108,7 @@ def _common_dtype(source: TensorSource, parts: list[Leaf]) -> np.dtype:
 def _open(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource, str]:
     """(config, source, format) of a folder or a .gguf file."""
     if not path.is_dir():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ArtifactError(f"{path} is no checkpoint: expected a folder or a .gguf file")
         return (*_open_gguf(path, tie), "gguf")
     names = list_folder(path)
@@ -115,7 +116,7 @@ def _open(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource, str]
         return (*_open_hf(path, tie), "hf")
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return (*_open_meta(path, tie), "meta")
-    ggufs = [name for name in names if name.endswith(".gguf")]
+    ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if len(ggufs) == 1:
         return (*_open_gguf(member_path(path, ggufs[0]), tie), "gguf")
     if ggufs:
