@@ -17,7 +17,7 @@ from models.llama.gguf_file import open_gguf
 from models.llama.load import load_checkpoint
 from tests.tiny import hf_model
 from tests.tiny_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64
-from tests.tiny_gguf import array, build, info, pair, random_blocks, small_file, string, write_gguf
+from tests.tiny_gguf import array, build, info, pair, small_file, string, write_gguf
 from utils.errors import ArtifactError, ConfigError
 
 HUGE = (2**64 - 1, 2**63, 2**63 - 1, 2**32, 10**9)
@@ -62,7 +62,7 @@ def test_bad_version(refuse):
 
 
 @pytest.mark.covers("A27")
-@pytest.mark.parametrize("count", [*HUGE, 65537, 1000])
+@pytest.mark.parametrize("count", [*HUGE, 65537, 1000, 40])
 def test_counts_beyond_the_file(refuse, count):
     refuse(build([], [], bytes(60), n_pairs=count), "number of keys is")
     refuse(build([], [], bytes(60), n_tensors=count), "number of tensors is")

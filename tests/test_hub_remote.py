@@ -24,7 +24,12 @@ SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 REPOS = {
     "org/plain": [*SMALL, "special_tokens_map.json", "chat_template.jinja", "model.safetensors"]
     + ["README.md", "pytorch_model.bin", "consolidated.00.pth", "params.json", "model.onnx"]
-    + ["onnx/model.safetensors", "original/consolidated.00.pth", "consolidated.safetensors"],
+    + [
+        "onnx/model.safetensors",
+        "models/a.safetensors",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+    ],
     "org/sharded": [*SMALL, "model.safetensors.index.json"]
     + ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     "org/meta": ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]

@@ -193,8 +193,8 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
     except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
-            weights = ["config.json", *_SAFETENSORS]
-            return Path(snapshot_download(repo, allow_patterns=weights, local_files_only=True))
+            weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
+            return Path(snapshot_download(repo, local_files_only=True, **weights))
         cause = e.__cause__ or e  # the client's own message only says to check the connection
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ArtifactError(
