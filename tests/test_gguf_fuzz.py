@@ -3,6 +3,7 @@
 What is accepted must be what the gguf package's reader finds; all else is one typed error.
 """
 
+import os
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.llama.config import ModelConfig
-from models.llama.gguf_file import open_gguf
+from models.llama.gguf_file import GGUFFile, open_gguf
 from tests.tiny_gguf import ARRAY, STRING, U32, array, build, info, pair, small_file, string
 from utils.errors import ArtifactError, ConfigError
 
@@ -23,21 +24,37 @@ GOOD = small_file()
 @pytest.mark.covers("A26", "A27", "A28", "A30")
 def test_every_truncation_is_refused(tmp_path):
     path = tmp_path / "short.gguf"
-    for size in range(len(GOOD)):
-        path.write_bytes(GOOD[:size])
+    path.write_bytes(GOOD)
+    for size in reversed(range(len(GOOD))):
+        os.truncate(path, size)
         with pytest.raises(ArtifactError):
             open_gguf(path)
 
 
-def refused_or_as_the_package_reads_it(path: Path, data: bytes) -> bool:
+def refused_or_as_the_package_reads_it(path: Path, data: bytes, compare: bool = True) -> bool:
     """Whether the file is accepted. What is accepted has bounded counts, so that the package's
     reader, which knows no bounds, can say whether it was understood."""
-    path.write_bytes(data)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)  # no O_TRUNC: it takes longer than all the rest
+    os.ftruncate(fd, os.pwrite(fd, data, 0))
+    os.close(fd)
     try:
         file = open_gguf(path)
     except ArtifactError as e:
         assert "\n" not in str(e)
         return False
+    for name, shape in file.shapes.items():
+        value = file.read(name)
+        assert value.shape == shape and value.dtype == file.dtypes[name]
+    try:
+        ModelConfig.from_gguf(file.metadata, tie_embeddings=True)
+    except ConfigError as e:
+        assert "\n" not in str(e)
+    if compare:
+        assert_read_like_the_package(file, path)
+    return True
+
+
+def assert_read_like_the_package(file: GGUFFile, path: Path) -> None:
     theirs = gguf.GGUFReader(path)
     fields = {key: f.contents() for key, f in theirs.fields.items() if not key.startswith("GGUF.")}
     # An empty array's contents are given as what comes first in it: nothing of it is compared.
@@ -45,14 +62,6 @@ def refused_or_as_the_package_reads_it(path: Path, data: bytes) -> bool:
         {k: v for k, v in fields.items() if file.metadata[k] != []}
     )
     assert file.shapes == {t.name: tuple(t.shape.tolist()[::-1]) for t in theirs.tensors}
-    for tensor in theirs.tensors:
-        value = file.read(tensor.name)
-        assert value.shape == file.shapes[tensor.name] and value.dtype == file.dtypes[tensor.name]
-    try:
-        ModelConfig.from_gguf(file.metadata, tie_embeddings=True)
-    except ConfigError as e:
-        assert "\n" not in str(e)
-    return True
 
 
 @pytest.mark.covers("A26", "A27", "A28", "A29", "A30", "A32")
@@ -62,7 +71,8 @@ def test_every_flipped_bit_of_the_header(tmp_path):
     for bit in range(8 * end):
         data = bytearray(GOOD)
         data[bit // 8] ^= 1 << bit % 8
-        accepted += refused_or_as_the_package_reads_it(path, bytes(data))
+        compare = bit % 8 == bit // 8 % 8  # one bit of each byte: the package's reader is slow
+        accepted += refused_or_as_the_package_reads_it(path, bytes(data), compare)
     assert 0 < accepted < 8 * end
 
 
