@@ -1,0 +1,315 @@
+"""generate(): batches, stops, keys, limits, streaming, on tiny random models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import decoding
+from decoding import Generation, bucket
+from generate import GenerationConfig, RowText, finish, generate, stream, stream_text
+from models.llama.load import load_checkpoint
+from models.llama.model import LLaMa, unstack_layers
+from sampling import Greedy, TopP
+from tests import tiny
+from utils.errors import SamplingError
+
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(3, 160, n).tolist() for n in (7, 1, 23, 40, 16)]
+SAMPLER = TopP(temperature=0.9, top_p=0.9)
+
+
+@functools.cache
+def load(name="gqa"):
+    config, params = load_checkpoint(tiny.hf_model(name)[0], dtype="float32")
+    return LLaMa(config), unstack_layers(params)
+
+
+def run(prompts, sampler=Greedy(), name="gqa", key=None, tokenizer=None, **config):
+    config = GenerationConfig(**{"max_new_tokens": 20, **config})
+    return generate(*load(name), prompts, sampler, config, key=key, tokenizer=tokenizer)
+
+
+def rows(done):
+    return [done.row(i) for i in range(len(done.lengths))]
+
+
+class Letters:
+    """A tokenizer for these tests: token i is one letter, or a piece of one."""
+
+    def stream(self, skip_special=False):
+        return self
+
+    def push(self, token):
+        return chr(97 + token % 26)
+
+    def finish(self):
+        return ""
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "llama3_8", "biases"])
+def test_greedy_equals_transformers(name):
+    model = tiny.hf_model(name)[1]
+    done = run(PROMPTS, name=name)
+    for prompt, ours in zip(PROMPTS, rows(done)):
+        with torch.no_grad():
+            ids = torch.tensor([prompt])
+            theirs = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=20,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert ours == theirs[0, len(prompt) :].tolist()
+    assert done.finish_reason == ["length"] * len(PROMPTS)
+
+
+@pytest.mark.covers("C7", "C10")
+@pytest.mark.parametrize("sampler", [Greedy(), SAMPLER], ids=["greedy", "top_p"])
+def test_a_row_is_the_same_alone_and_in_any_batch(sampler):
+    together = run(PROMPTS, sampler, n=2)
+    order = [3, 0, 4, 2, 1]
+    shuffled = run([PROMPTS[i] for i in order], sampler, n=2)
+    for place, i in enumerate(order):
+        alone = run([PROMPTS[i]], sampler, n=2)
+        for j in range(2):
+            assert together.row(2 * i + j) == shuffled.row(2 * place + j) == alone.row(j)
+            np.testing.assert_allclose(together.logprobs[2 * i + j], alone.logprobs[j], atol=1e-4)
+    twice = run([PROMPTS[0], PROMPTS[0]], sampler)
+    assert twice.row(0) == twice.row(1)
+
+
+@pytest.mark.covers("C9")
+def test_keys():
+    key = jax.random.key(5)
+    first = rows(run(PROMPTS, SAMPLER, key=key, n=3))
+    assert first == rows(run(PROMPTS, SAMPLER, key=key, n=3))
+    assert first != rows(run(PROMPTS, SAMPLER, key=jax.random.key(6), n=3))
+    assert first[0] != first[1] != first[2]  # samples of one prompt differ
+    keys = jax.random.split(key, len(PROMPTS))
+    one = rows(run(PROMPTS[2:3], SAMPLER, key=keys[2:3]))
+    assert rows(run(PROMPTS, SAMPLER, key=keys))[2] == one[0]
+
+
+def test_streaming_equals_the_batch():
+    model, params = load()
+    config = GenerationConfig(max_new_tokens=20)
+    done = run(PROMPTS, SAMPLER)
+    for i, prompt in enumerate(PROMPTS):
+        pieces = list(stream(model, params, prompt, SAMPLER, config))
+        assert [token for token, _ in pieces] == done.row(i)
+        np.testing.assert_allclose([lp for _, lp in pieces], done.logprobs[i], atol=1e-4)
+
+
+def test_logprobs_are_those_of_the_full_forward_pass():
+    model, params = load()
+    done = run(PROMPTS, TopP(temperature=0.7, top_p=0.8))
+    for i, prompt in enumerate(PROMPTS):
+        row = prompt + done.row(i)
+        logits, _ = model.apply({"params": params}, jnp.asarray([row]))
+        logprobs = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1] / 0.7)
+        exact = np.take_along_axis(np.asarray(logprobs), np.asarray(done.row(i))[:, None], 1)[:, 0]
+        np.testing.assert_allclose(done.logprobs[i], exact, atol=1e-4)
+
+
+@pytest.mark.covers("C8")
+def test_stop_ids_end_a_row_and_the_others_go_on():
+    free = rows(run(PROMPTS))
+    stops = frozenset({free[0][0], free[2][5]})  # a first token, and one in the middle
+    done = run(PROMPTS, stop_ids=stops)
+    assert done.lengths[0] == 1 and done.finish_reason[0] == "stop"
+    for i, row in enumerate(free):
+        cut = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
+        assert done.row(i) == row[:cut]
+        assert (done.tokens[i, cut:] == 0).all()
+        assert done.finish_reason[i] == ("stop" if row[cut - 1] in stops else "length")
+
+
+def test_decoding_ends_early_when_all_rows_have_ended():
+    free = rows(run(PROMPTS))
+    model, params = load()
+    stops = frozenset(row[3] for row in free)
+    config = GenerationConfig(max_new_tokens=200, stop_ids=stops)
+    active = Generation(model, params, Greedy(), config)
+    active.start(PROMPTS)
+    active.advance()
+    # The cache holds all but a row's last token: nothing ran on after the last row ended.
+    assert (np.asarray(active.state.cache.lengths) <= [len(p) + 4 for p in PROMPTS]).all()
+
+
+@pytest.mark.covers("C8")
+def test_stop_strings_across_tokens():
+    free = rows(run(PROMPTS))
+    letters = ["".join(chr(97 + t % 26) for t in row) for row in free]
+    stop = letters[0][9:12]
+    done = run(PROMPTS, stop_strings=(stop, "no such text"), tokenizer=Letters())
+    for i, text in enumerate(letters):
+        at = text.find(stop)
+        if at < 0:
+            assert done.row(i) == free[i] and done.stop_text[i] is None
+        else:
+            assert done.stop_text[i] == text[:at] and done.finish_reason[i] == "stop"
+            assert done.row(i) == free[i][: at + 3]
+    # In the first token, before any step of decoding.
+    first = run(PROMPTS[:1], stop_strings=(letters[0][0],), tokenizer=Letters(), max_new_tokens=1)
+    assert first.stop_text == [""] and first.finish_reason == ["stop"]
+    with pytest.raises(SamplingError, match="must not be empty"):
+        run(PROMPTS, stop_strings=("",), tokenizer=Letters())
+    with pytest.raises(SamplingError, match="need a tokenizer"):
+        run(PROMPTS, stop_strings=("a",))
+
+
+def test_streamed_text_never_shows_a_part_of_a_stop_string():
+    text = "".join(chr(97 + t % 26) for t in run(PROMPTS[:1]).row(0))
+    stop = text[9:12]
+    model, params = load()
+    config = GenerationConfig(max_new_tokens=20, stop_strings=(stop, text[4:6] + "?"))
+    active = Generation(model, params, Greedy(), config)
+    active.start(PROMPTS[:1])
+    pieces = list(stream_text(active, Letters()))
+    assert "".join(pieces) == text[: text.find(stop)]
+    assert active.completions().finish_reason == ["stop"]
+    row = RowText(Letters(), (stop,))
+    for token in (ord(c) - 97 for c in stop[:2]):
+        row.push(token)
+    assert row.certain == 0 and row.text == stop[:2]
+
+
+@pytest.mark.covers("C3")
+def test_numbers_of_new_tokens():
+    none = run(PROMPTS, max_new_tokens=0)
+    assert none.lengths.tolist() == [0] * 5 and none.finish_reason == ["length"] * 5
+    assert run(PROMPTS, max_new_tokens=1).lengths.tolist() == [1] * 5
+    context = load()[0].config.max_seq_len
+    for large in (2**31, None):
+        done = run(PROMPTS[2:4], max_new_tokens=large)
+        assert done.lengths.tolist() == [context - 23, context - 40]
+    for wrong in (-1, 1.5, True, "8"):
+        with pytest.raises(SamplingError, match="max_new_tokens"):
+            run(PROMPTS, max_new_tokens=wrong)
+
+
+@pytest.mark.covers("C1")
+def test_prompts_that_do_not_fit_are_refused_with_their_counts():
+    prompt = RNG.integers(3, 160, 30).tolist()
+    # The last token of a full context is right: nothing was written over.
+    whole = run([prompt], max_new_tokens=10).row(0)
+    assert run([prompt], max_new_tokens=10, max_seq_len=40).row(0) == whole
+    assert run([prompt], max_new_tokens=1, max_seq_len=31).row(0) == whole[:1]
+    message = "30 tokens and max_gen_len=10: 40 exceed max_seq_len=39; pass --max_seq_len 40"
+    with pytest.raises(SamplingError, match=message):
+        run([prompt], max_new_tokens=10, max_seq_len=39)
+    for context in (30, 29):
+        with pytest.raises(SamplingError, match="30 tokens: no room"):
+            run([prompt], max_new_tokens=10, max_seq_len=context)
+
+
+@pytest.mark.covers("C2")
+def test_empty_prompts():
+    with pytest.raises(SamplingError, match="prompt 1 is empty"):
+        run([[5], []])
+    with pytest.raises(SamplingError, match="no prompts"):
+        run([])
+    assert len(run([[1]]).row(0)) == 20  # BOS alone
+
+
+@pytest.mark.covers("B13")
+@pytest.mark.parametrize("token", [-1, 160, 2**31])
+def test_ids_outside_the_vocabulary(token):
+    with pytest.raises(SamplingError, match=f"token id {token}, expected 0..159"):
+        run([[3, token]])
+
+
+@pytest.mark.covers("C6")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_named_by_row_and_step(value):
+    model, params = load()
+    free = run(PROMPTS[:2]).row(1)
+    bad = {**params, "embed": params["embed"].at[free[3]].set(value)}
+    # Row 1 meets the broken row of the embedding when it has sampled four tokens.
+    assert free[3] not in PROMPTS[0] + PROMPTS[1] + free[:3]
+    with pytest.raises(SamplingError, match="row 1 at step 4 are not finite") as e:
+        generate(model, bad, PROMPTS[:2], Greedy(), GenerationConfig(max_new_tokens=8))
+    assert e.value.exit_code == 5
+
+
+@pytest.mark.covers("B6")
+def test_padding_rows_of_the_vocabulary_are_never_sampled():
+    done = run(PROMPTS, TopP(temperature=50.0), vocab_limit=40, n=4)
+    assert done.tokens.max() < 40
+    full = run(PROMPTS, TopP(temperature=50.0), n=4)
+    assert full.tokens.max() >= 150
+
+
+def test_repetition_penalty_counts_the_prompt_and_the_completion():
+    model = tiny.hf_model("gqa")[1]
+    done = run(PROMPTS, Greedy(repetition_penalty=1.5))
+    assert rows(done) != rows(run(PROMPTS))
+    for prompt, ours in zip(PROMPTS, rows(done)):
+        theirs = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=20,
+            do_sample=False,
+            repetition_penalty=1.5,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert ours == theirs[0, len(prompt) :].tolist()
+
+
+def test_other_lengths_and_numbers_do_not_retrace(monkeypatch):
+    traces = []
+    sample = decoding.sample
+    monkeypatch.setattr(decoding, "sample", lambda *a: traces.append(1) or sample(*a))
+    jax.clear_caches()
+    run(PROMPTS[:2], TopP())
+    assert len(traces) == 2  # once in prefill, once in decode
+    run([PROMPTS[0] + [9], [4] * 11], TopP(0.3, 0.4, 5, 0.1), max_new_tokens=31)
+    run([[5], [4]], TopP(0, 1), stop_ids=frozenset({7, 9}), key=jax.random.key(9))
+    assert len(traces) == 2
+
+
+def test_a_filled_cache_goes_on():
+    model, params = load()
+    row = PROMPTS[3] + run(PROMPTS[3:4]).row(0)
+    config = GenerationConfig(max_new_tokens=10)
+    first = Generation(model, params, Greedy(), config)
+    first.start([PROMPTS[3]])
+    done = finish(first)
+    assert first.state.cache.lengths.tolist() == [len(PROMPTS[3]) + 9]
+    second = Generation(model, params, Greedy(), config)
+    second.start([done.row(0)[-1:]], cache=first.state.cache)
+    assert PROMPTS[3] + done.row(0) + finish(second).row(0) == row
+    with pytest.raises(SamplingError, match="one sample a prompt"):
+        Generation(model, params, Greedy(), GenerationConfig(n=2, max_new_tokens=1)).start(
+            [[5]], cache=second.state.cache
+        )
+
+
+def test_buckets():
+    sizes = sorted({bucket(n, 16) for n in range(1, 4097)})
+    assert sizes == [
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+        3072,
+        4096,
+    ]
+    assert all(n <= bucket(n, 16) <= max(16, n * 1.5) for n in range(1, 5000))
