@@ -187,17 +187,18 @@ def test_nested_names_are_plain_text(load):
 def test_added_tokens_that_are_not_special(tmp_path, default_model_path):
     """Tags and what the template writes are control tokens; a run of spaces is text."""
     spec = oracle.smollm_json(oracle.tokenizer_metadata(default_model_path))
-    names = ["<think>", "Reasoning:", "      ", "covid"]
+    names = ["<think>", "Reasoning:", "      ", "covid", "<é>"]
     spec["added_tokens"] += [
         {"id": 49152 + n, "content": name, "special": False} for n, name in enumerate(names)
     ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ 'Reasoning:' }}"}
+    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ 'Reasoning:      ' }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
-    text = "<think>Reasoning:      covid"
+    text = "<think>Reasoning:      covid<é>"
     assert [i for i in tokenizer.encode(text) if i >= 49152] == [49154, 49155]
-    assert tokenizer.encode(text, allow_special=True) == [49152, 49153, 49154, 49155]
+    assert tokenizer.encode(text, allow_special=True) == [49152, 49153, 49154, 49155, 49156]
+    assert tokenizer.decode(range(49152, 49157)) == text
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
