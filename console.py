@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fire
@@ -20,10 +21,17 @@ import rich.progress
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, Params, unstack_layers
-from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
-from utils.errors import AltiplanoError, ArtifactError
+from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
+from utils import memory
+from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
+from utils.files import InputFile, parse_json
 
 BROKEN_PIPE, INTERRUPTED = 141, 130
+
+# What stdin may hold: far more than any context.
+MAX_STDIN_BYTES = 16 << 20
+
+DEFAULT_QUESTION = "What is the capital of France?"
 
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -139,6 +147,45 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
+
+
+def read_prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list[str], bool]:
+    """(the prompts, whether they are messages), from the flags, a file or stdin."""
+    if prompt is not None and path is not None:
+        raise ConfigError("pass --prompt or --prompts_file, not both")
+    if prompt is not None:
+        return [prompt], chat
+    if path is not None:
+        file = InputFile(path, DataError)
+        lines = decode_utf8(bytes(file.read(0, file.size)), path).splitlines()
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        if not numbered:
+            raise DataError(f"{path} has no prompts: expected one a line")
+        if Path(path).suffix != ".jsonl":
+            return [line for _, line in numbered], chat
+        return [_prompt_of(line, f"{path}:{number}") for number, line in numbered], chat
+    text = read_stdin().removesuffix("\n")
+    if text.strip():
+        return [text], chat
+    stderr.print(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)")
+    return [DEFAULT_QUESTION], True
+
+
+def read_stdin() -> str:
+    """All of a piped stdin; nothing from a terminal. Raises DataError if it is no text or huge."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise DataError(f"stdin holds over {memory.human(MAX_STDIN_BYTES)}: that is no prompt")
+    return decode_utf8(data, "stdin")
+
+
+def _prompt_of(line: str, where: str) -> str:
+    value = parse_json(line.encode(), where, DataError).get("prompt")
+    if not isinstance(value, str):
+        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
+    return value
 
 
 def keep_compilations() -> None:

@@ -4,10 +4,8 @@ Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V voc
 """
 
 import json as jsonlib
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import fire
@@ -21,20 +19,14 @@ from decoding import STOP, Completions, Generation, GenerationConfig
 from models.llama.chat_format import chat_format_for
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.model import LLaMa, Params
-from models.llama.tokenizer import Tokenizer, decode_utf8
+from models.llama.tokenizer import Tokenizer
 from utils import memory
-from utils.errors import ConfigError, DataError, SamplingError, is_int
-from utils.files import InputFile, parse_json
+from utils.errors import ConfigError, SamplingError, is_int
 
 Array = jax.Array
 
 # Decode steps between two looks at the text for stop strings, and two reports of progress.
 STRIDE = 8
-
-# What stdin may hold: far more than any context.
-MAX_STDIN_BYTES = 16 << 20
-
-DEFAULT_QUESTION = "What is the capital of France?"
 
 
 def generate(
@@ -238,7 +230,7 @@ def main(
     """
     console.keep_compilations()
     clock = console.Clock()
-    prompts, chat = _prompts(prompt, prompts_file, chat)
+    prompts, chat = console.read_prompts(prompt, prompts_file, chat)
     sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
     sampling.check_sampler(sampler)
     key = random_key(seed)
@@ -296,45 +288,6 @@ def random_key(seed: int) -> Array:
     if not is_int(seed) or not 0 <= seed < 2**32:
         raise SamplingError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
     return jax.random.key(seed)
-
-
-def _prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list[str], bool]:
-    """(the prompts, whether they are messages), from the flags, a file or stdin."""
-    if prompt is not None and path is not None:
-        raise ConfigError("pass --prompt or --prompts_file, not both")
-    if prompt is not None:
-        return [prompt], chat
-    if path is not None:
-        file = InputFile(path, DataError)
-        lines = decode_utf8(bytes(file.read(0, file.size)), path).splitlines()
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not numbered:
-            raise DataError(f"{path} has no prompts: expected one a line")
-        if Path(path).suffix != ".jsonl":
-            return [line for _, line in numbered], chat
-        return [_prompt_of(line, f"{path}:{number}") for number, line in numbered], chat
-    text = read_stdin().removesuffix("\n")
-    if text.strip():
-        return [text], chat
-    console.stderr.print(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)")
-    return [DEFAULT_QUESTION], True
-
-
-def read_stdin() -> str:
-    """All of a piped stdin; nothing from a terminal. Raises DataError if it is no text or huge."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
-    if len(data) > MAX_STDIN_BYTES:
-        raise DataError(f"stdin holds over {memory.human(MAX_STDIN_BYTES)}: that is no prompt")
-    return decode_utf8(data, "stdin")
-
-
-def _prompt_of(line: str, where: str) -> str:
-    value = parse_json(line.encode(), where, DataError).get("prompt")
-    if not isinstance(value, str):
-        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
-    return value
 
 
 def _stops(stop: Any) -> tuple[str, ...]:

@@ -1,0 +1,80 @@
+"""The house rules that a machine can check: DESIGN in CLAUDE.md says why each is there."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RANKS = {"utils": 0, "models": 1, "sampling": 2, "decoding": 3, "console": 3, "generate": 4}
+RANKS |= {"trainers": 5, "train": 6, "chat": 6, "evaluate": 6, "plan": 6}
+LIBRARIES = ("utils", "models", "trainers", "sampling.py", "decoding.py")
+
+
+def sources(*names):
+    for name in names or [rank for rank in RANKS]:
+        path = ROOT / name
+        yield from (
+            sorted(path.rglob("*.py"))
+            if path.is_dir()
+            else path.parent.glob(name if name.endswith(".py") else f"{name}.py")
+        )
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "no relative imports"
+            yield node, node.module
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way_and_modules_stay_small(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    rank = RANKS[path.relative_to(ROOT).parts[0].removesuffix(".py")]
+    for node, name in imports(tree):
+        assert RANKS.get(name.split(".")[0], 0) <= rank, f"{path}:{node.lineno} imports {name}"
+        flax_linen = name.startswith("flax.linen")
+        assert not flax_linen or path.name == "model.py", f"{path}: flax.linen is for model.py"
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.ExceptHandler) or node.type, f"{path}: bare except"
+        if isinstance(node, ast.FunctionDef) and node.name != "main":
+            assert node.end_lineno - node.lineno < 70, f"{path}: {node.name} is too long"
+
+
+@pytest.mark.parametrize("path", list(sources()), ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_things_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+@pytest.mark.parametrize("path", list(sources(*LIBRARIES)), ids=lambda p: str(p.relative_to(ROOT)))
+def test_libraries_neither_print_nor_exit_nor_read_argv(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "exit", "sys.exit", "os._exit", "input"), f"{path}"
+        if isinstance(node, ast.Attribute):
+            # hub.py hands its environment on to pip.
+            banned = ("sys.argv", "os.environ") if path.name != "hub.py" else ("sys.argv",)
+            assert ast.unparse(node) not in banned, f"{path}:{node.lineno}"
+
+
+def test_importing_has_no_side_effect_and_parsers_need_no_jax():
+    light = "config gguf_file safetensors_file meta_file hub tokenizer chat_format".split()
+    code = "import sys\n" + "".join(f"import models.llama.{name}\n" for name in light)
+    code += "assert 'jax' not in sys.modules and 'torch' not in sys.modules\n"
+    code += "import generate, chat, jax\n"
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    code += "assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_x64"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (out.returncode, out.stdout, out.stderr) == (0, "", "")
