@@ -158,6 +158,13 @@ def test_bad_dtype(dtype):
         load_checkpoint(tiny.hf_model("gqa")[0], dtype=dtype)
 
 
+def test_safetensors_come_before_other_formats(tmp_path):
+    path, model = tiny.hf_model("gqa")
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    tiny.write_meta(tmp_path, tiny.hf_model("mha")[1])
+    assert_holds(load_checkpoint(tmp_path)[1], model)
+
+
 def test_progress_counts_to_the_end():
     told = []
     _, params = load_checkpoint(tiny.hf_model("gqa")[0], progress=lambda *args: told.append(args))

@@ -182,8 +182,8 @@ def test_existing_folder(tmp_path):
     save_checkpoint(out, config, params, overwrite=True)
     assert not (out / "notes.txt").exists()
     assert_same(load_checkpoint(out)[1], params)
-    with pytest.raises(CheckpointError, match="exists already"):
-        save_checkpoint(out / "config.json", config, params)
+    with pytest.raises(CheckpointError, match="is a file"):
+        save_checkpoint(out / "config.json", config, params, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

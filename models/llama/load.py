@@ -51,7 +51,8 @@ def load_checkpoint(
 ) -> tuple[ModelConfig, Params]:
     """Loads a model.
 
-    A folder with several formats is read as the first of: safetensors, Meta, GGUF.
+    A folder with several formats is read as the first of: model.safetensors, an index with shards,
+    Meta's files, GGUF.
 
     Args:
         path_or_name: a folder, a .gguf file, the name of the default model or a hub id.

@@ -44,9 +44,6 @@ class SafetensorsFile:
         """Reads and checks the header. Raises ArtifactError."""
         self._file = InputFile(path)
         self.description = str(path)
-        size = self._file.size
-        if size < 8:
-            raise ArtifactError(f"{path} is truncated: needs 8 bytes at least, has {size}")
         (header_len,) = struct.unpack("<Q", self._file.read(0, 8))
         if header_len > _MAX_HEADER:
             raise ArtifactError(
@@ -65,7 +62,7 @@ class SafetensorsFile:
         for name, entry in entries.items():
             shape, dtype, span = _parse_entry(f"{path}: tensor {name!r:.200}", entry)
             self.shapes[name], self.dtypes[name], self._spans[name] = shape, dtype, span
-        self._check_layout(size - self._data_start)
+        self._check_layout(self._file.size - self._data_start)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, in an array of its own. Raises ArtifactError if the file changed."""

@@ -57,7 +57,9 @@ def save_checkpoint(
     arrays = _check_params(params, parts)
     path = Path(path)
     try:
-        if path.exists() and not overwrite and not (path.is_dir() and not os.listdir(path)):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is a file, expected a folder or a new name")
+        if path.is_dir() and os.listdir(path) and not overwrite:
             raise CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
         with atomic_directory(path, overwrite=overwrite) as folder:
             for file in tokenizer_files:
