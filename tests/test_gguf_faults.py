@@ -99,6 +99,18 @@ def test_arrays_beyond_reason(refuse):
 
 
 @pytest.mark.covers("A28")
+def test_the_widest_header_that_is_read(tmp_path):
+    """One wide character makes a string of Python take four bytes for each of its letters."""
+    path = tmp_path / "wide.gguf"
+    path.write_bytes(build([pair("k", STRING, "x" * (31 << 20) + "\U0001f999")]))
+    tracemalloc.start()
+    assert len(open_gguf(path).metadata["k"]) == (31 << 20) + 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * path.stat().st_size + 200e6
+
+
+@pytest.mark.covers("A28")
 def test_bad_keys_and_values(refuse):
     good = pair("a", U32, 1)
     refuse(build([good, pair("a", U32, 1)]), "key 1 is 'a' for the second time")

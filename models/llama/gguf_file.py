@@ -27,7 +27,7 @@ _U64 = struct.Struct("<Q")
 
 # Many times what any Llama has (the largest header known takes 8 MB, 540,000 array elements and
 # 1,200 tensors), so that a hostile header of a big file cannot fill the memory with Python objects.
-_HEADER_SIZES = (8 << 20, 64 << 20)
+_HEADER_SIZES = (8 << 20, 32 << 20)
 _MAX_ELEMENTS = 1 << 21
 _MAX_ENTRIES = 1 << 16
 _MAX_NAME = 256
@@ -95,7 +95,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
     """
     file = InputFile(path)
     for size in _HEADER_SIZES:
-        data = bytes(file.read(0, min(size, file.size)))
+        data = file.read(0, min(size, file.size))
         try:
             metadata, tensors = _parse(_Cursor(data, file.size, str(path)))
         except _HeaderIsLonger:
@@ -111,7 +111,7 @@ class _HeaderIsLonger(Exception):
 class _Cursor:
     """A bounds-checked walk over the first bytes of a file."""
 
-    def __init__(self, data: bytes, file_size: int, path: str):
+    def __init__(self, data: bytearray, file_size: int, path: str):
         self.data, self.file_size, self.path = data, file_size, path
         self.pos, self.elements = 0, 0
 
@@ -206,7 +206,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     """(metadata, tensors) of a whole header."""
     cursor.need(4, "the magic number")
     if cursor.data[:4] != b"GGUF":
-        cursor.fail(f"starts with {cursor.data[:4]!r}, expected b'GGUF': not a GGUF file")
+        cursor.fail(f"starts with {bytes(cursor.data[:4])}, expected b'GGUF': not a GGUF file")
     cursor.pos = 4
     version = cursor.scalar("I", "the version")
     if version and version & 0xFFFF == 0:
