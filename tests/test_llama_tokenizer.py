@@ -191,6 +191,7 @@ def test_added_tokens_that_are_not_special(tmp_path, default_model_path):
     spec["added_tokens"] += [
         {"id": 49152 + n, "content": name, "special": False} for n, name in enumerate(names)
     ]
+    spec["added_tokens"].append({"id": 49157, "content": "<thi", "special": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ 'Reasoning:      ' }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -371,4 +372,7 @@ def test_stop_ids_are_a_union(tmp_path, files, load):
     assert load_tokenizer(tmp_path).stop_ids == {2, 7}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert load_tokenizer(tmp_path).stop_ids == {2, 5, 6}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 400}')
+    with pytest.raises(ArtifactError, match="ids up to 400, the model 380 rows"):
+        check_against_model(load_tokenizer(tmp_path), 380)
     assert load("llama3_json").stop_ids == {128001, 128008, 128009}
