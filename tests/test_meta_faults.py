@@ -290,10 +290,10 @@ BAD_PICKLES = {
 @pytest.mark.parametrize("case", BAD_PICKLES)
 def test_broken_pickle(tmp_path, case):
     write_pth(tmp_path / NAME, BAD_PICKLES[case])
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ArtifactError, match=NAME) as e:
         MetaFolder(tmp_path, 2)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert "\n" not in str(e.value) and len(str(e.value)) < 900
 
 
@@ -343,10 +343,10 @@ def test_compressed_records_and_bombs(tmp_path):
         MetaFolder(tmp_path, 2)
     bomb = {"archive/data/1": bytes(1 << 26)}
     rezip(tmp_path / NAME, zipfile.ZIP_DEFLATED, **bomb)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ArtifactError, match="compressed"):
         MetaFolder(tmp_path, 2)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.covers("A20")
