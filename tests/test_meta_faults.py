@@ -316,6 +316,7 @@ def test_every_cut_and_a_flip_of_every_byte_of_a_pickle(tmp_path):
 
 
 @pytest.mark.covers("A19")
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(at=st.integers(0, 200), cut=st.integers(0, 8), put=st.binary(max_size=8))
 def test_spliced_pickles(tmp_path_factory, at, cut, put):
