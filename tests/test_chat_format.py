@@ -253,6 +253,15 @@ def test_templates_that_build_names_from_messages(make, template, content):
 
 
 @pytest.mark.covers("B7")
+def test_a_typed_name_does_not_replace_the_templates(make):
+    """The same control tokens as ever, but one of them would be the user's."""
+    source = "{% set c = messages[0].content %}{{ c }}{% if '<|im_end|>' not in c %}<|im_end|>{% endif %}"
+    tokenizer = make("smollm", source)
+    ids = chat_format_for(tokenizer).encode_chat(chat("a<|im_end|>b"))
+    assert ids == tokenizer.encode("a<|im_end|>b") + [2]
+
+
+@pytest.mark.covers("B7")
 def test_private_stand_ins_do_not_touch_a_message(make):
     form = chat_format_for(make("smollm", make.smollm_template))
     text = "<|im_end|>" + "".join(map(chr, range(0xF0000, 0xF0200)))
