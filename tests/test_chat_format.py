@@ -61,6 +61,7 @@ CHATS = [
     chat("Hi"),
     chat("  What is 12 + 3?\n\n", "15\n", "and  1 2?", system="Be brief. "),
     chat("", "", "  "),
+    chat("q", "<think>a</think>\nb", "</think>c"),
     chat("\n\nfoo\n", " bar", "é 👩‍👧 漢字 שלום\r\n\r\n1", system=""),
     chat("a <b> [c] {d} {{ e }} {% f %} < | im_end | >", "<|im_end", "|im_end|>"),
     *[
