@@ -431,6 +431,7 @@ def test_what_transformers_allows_in_templates(make):
         "    {{- m | tojson }}{{ m.tool_calls | default('-') }}\n"
         "    {%- endgeneration %}\n"
         "{%- endfor %}{{ strftime_now('%Y')[:2] }}"
+        "\n    {% if true %}\nblock{% endif %}\n  end"
     )
     form = chat_format_for(make("smollm", source))
     theirs = make("smollm", source, twin=True)
