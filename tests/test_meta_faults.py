@@ -282,7 +282,6 @@ BAD_PICKLES = {
     "itself": b"\x80\x02}q\x00X\x01\x00\x00\x00wh\x00s.",
     "a number for a tensor": b"\x80\x02}X\x01\x00\x00\x00wK\x01s.",
     "many": b"\x80\x02" + b"N0" * (1 << 17) + b"}.",
-    "large": b"\x80\x02" + b"N0" * (1 << 19) + b"}.",
 }
 
 
@@ -295,6 +294,14 @@ def test_broken_pickle(tmp_path, case):
         MetaFolder(tmp_path, 2)
     assert time.process_time() - start < 2
     assert "\n" not in str(e.value) and len(str(e.value)) < 900
+
+
+@pytest.mark.covers("A19")
+def test_a_large_pickle_is_refused_before_it_is_scanned(tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_file, "_check_pickle", lambda *args: pytest.fail("it was scanned"))
+    write_pth(tmp_path / NAME, b"\x80\x02" + b"N0" * (1 << 18) + tensor_pickle()[2:])
+    with pytest.raises(ArtifactError, match="no data.pkl of 1 to 524288 bytes"):
+        MetaFolder(tmp_path, 2)
 
 
 def refused_or_in_bounds(folder: Path) -> None:
