@@ -10,16 +10,20 @@ from utils.kvcache import KVCache, check_capacity, write
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_each_row_is_written_at_its_own_length(rows):
+@pytest.mark.parametrize("axis", [1, 2])
+def test_each_row_is_written_at_its_own_length(rows, axis):
     rng = np.random.default_rng(rows)
-    buffer = rng.standard_normal((rows, 2, 10, 4)).astype(np.float32)
-    new = rng.standard_normal((rows, 3, 2, 4)).astype(np.float32)
+    slots_last = lambda x: x if axis == 2 else x.swapaxes(1, 2)
+    buffer = rng.standard_normal((rows * 2, 4, 10)).astype(np.float32)
+    new = rng.standard_normal((rows * 2, 4, 3)).astype(np.float32)
     lengths = np.asarray([7, 0, 4][:rows], np.int32)
-    out = np.asarray(jax.jit(write)(buffer, new, lengths))
+    run = jax.jit(write, static_argnames="axis")
+    out = run(slots_last(buffer), slots_last(new), lengths, axis=axis)
     expected = buffer.copy()
-    for row, start in enumerate(lengths):
-        expected[row, :, start : start + 3] = new[row].transpose(1, 0, 2)
-    np.testing.assert_array_equal(out, expected)
+    for i in range(rows * 2):
+        start = lengths[i // 2]
+        expected[i, :, start : start + 3] = new[i]
+    np.testing.assert_array_equal(slots_last(np.asarray(out)), expected)
 
 
 @pytest.mark.covers("C1")
@@ -30,13 +34,16 @@ def test_capacity_is_checked_on_the_host():
 
 
 def test_resized_and_repeated_keep_the_rows():
-    cache = KVCache.create((2, 1, 4, 3), n_layers=2, dtype=jnp.float32)
+    cache = KVCache.create((2, 3, 4, 5), n_layers=2, dtype=jnp.float32)
     assert cache.empty and cache.capacity == 4
-    filled = jnp.arange(24.0).reshape(2, 1, 4, 3)
-    cache = cache.replace(k=(filled, filled + 1), lengths=jnp.asarray([2, 4]))
+    k, v = jnp.arange(120.0).reshape(6, 5, 4), -jnp.arange(120.0).reshape(6, 4, 5)
+    cache = cache.replace(k=(k, k + 1), v=(v, v + 1), lengths=jnp.asarray([2, 4]))
     grown = cache.resized(6)
     assert grown.capacity == 6
-    np.testing.assert_array_equal(grown.k[1][:, :, :4], filled + 1)
+    np.testing.assert_array_equal(grown.k[1][:, :, :4], k + 1)
+    np.testing.assert_array_equal(grown.v[1][:, :4], v + 1)
     twice = cache.repeated(2)
     assert twice.lengths.tolist() == [2, 2, 4, 4]
-    np.testing.assert_array_equal(twice.k[0], filled[jnp.asarray([0, 0, 1, 1])])
+    order = jnp.asarray([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])
+    np.testing.assert_array_equal(twice.k[0], k[order])
+    np.testing.assert_array_equal(twice.v[0], v[order])

@@ -7,7 +7,7 @@ import pytest
 
 from tests.oracles import attention as oracle
 from utils import ops
-from utils.attention import QUERY_BLOCK, attention
+from utils.attention import QUERY_BLOCK, attention, heads_first
 from utils.rope import inv_frequencies
 
 RNG = np.random.default_rng(0)
@@ -97,8 +97,7 @@ def heads(T, S, K=2, G=3, H=16, B=2):
 
 
 def run(q, k, v, **masks):
-    swap = lambda x: f32(x).transpose(0, 2, 1, 3)
-    return jax.jit(attention)(f32(q), swap(k), swap(v), **masks)
+    return jax.jit(attention)(f32(q), *heads_first(f32(k), f32(v)), **masks)
 
 
 @pytest.mark.parametrize("K,G", [(1, 4), (4, 1), (2, 3)])
@@ -140,8 +139,7 @@ def test_a_fully_masked_row_has_zero_output_and_finite_gradients():
     mask = jnp.zeros((2, 4), bool)
 
     def loss(q, k, v):
-        swap = lambda x: x.transpose(0, 2, 1, 3)
-        return jnp.sum(attention(q, swap(k), swap(v), key_mask_BS=mask) ** 2)
+        return jnp.sum(attention(q, *heads_first(k, v), key_mask_BS=mask) ** 2)
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
     assert value == 0 and all((g == 0).all() for g in grads)
@@ -150,6 +148,6 @@ def test_a_fully_masked_row_has_zero_output_and_finite_gradients():
 def test_attention_softmax_is_float32_for_bfloat16():
     # 300 equal keys: a bfloat16 sum of the weights would stop at 256.
     q = jnp.zeros((1, 1, 1, 8), jnp.bfloat16)
-    k, v = jnp.zeros((1, 1, 300, 8), jnp.bfloat16), jnp.ones((1, 1, 300, 8), jnp.bfloat16)
+    k, v = jnp.zeros((1, 8, 300), jnp.bfloat16), jnp.ones((1, 300, 8), jnp.bfloat16)
     out = attention(q, k, v, slots_BT=jnp.full((1, 1), 299))
     assert (out == 1).all()

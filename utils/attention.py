@@ -1,7 +1,7 @@
 """Attention behind one function, which picks the kernel.
 
 Today that is plain XLA everywhere; the kernels for TPU and GPU belong in `attention` and nowhere else.
-Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim.
+Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, X = B · K.
 """
 
 import jax
@@ -13,10 +13,21 @@ Array = jax.Array
 QUERY_BLOCK = 512
 
 
+def heads_first(k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
+    """Keys and values as `attention` and the KV cache hold them: k_XHS and v_XSH.
+
+    One merged axis X, since XLA updates a buffer with an axis of size 1 through copies of the whole;
+    keys transposed, so that scores are a plain matrix product with nothing to rearrange a step.
+    """
+    B, T, K, H = k_BTKH.shape
+    k_XHS = k_BTKH.transpose(0, 2, 3, 1).reshape(B * K, H, T)
+    return k_XHS, v_BTKH.transpose(0, 2, 1, 3).reshape(B * K, T, H)
+
+
 def attention(
     q_BTNH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
+    k_XHS: Array,
+    v_XSH: Array,
     *,
     slots_BT: Array | None = None,
     key_mask_BS: Array | None = None,
@@ -28,48 +39,49 @@ def attention(
 
     Args:
         q_BTNH: [B, T, N, H] queries; query head n reads kv head n // G.
-        k_BKSH, v_BKSH: [B, K, S, H] keys and values, slot by slot.
+        k_XHS, v_XSH: [B · K, H, S] keys and [B · K, S, H] values, see `heads_first`.
         slots_BT: [B, T] int32, the slot of each query: it sees slots up to its own. None: the
             queries are the keys (S = T), each sees those up to itself.
         key_mask_BS: [B, S] bool, False hides a key. None: all are seen.
         segment_ids_BT: [B, T] int32, only where S = T: a query sees keys of its own segment.
 
     Returns:
-        [B, T, N, H]; a query that sees no key gives zeros.
+        [B, T, N, H], of q's dtype; a query that sees no key gives zeros.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    q_BKGTH = (q_BKGTH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype)
+    S, K = k_XHS.shape[2], k_XHS.shape[0] // B
+    q_XGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(-1, N // K, T, H)
+    q_XGTH = (q_XGTH.astype(jnp.float32) * H**-0.5).astype(k_XHS.dtype)
     blocks = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         # Without slots, keys after the block's last query are in its future: leave them out.
-        keys = slice(0, stop if slots_BT is None else k_BKSH.shape[2])
-        queries = slice(start, stop)
+        queries, keys = slice(start, stop), slice(0, stop if slots_BT is None else S)
         if slots_BT is None:
             seen = jnp.arange(start, stop)[None, :, None] >= jnp.arange(stop)
         else:
-            seen = slots_BT[:, queries, None] >= jnp.arange(k_BKSH.shape[2])
+            seen = slots_BT[:, queries, None] >= jnp.arange(S)
         if key_mask_BS is not None:
             seen = seen & key_mask_BS[:, None, keys]
         if segment_ids_BT is not None:
             seen = seen & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
-        q, k, v = q_BKGTH[:, :, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
-        blocks.append(_softmax_attention(q, k, v, seen[:, None, None]))
-    out_BKGTH = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        q, k, v = q_XGTH[:, :, queries], k_XHS[:, :, keys], v_XSH[:, keys]
+        blocks.append(_softmax_attention(q, k, v, seen))
+    out_XGTH = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+    out_BTKGH = out_XGTH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4)
+    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _softmax_attention(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKGTS: Array) -> Array:
+def _softmax_attention(q_XGTH: Array, k_XHS: Array, v_XSH: Array, seen_BTS: Array) -> Array:
     """softmax(q·k over the keys that are seen)·v; the division comes last, on the small array."""
     f32 = jnp.float32
-    scores = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=f32)
-    scores = jnp.where(seen_BKGTS, scores, -jnp.inf)
+    scores = jnp.einsum("xgth,xhs->xgts", q_XGTH, k_XHS, preferred_element_type=f32)
+    by_row = scores.reshape(seen_BTS.shape[0], -1, *scores.shape[2:])
+    scores = jnp.where(seen_BTS[:, None], by_row, -jnp.inf).reshape(scores.shape)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     # A row with nothing to see has top = -inf: exp(-inf - 0) = 0 everywhere, and not NaN.
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(v_BKSH.dtype)
-    out = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH, preferred_element_type=f32)
-    return (out / jnp.where(total == 0, 1, total)).astype(q_BKGTH.dtype)
+    weights = weights.astype(v_XSH.dtype)
+    out = jnp.einsum("xgts,xsh->xgth", weights, v_XSH, preferred_element_type=f32)
+    return out / jnp.where(total == 0, 1, total)

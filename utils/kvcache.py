@@ -19,7 +19,8 @@ class KVCache:
     """Keys and values of the tokens so far; immutable, a forward pass returns the next one.
 
     Attributes:
-        k, v: one array a layer, [B, K, S, H]; keys are already rotated.
+        k, v: one array a layer, [X, H, S] and [X, S, H] with X = B · K, see
+            `utils.attention.heads_first`; keys are already rotated.
         lengths: [B] int32, filled slots of each row.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
@@ -32,47 +33,61 @@ class KVCache:
 
     @classmethod
     def create(cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype) -> "KVCache":
-        """A cache of zeros: n_layers times two arrays of `shape_BKSH` = [B, K, S, H]."""
-        buffers = [jnp.zeros(shape_BKSH, dtype) for _ in range(2 * n_layers)]
-        lengths = jnp.zeros((shape_BKSH[0],), jnp.int32)
-        return cls(tuple(buffers[:n_layers]), tuple(buffers[n_layers:]), lengths, empty=True)
+        """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
+        B, K, S, H = shape_BKSH
+        k = tuple(jnp.zeros((B * K, H, S), dtype) for _ in range(n_layers))
+        v = tuple(jnp.zeros((B * K, S, H), dtype) for _ in range(n_layers))
+        return cls(k, v, jnp.zeros((B,), jnp.int32), empty=True)
 
     @property
     def capacity(self) -> int:
         """Slots a row, S."""
-        return self.k[0].shape[2]
+        return self.v[0].shape[1]
 
     def resized(self, capacity: int) -> "KVCache":
         """The same rows in buffers of `capacity` slots; the filled slots must fit."""
-        keep = min(capacity, self.capacity)
-        widths = ((0, 0), (0, 0), (0, capacity - keep), (0, 0))
-        fit = lambda x: jnp.pad(x[:, :, :keep], widths)
-        return self.replace(k=tuple(map(fit, self.k)), v=tuple(map(fit, self.v)))
+        more = capacity - self.capacity
+        fit = lambda x, axis: jax.lax.pad(
+            x, jnp.zeros((), x.dtype), [(0, more * (i == axis), 0) for i in range(3)]
+        )
+        return self.replace(k=tuple(fit(x, 2) for x in self.k), v=tuple(fit(x, 1) for x in self.v))
 
     def repeated(self, times: int) -> "KVCache":
         """Each row `times` times, side by side: one prefill for several samples of a prompt."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+        B = self.lengths.shape[0]
+
+        def repeat(x):
+            rows = jnp.repeat(x.reshape(B, -1, *x.shape[1:]), times, axis=0)
+            return rows.reshape(-1, *x.shape[1:])
+
+        return self.replace(
+            k=tuple(map(repeat, self.k)),
+            v=tuple(map(repeat, self.v)),
+            lengths=jnp.repeat(self.lengths, times),
+        )
 
 
-def write(buffer_BKSH: Array, new_BTKH: Array, lengths_B: Array) -> Array:
+def write(buffer_X: Array, new_X: Array, lengths_B: Array, axis: int) -> Array:
     """Puts each row's T new entries at its slots lengths..lengths + T - 1.
 
     `dynamic_update_slice` clamps: past the end it would overwrite the last slots in silence, so
     callers check with `check_capacity` on the host first.
 
     Args:
-        buffer_BKSH: [B, K, S, H].
-        new_BTKH: [B, T, K, H].
+        buffer_X: [X, H, S] or [X, S, H], X = B · K.
+        new_X: the same with T instead of S.
         lengths_B: [B] int32.
+        axis: that of the slots, 2 or 1.
 
     Returns:
-        [B, K, S, H].
+        The buffer with the new entries.
     """
-    new_BKTH = new_BTKH.transpose(0, 2, 1, 3).astype(buffer_BKSH.dtype)
-    if buffer_BKSH.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(buffer_BKSH, new_BKTH, (0, 0, lengths_B[0], 0))
-    write_row = lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0))
-    return jax.vmap(write_row)(buffer_BKSH, new_BKTH, lengths_B)
+    new_X = new_X.astype(buffer_X.dtype)
+    heads = buffer_X.shape[0] // lengths_B.shape[0]
+    if heads == buffer_X.shape[0]:
+        return jax.lax.dynamic_update_slice_in_dim(buffer_X, new_X, lengths_B[0], axis)
+    put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1)
+    return jax.vmap(put)(buffer_X, new_X, jnp.repeat(lengths_B, heads))
 
 
 def check_capacity(lengths: np.ndarray, new_tokens: int, capacity: int) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from models.llama.config import ModelConfig
 from utils import kvcache, ops
-from utils.attention import attention
+from utils.attention import attention, heads_first
 from utils.kvcache import KVCache
 from utils.rope import inv_frequencies
 
@@ -44,13 +44,16 @@ class Attention(nn.Module):
         q_BTNH = ops.apply_rope(heads(ops.linear(x_BTD, wq, bq)), rope)
         k_BTKH = ops.apply_rope(heads(ops.linear(x_BTD, wk, bk)), rope)
         v_BTKH = heads(ops.linear(x_BTD, wv, bv))
+        k_XHT, v_XTH = heads_first(k_BTKH, v_BTKH)
+        keys, values = k_XHT, v_XTH
         if kv is not None:
             k_buffer, v_buffer, lengths, empty = kv
-            kv = kvcache.write(k_buffer, k_BTKH, lengths), kvcache.write(v_buffer, v_BTKH, lengths)
-        if kv is None or empty:
-            keys, values = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-        else:
-            keys, values = kv
+            kv = (
+                kvcache.write(k_buffer, k_XHT, lengths, axis=2),
+                kvcache.write(v_buffer, v_XTH, lengths, axis=1),
+            )
+            if not empty:
+                keys, values = kv
         out_BTNH = attention(q_BTNH, keys, values, **masks)
         return ops.linear(out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo, bo), kv
 
