@@ -20,7 +20,7 @@ import rich.progress
 
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint
-from models.llama.model import LLaMa, Params, unstack_layers
+from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
 from utils import memory
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
@@ -37,7 +37,7 @@ stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Model(NamedTuple):
-    """What a command line works with; `params` has its layers unstacked, for decoding."""
+    """What a command line works with; `params` has the layout for decoding."""
 
     llama: LLaMa
     params: Params
@@ -128,7 +128,7 @@ def load_model(
         tokenizer = load_tokenizer(tokenizer_path or path)
         config, params = load_checkpoint(path, dtype=dtype, progress=report)
     check_against_model(tokenizer, config.vocab_size)
-    return Model(LLaMa(config), unstack_layers(params), tokenizer)
+    return Model(LLaMa(config), for_decoding(params, donate=True), tokenizer)
 
 
 @contextlib.contextmanager

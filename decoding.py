@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from models.llama.model import LLaMa, Params, cache_shape, init_cache, unstack_layers
+from models.llama.model import LLaMa, Params, cache_shape, init_cache, for_decoding
 from utils import memory
 from utils.errors import SamplingError, is_int
 from utils.kvcache import KVCache, check_capacity
@@ -93,7 +93,7 @@ class Generation:
 
     def __init__(self, model, params, sampler, config: GenerationConfig):
         sampling.check_sampler(sampler)
-        self.model, self.params, self.config = model, unstack_layers(params), config
+        self.model, self.params, self.config = model, for_decoding(params), config
         vocab = model.config.vocab_size
         stop_ids = sorted(config.stop_ids)
         padded = stop_ids + [-1] * (-len(stop_ids) % 8 or 8 * (not stop_ids))
@@ -115,7 +115,7 @@ class Generation:
         limits = self._check(prompts, held)
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         width = bucket(lengths.max(), 16)
-        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 256)
+        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 64)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -211,7 +211,7 @@ class Generation:
         return np.asarray(limits, np.int32)
 
     def _check_memory(self, rows: int, capacity: int) -> None:
-        config, dtype = self.model.config, self.params["embed"].dtype
+        config, dtype = self.model.config, cache_dtype(self.params)
         size = memory.cache_bytes(cache_shape(config, rows, capacity), config.n_layers, dtype)
         memory.check_fits({f"the KV cache of {rows} rows of {capacity} tokens": size})
 
@@ -225,6 +225,14 @@ class Generation:
             )
             error.exit_code = 5
             raise error
+
+
+def cache_dtype(params: Params) -> jnp.dtype:
+    """The dtype of a KV cache: that of the parameters, but on a CPU always float32.
+
+    XLA's CPU back end has no bfloat16 attention: it would convert the whole cache in every step.
+    """
+    return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["embed"].dtype
 
 
 def bucket(n: int, least: int) -> int:
@@ -299,7 +307,7 @@ def prefill(
     n, capacity = sizes
     tokens_BT, lengths_B, limits_B, keys_B = batch
     if cache is None:
-        cache = init_cache(model.config, len(tokens_BT), capacity, params["embed"].dtype)
+        cache = init_cache(model.config, len(tokens_BT), capacity, cache_dtype(params))
     held_B = cache.lengths
     last_B1 = (lengths_B - 1)[:, None]
     logits_B1V, cache = model.apply(

@@ -47,7 +47,7 @@ def generate(
 
     Args:
         model: its config says the context length.
-        params: as loaded, or `unstack_layers(params)`, which spares a copy of the weights a call.
+        params: as loaded, or `for_decoding(params)`, which spares a copy of the weights a call.
         prompts: B lists of token ids.
         sampler: Greedy or TopP.
         config: lengths, stops, samples a prompt.

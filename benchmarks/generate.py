@@ -31,7 +31,7 @@ from benchmarks.peers import LlamaCpp, Transformers  # noqa: E402
 from decoding import Generation, GenerationConfig  # noqa: E402
 from models.llama.hub import DEFAULT_MODEL, resolve  # noqa: E402
 from models.llama.load import load_checkpoint  # noqa: E402
-from models.llama.model import LLaMa, unstack_layers  # noqa: E402
+from models.llama.model import LLaMa, for_decoding  # noqa: E402
 
 NEW = 48
 DTYPES = ("float32", "bfloat16")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from generate import GenerationConfig, generate
 from models.llama.chat_format import chat_format_for
 from models.llama.load import load_checkpoint, save_checkpoint
-from models.llama.model import LLaMa, unstack_layers
+from models.llama.model import LLaMa, for_decoding
 from models.llama.presets import PRESETS
 from models.llama.tokenizer import load_tokenizer
 
@@ -59,7 +59,7 @@ def greedy(ours, prompts):
     config, params = ours
     done = generate(
         LLaMa(config),
-        unstack_layers(params),
+        for_decoding(params),
         prompts,
         config=GenerationConfig(max_new_tokens=NEW),
     )

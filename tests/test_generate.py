@@ -12,7 +12,7 @@ import decoding
 from decoding import Generation, bucket
 from generate import GenerationConfig, RowText, finish, generate, stream, stream_text
 from models.llama.load import load_checkpoint
-from models.llama.model import LLaMa, unstack_layers
+from models.llama.model import LLaMa, for_decoding
 from sampling import Greedy, TopP
 from tests import tiny
 from utils.errors import SamplingError
@@ -25,7 +25,7 @@ SAMPLER = TopP(temperature=0.9, top_p=0.9)
 @functools.cache
 def load(name="gqa"):
     config, params = load_checkpoint(tiny.hf_model(name)[0], dtype="float32")
-    return LLaMa(config), unstack_layers(params)
+    return LLaMa(config), for_decoding(params)
 
 
 def run(prompts, sampler=Greedy(), name="gqa", key=None, tokenizer=None, **config):
@@ -269,7 +269,7 @@ def test_other_lengths_and_numbers_do_not_retrace(monkeypatch):
     jax.clear_caches()
     run(PROMPTS[:2], TopP())
     assert len(traces) == 2  # once in prefill, once in decode
-    run([PROMPTS[0] + [9], [4] * 11], TopP(0.3, 0.4, 5, 0.1), max_new_tokens=31)
+    run([PROMPTS[0] + [9], [4] * 11], TopP(0.3, 0.4, 5, 0.1), max_new_tokens=43)
     run([[5], [4]], TopP(0, 1), stop_ids=frozenset({7, 9}), key=jax.random.key(9))
     assert len(traces) == 2
 

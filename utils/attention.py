@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Queries a block: bounds the score matrix in memory, and causal blocks skip the keys after them.
-QUERY_BLOCK = 512
+# Queries a block. Blocks bound the score matrix in memory, and a causal block skips the keys after it:
+# four blocks spare 3/8 of the work.
+SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
 def heads_first(k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
@@ -52,9 +53,9 @@ def attention(
     S, K = k_XHS.shape[2], k_XHS.shape[0] // B
     q_XGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(-1, N // K, T, H)
     q_XGTH = (q_XGTH.astype(jnp.float32) * H**-0.5).astype(k_XHS.dtype)
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
+    blocks, step = [], min(max(T // 4, SMALLEST_BLOCK), LARGEST_BLOCK)
+    for start in range(0, T, step):
+        stop = min(start + step, T)
         # Without slots, keys after the block's last query are in its future: leave them out.
         queries, keys = slice(start, stop), slice(0, stop if slots_BT is None else S)
         if slots_BT is None:

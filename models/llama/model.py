@@ -6,16 +6,18 @@ One code path trains, prefills and decodes. Parameters (L layers stacked on a le
     embed [V, D]   layers/attn/{wq, wk, wv, wo}   layers/mlp/{w_gate, w_up, w_down}
     layers/{attn_norm, ffn_norm} [L, D]   final_norm [D]   lm_head [V, D] (absent when tied)
 
-`layers` may also be a tuple of L unstacked dicts (`unstack_layers`): what decoding wants.
+`layers` may also be a tuple of L dicts, one a layer (`for_decoding`).
 Dimension key: B batch, T new tokens, L layers, D model dim, N query heads, K kv heads, H head dim,
 F ffn dim, V vocab.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.llama.config import ModelConfig
 from utils import kvcache, ops
@@ -36,21 +38,18 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, rope, masks, kv=None):
         c = self.config
         q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        wq, bq = _dense(self, "q", (q_dim, c.dim), c.attention_bias)
-        wk, bk = _dense(self, "k", (kv_dim, c.dim), c.attention_bias)
-        wv, bv = _dense(self, "v", (kv_dim, c.dim), c.attention_bias)
+        sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
+        q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
         wo, bo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-        q_BTNH = ops.apply_rope(heads(ops.linear(x_BTD, wq, bq)), rope)
-        k_BTKH = ops.apply_rope(heads(ops.linear(x_BTD, wk, bk)), rope)
-        v_BTKH = heads(ops.linear(x_BTD, wv, bv))
-        k_XHT, v_XTH = heads_first(k_BTKH, v_BTKH)
-        keys, values = k_XHT, v_XTH
+        q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
+        keys, values = heads_first(k_BTKH, heads(v))
         if kv is not None:
             k_buffer, v_buffer, lengths, empty = kv
+            keys, values = keys.astype(k_buffer.dtype), values.astype(v_buffer.dtype)
             kv = (
-                kvcache.write(k_buffer, k_XHT, lengths, axis=2),
-                kvcache.write(v_buffer, v_XTH, lengths, axis=1),
+                kvcache.write(k_buffer, keys, lengths, axis=2),
+                kvcache.write(v_buffer, values, lengths, axis=1),
             )
             if not empty:
                 keys, values = kv
@@ -66,10 +65,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        w_gate, b_gate = _dense(self, "_gate", (c.ffn_dim, c.dim), c.mlp_bias)
-        w_up, b_up = _dense(self, "_up", (c.ffn_dim, c.dim), c.mlp_bias)
+        sizes = {"_gate": c.ffn_dim, "_up": c.ffn_dim}
+        gate, up = _project_all(self, x_BTD, "_gate_up", sizes, c.mlp_bias)
         w_down, b_down = _dense(self, "_down", (c.dim, c.ffn_dim), c.mlp_bias, depth=c.n_layers)
-        gate, up = ops.linear(x_BTD, w_gate, b_gate), ops.linear(x_BTD, w_up, b_up)
         return ops.linear(ops.feed_forward(x_BTD, gate, up, c.activation), w_down, b_down)
 
 
@@ -191,17 +189,47 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache
     return KVCache.create(cache_shape(config, batch, capacity), config.n_layers, dtype)
 
 
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of one dict a layer.
+# Matrices with the same input, which decoding multiplies as one.
+_FUSED = {"attn": {"qkv": ("q", "k", "v")}, "mlp": {"_gate_up": ("_gate", "_up")}}
 
-    A decode step on stacked layers would copy every weight out of the stack first. It takes the
-    stacked leaves one by one, so a caller who drops `params` never holds two whole models.
+
+def for_decoding(params: Params, *, donate: bool = False) -> Params:
+    """The same parameters laid out for decoding.
+
+    `layers` becomes a tuple of one dict a layer, since a decode step on stacked layers would copy
+    every weight out of the stack first; q, k, v and gate, up become one matrix each (fewer and
+    larger products). Copies the layers' weights.
+
+    Args:
+        params: stacked; what is laid out already comes back as it is.
+        donate: free each stacked array when it is taken apart, so that two whole models are never
+            held; `params` cannot be used afterwards.
     """
     if isinstance(params["layers"], tuple):
         return params
-    leaves, structure = jax.tree.flatten(params["layers"])
-    by_leaf = [[leaf[i] for i in range(leaf.shape[0])] for leaf in leaves]
-    layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*by_leaf, strict=True))
+    depth = len(params["layers"]["attn_norm"])
+    layers: tuple[dict, ...] = tuple({"attn": {}, "mlp": {}} for _ in range(depth))
+
+    def take(leaves: list[Array], put: Callable[[dict, Array], None]) -> None:
+        for i, layer in enumerate(layers):
+            put(
+                layer, leaves[0][i] if len(leaves) == 1 else jnp.concatenate([x[i] for x in leaves])
+            )
+        jax.block_until_ready(layers)
+        for leaf in leaves if donate else ():
+            leaf.delete()
+
+    for name in ("attn_norm", "ffn_norm"):
+        take([params["layers"][name]], lambda layer, x: layer.update({name: x}))
+    for part, groups in _FUSED.items():
+        stacked = dict(params["layers"][part])
+        for fused, names in groups.items():
+            for kind in "wb":
+                if kind + names[0] in stacked:
+                    leaves = [stacked.pop(kind + name) for name in names]
+                    take(leaves, lambda layer, x: layer[part].update({kind + fused: x}))
+        for name, leaf in stacked.items():
+            take([leaf], lambda layer, x: layer[part].update({name: x}))
     return {**params, "layers": layers}
 
 
@@ -218,6 +246,18 @@ def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, dep
     std = 0.02 / (2 * depth) ** 0.5 if depth else 0.02
     weight = module.param(f"w{name}", nn.initializers.normal(std), shape)
     return weight, module.param(f"b{name}", nn.initializers.zeros, shape[:1]) if bias else None
+
+
+def _project_all(
+    module: nn.Module, x_BTD: Array, fused: str, sizes: dict[str, int], bias: bool
+) -> list[Array]:
+    """x through the matrix of each name in `sizes`, or through the fused one of `for_decoding`."""
+    if module.has_variable("params", f"w{fused}"):
+        weight = module.get_variable("params", f"w{fused}")
+        y = ops.linear(x_BTD, weight, module.get_variable("params", f"b{fused}") if bias else None)
+        return jnp.split(y, np.cumsum(list(sizes.values()))[:-1], axis=-1)
+    dense = (_dense(module, name, (size, x_BTD.shape[-1]), bias) for name, size in sizes.items())
+    return [ops.linear(x_BTD, *weights) for weights in dense]
 
 
 def _norm(module: nn.Module, name: str, dim: int) -> Array:
