@@ -92,6 +92,15 @@ def test_linear_accumulates_in_float32(rows, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_embed_and_its_gradient(dtype):
+    table, tokens = jnp.asarray(normal(9, 4), dtype), jnp.asarray([[3, 0, 3]])
+    rows, pull = jax.vjp(lambda table: ops.embed(table, tokens), table)
+    assert rows.dtype == dtype and (rows == table[tokens]).all()
+    (gradient,) = pull(jnp.ones_like(rows))
+    assert gradient[:, 0].tolist() == [1, 0, 0, 2, 0, 0, 0, 0, 0]
+
+
 def heads(T, S, K=2, G=3, H=16, B=2):
     return normal(B, T, K * G, H), normal(B, S, K, H), normal(B, S, K, H)
 

@@ -130,7 +130,9 @@ class LLaMa(nn.Module):
         }
         inv_freq = jnp.asarray(inv_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         rope = ops.rope_angles(index_BT if positions_BT is None else positions_BT, inv_freq)
-        x_BTD = embed_VD[tokens_BT]
+        # Or XLA computes every cosine again for each head of each layer.
+        rope = jax.lax.optimization_barrier(rope)
+        x_BTD = ops.embed(embed_VD, tokens_BT)
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
             x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
         else:
