@@ -65,25 +65,10 @@ def _dot_of_two_rows(x: Array, weight: Array) -> Array:
 
 def embed(table: Array, tokens: Array) -> Array:
     """The rows of a table: [V, D], [B, T] int32 -> [B, T, D]."""
-    if table.dtype == jnp.float32:
-        return table[tokens]
-    return jax.lax.platform_dependent(table, tokens, cpu=_rows_by_bits, default=_rows)
-
-
-def _rows(table: Array, tokens: Array) -> Array:
+    # Tied to the tokens, or XLA's CPU back end converts a bfloat16 table before a decode loop: all
+    # of it, in each call, for the sake of one row.
+    table, tokens = jax.lax.optimization_barrier((table, tokens))
     return table[tokens]
-
-
-@jax.custom_jvp
-def _rows_by_bits(table: Array, tokens: Array) -> Array:
-    """XLA's CPU back end gathers no 16-bit floats: it would convert the whole table each call."""
-    bits = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
-    return jax.lax.bitcast_convert_type(bits, table.dtype)
-
-
-@_rows_by_bits.defjvp
-def _rows_by_bits_jvp(primals, tangents):
-    return _rows_by_bits(*primals), tangents[0][primals[1]]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
