@@ -1,14 +1,17 @@
 """Chat in a terminal: `python chat.py`, then type; /help lists the commands."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import fire
 import jax
-import rich.console
 from rich.markup import escape
 
 import console
@@ -17,20 +20,24 @@ from decoding import Generation, GenerationConfig
 from generate import random_key, stream_text
 from models.llama.chat_format import ChatFormat, chat_format_for, check_messages
 from models.llama.hub import DEFAULT_MODEL
+from models.llama.tokenizer import decode_utf8
 from utils.errors import AltiplanoError, ConfigError, DataError, SamplingError
 from utils.files import atomic_file, read_json
 from utils.kvcache import KVCache
 
+with contextlib.suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401, gives input() line editing and a history
+
 HELP = '''\
-/reset               forget the conversation
+/reset               forget the conversation; the system message stays
 /system TEXT         set the system message (without TEXT: the model's own)
 /regen               answer the last message again
 /save FILE           write the conversation to a file
 /load FILE           go on with a saved one
 /set NAME VALUE      temperature, top_p, top_k, min_p, repetition_penalty or max_gen_len
 /help, /quit
-A line that ends in \\ goes on in the next one; so does everything between two lines of """.
-Ctrl-C stops an answer.'''
+A line that ends in \\ goes on in the next one. Lines between two lines of """ are one message,
+which may begin with a /. Ctrl-C stops an answer; twice while nothing is being answered, it leaves.'''
 
 MAX_CONVERSATION_BYTES = 16 << 20
 
@@ -40,101 +47,112 @@ class Conversation:
 
     Attributes:
         messages: the system message, if any, then user and assistant in turn.
+        context: tokens of messages and answer together, at most.
         sampler: may be replaced between answers.
-        max_gen_len: tokens an answer.
+        max_gen_len: tokens an answer, at most.
         dropped: messages that the last answer had to leave out, the oldest ones, for lack of room.
+        answer_tokens: of the last answer.
     """
 
     def __init__(self, model: console.Model, format: ChatFormat, context: int, key: jax.Array):
-        self._model, self._format, self._context, self._key = model, format, context, key
+        self._model, self._format, self._key = model, format, key
         self._cache: KVCache | None = None
         self._cached: list[int] = []  # the tokens whose keys and values the cache holds
         self._answers = 0
         self.messages: list[dict[str, str]] = []
+        self.context = context
         self.sampler = sampling.TopP(0.6, 0.9)
         self.max_gen_len = min(512, context // 2)
-        self.dropped = 0
+        self.dropped = self.answer_tokens = 0
 
     @property
     def tokens(self) -> int:
         """Tokens in the cache."""
         return len(self._cached)
 
+    def reset(self) -> None:
+        """Forgets all messages but the system's."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+
     def set_system(self, text: str) -> None:
         """Sets the system message; an empty one leaves it to the template."""
-        if self.messages and self.messages[0]["role"] == "system":
-            self.messages.pop(0)
-        if text:
-            self.messages.insert(0, {"role": "system", "content": text})
+        others = [m for m in self.messages if m["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}] * bool(text) + others
 
     def answer(self, text: str) -> Iterator[str]:
         """Yields the answer to a user's message as it comes.
 
-        What was said so far stays in the conversation if the caller stops early. On an error the
-        message is taken back.
+        If the caller stops early, message and answer so far stay in the conversation. An error
+        leaves the conversation as it was.
         """
-        self.messages.append({"role": "user", "content": text})
-        said = ""
-        try:
-            for piece in self._generate():
-                said += piece
-                yield piece
-        except AltiplanoError:
-            self.messages.pop()
-            raise
-        except BaseException:
-            self.messages.append({"role": "assistant", "content": said})
-            raise
-        self.messages.append({"role": "assistant", "content": said})
+        return self._answer([*self.messages, {"role": "user", "content": text}])
 
     def regenerate(self) -> Iterator[str]:
-        """Answers the last user message again."""
-        while self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
+        """Answers the last user message again; see `answer`."""
+        users = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        if not users:
             raise DataError("there is no message to answer again")
-        return self.answer(self.messages.pop()["content"])
+        return self._answer(self.messages[: users[-1] + 1])
 
-    def _generate(self) -> Iterator[str]:
-        ids = self._fitting_ids()
+    def _answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        messages, ids = self._fit(messages)
+        said = ""
+        try:
+            for piece in self._generate(ids):
+                said += piece
+                yield piece
+        except GeneratorExit:
+            self.messages = [*messages, {"role": "assistant", "content": said}]
+            raise
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """(messages, their tokens) without the oldest turns, as many as an answer needs the room of."""
+        self.dropped = 0
+        while True:
+            ids = self._format.encode_chat(messages)
+            if len(ids) + self.max_gen_len <= self.context:
+                return messages, ids
+            start = int(messages[0]["role"] == "system")
+            users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > start]
+            if not users:
+                raise SamplingError(
+                    f"the message takes {len(ids)} tokens and an answer {self.max_gen_len}: that "
+                    f"exceeds the context of {self.context}; shorten it or /set max_gen_len"
+                )
+            self.dropped += users[0] - start
+            messages = messages[:start] + messages[users[0] :]
+
+    def _generate(self, ids: list[int]) -> Iterator[str]:
         kept = _common_prefix(ids[:-1], self._cached)  # one token at least has to be read
-        cache, self._cache = self._cache, None  # it is donated: nobody may use it again
+        # The cache is donated, and after an error nobody knows what is in it.
+        cache, self._cache, self._cached = self._cache, None, []
         if cache is not None:
             cache = cache.replace(lengths=cache.lengths * 0 + kept)
         tokenizer = self._model.tokenizer
         config = GenerationConfig(
             max_new_tokens=self.max_gen_len,
-            max_seq_len=self._context,
+            max_seq_len=self.context,
             stop_ids=tokenizer.stop_ids,
             vocab_limit=self._model.vocab_limit,
         )
         run = Generation(self._model.llama, self._model.params, self.sampler, config)
         key = jax.random.fold_in(self._key, self._answers)
         self._answers += 1
-        self._cached = []
         run.start([ids[kept:]], key=key, cache=cache)
         try:
             yield from stream_text(run, tokenizer)
-        finally:
-            self._cache = run.state.cache
-            self._cached = (ids + run.completions().row(0))[: int(self._cache.lengths[0])]
+        except GeneratorExit:
+            self._keep(run, ids)
+            raise
+        self._keep(run, ids)
 
-    def _fitting_ids(self) -> list[int]:
-        """The conversation as tokens; whole oldest turns are dropped until an answer fits."""
-        self.dropped = 0
-        while True:
-            ids = self._format.encode_chat(self.messages)
-            if len(ids) + self.max_gen_len <= self._context:
-                return ids
-            start = int(self.messages[0]["role"] == "system")
-            turn = self.messages[start : start + 2]
-            if len(self.messages) - start < 3:
-                raise SamplingError(
-                    f"the message takes {len(ids)} tokens and an answer {self.max_gen_len}: that "
-                    f"exceeds the context of {self._context}; shorten it or /set max_gen_len"
-                )
-            del self.messages[start : start + len(turn)]
-            self.dropped += len(turn)
+    def _keep(self, run: Generation, ids: list[int]) -> None:
+        """Notes the cache of a run, for the next answer to start on."""
+        completion = run.completions().row(0)
+        self.answer_tokens = len(completion)
+        self._cache = run.state.cache
+        self._cached = (ids + completion)[: int(self._cache.lengths[0])]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -145,74 +163,120 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 class Terminal:
-    """Reads lines, runs commands, prints answers."""
+    """Reads lines, runs commands, prints answers. With stdin piped, an error ends it."""
 
-    def __init__(self, conversation: Conversation):
-        self._chat = conversation
-        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+    def __init__(self, conversation: Conversation, interrupts: console.Interrupts):
+        self._chat, self._interrupts = conversation, interrupts
+        self._clock = console.Clock()
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
+        self._lines = 0
 
     def loop(self) -> None:
         """Until /quit or the end of the input."""
-        while (text := self._read()) is not None:
+        while (read := self._read()) is not None:
+            text, is_command = read
             try:
-                if not text.strip():
-                    continue
-                if not text.startswith("/"):
-                    self._say(self._chat.answer(text))
-                elif text.split()[0] == "/quit":
+                if is_command and text.split()[0] == "/quit":
                     return
-                else:
+                elif is_command:
                     self._command(*_split_command(text))
+                elif text.strip():
+                    self._say(self._chat.answer(text))
             except AltiplanoError as e:
-                console.stderr.print(f"[red]error:[/] {escape(' '.join(str(e).split()))}")
+                if not self._interactive:
+                    raise
+                console.say(str(e))
 
-    def _read(self) -> str | None:
-        """The next message or command, of one or more lines; None at the end."""
-        try:
-            text = self._line("> ")
-            if text.strip() == '"""':
-                lines = []
+    def _read(self) -> tuple[str, bool] | None:
+        """The next (message or command, whether it is a command); None at the end."""
+        self._interrupts.set(raises=True, leave_at=None)
+        interrupted = False
+        while True:
+            try:
+                return self._read_lines()
+            except EOFError:
+                if self._interactive:
+                    console.stderr.print()
+                return None
+            except DataError as e:
+                if not self._interactive:
+                    raise
+                console.say(str(e))
+            except KeyboardInterrupt:
+                if interrupted or not self._interactive:
+                    raise
+                interrupted = True
+                console.stderr.print("\n[dim]Ctrl-C again or /quit leaves[/]")
+
+    def _read_lines(self) -> tuple[str, bool]:
+        text = self._line("> ")
+        block = text.strip() == '"""'
+        lines = [] if block else [text]
+        # The end of the input ends a message too.
+        with contextlib.suppress(EOFError):
+            if block:
                 while (line := self._line(". ")).strip() != '"""':
                     lines.append(line)
-                return "\\n".join(lines)
-            while text.endswith("\\\\"):
-                text = text[:-1] + "\\n" + self._line(". ")
-            return text
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            if not self._interactive:
-                raise
-            console.stderr.print("\\n[dim]/quit leaves[/]")
-            return ""
+            else:
+                while lines[-1].endswith("\\"):
+                    lines[-1] = lines[-1][:-1]
+                    lines.append(self._line(". "))
+        return "\n".join(lines), text.startswith("/")
 
     def _line(self, prompt: str) -> str:
-        try:
-            return input(prompt if self._interactive else "")
-        except UnicodeDecodeError as e:
-            raise DataError(f"stdin is not UTF-8: byte {e.object[e.start]:#04x}") from e
+        """The next line. Raises EOFError at the end, DataError if it is no text or huge."""
+        self._lines += 1
+        if self._interactive:
+            if not sys.stdout.isatty():  # input() would write the prompt there, between answers
+                console.stderr.print(prompt, end="")
+                prompt = ""
+            try:
+                return input(prompt)
+            except UnicodeDecodeError as e:
+                raise DataError(f"the line is not UTF-8: byte {e.object[e.start]:#04x}") from e
+        limit = console.MAX_STDIN_BYTES
+        data = b"" if sys.stdin is None else sys.stdin.buffer.readline(limit + 1)
+        if not data:
+            raise EOFError
+        if len(data) > limit:
+            raise DataError(f"line {self._lines} of stdin has over {limit} bytes: no message")
+        text = decode_utf8(data, f"line {self._lines} of stdin")
+        return text.removesuffix("\n").removesuffix("\r")
 
     def _say(self, pieces: Iterator[str]) -> None:
         """Prints an answer as it comes; Ctrl-C stops it, and the conversation goes on."""
+        self._interrupts.set(raises=False, leave_at=2)
+        with console.busy("reading"):
+            first = next(pieces)
+        self._clock.lap()
         try:
-            for piece in pieces:
-                self._out.print(piece, end="", markup=False)
-                self._out.file.flush()
-        except KeyboardInterrupt:
+            console.write(first)
+            for piece in pieces if not self._interrupts.count else ():
+                console.write(piece)
+                if self._interrupts.count:
+                    break
+        finally:
             pieces.close()
-            console.stderr.print("[dim]… stopped[/]", end="")
-        self._out.print()
-        if self._chat.dropped:
-            n = self._chat.dropped
+            console.write("\n")
+        self._status(self._clock.lap(), stopped=self._interrupts.count > 0)
+
+    def _status(self, seconds: float, stopped: bool) -> None:
+        chat = self._chat
+        if chat.dropped:
             console.stderr.print(
-                f"[dim]the context is full: the oldest {n} messages are dropped[/]"
+                f"[dim]the context is full: the oldest {chat.dropped} messages are dropped[/]"
+            )
+        if self._interactive:
+            n = chat.answer_tokens
+            console.stderr.print(
+                f"[dim]{'stopped; ' * stopped}{n} tokens, {max(n - 1, 0) / seconds:.1f} tok/s; "
+                f"{chat.tokens} of {chat.context} tokens used[/]"
             )
 
     def _command(self, name: str, rest: str) -> None:
         chat = self._chat
         if name == "/reset":
-            chat.messages.clear()
+            chat.reset()
         elif name == "/system":
             chat.set_system(rest)
         elif name == "/regen":
@@ -220,13 +284,13 @@ class Terminal:
         elif name == "/save":
             _save(rest, chat.messages)
         elif name == "/load":
-            chat.messages[:] = _load(rest)
+            chat.messages = _load(rest)
         elif name == "/set":
-            _set(chat, *(rest.split() + ["", ""])[:2])
+            _set(chat, rest.split())
         elif name == "/help":
             console.stderr.print(escape(HELP))
         else:
-            raise ConfigError(f"unknown command {name}; /help lists them")
+            raise ConfigError(f"unknown command {name:.80}; /help lists them")
 
 
 def _split_command(text: str) -> tuple[str, str]:
@@ -242,6 +306,7 @@ def _save(path: str, messages: list[dict[str, str]]) -> None:
             f.write(json.dumps({"messages": messages}, ensure_ascii=False, indent=1).encode())
     except OSError as e:
         raise DataError(f"cannot write {path}: {e.strerror}") from e
+    console.say(f"{len(messages)} messages written to {path}", kind="")
 
 
 def _load(path: str) -> list[dict[str, str]]:
@@ -254,13 +319,14 @@ def _load(path: str) -> list[dict[str, str]]:
     return messages
 
 
-def _set(chat: Conversation, name: str, value: str) -> None:
+def _set(chat: Conversation, words: list[str]) -> None:
     """/set NAME VALUE; raises ConfigError or SamplingError and changes nothing if it is wrong."""
     fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_gen_len")
-    if name not in fields:
-        raise ConfigError(f"/set {name}: expected one of {', '.join(fields)}")
+    if len(words) != 2 or words[0] not in fields:
+        raise ConfigError(f"/set needs a name and a value; names are {', '.join(fields)}")
+    name, value = words
     try:
-        number: Any = int(value) if name in ("top_k", "max_gen_len") else float(value)
+        number = int(value) if name in ("top_k", "max_gen_len") else float(value)
     except ValueError as e:
         raise ConfigError(f"/set {name} {value}: expected a number") from e
     if name == "max_gen_len":
@@ -288,7 +354,7 @@ def main(
     dtype: str = "auto",
     debug: bool = False,
 ) -> None:
-    """Chats in the terminal; /help lists the commands.
+    """Chats in the terminal; /help lists the commands. With stdin piped, a line is a message.
 
     Args:
         ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
@@ -306,23 +372,23 @@ def main(
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
         debug: show the traceback of an error.
     """
+    interrupts = console.Interrupts()
     console.keep_compilations()
     sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
     sampling.check_sampler(sampler)
     key = random_key(seed)
     GenerationConfig(max_new_tokens=max_gen_len, max_seq_len=max_seq_len)
     model = console.load_model(ckpt_dir, tokenizer_path, dtype)
-    format = chat_format_for(model.tokenizer, chat_format)
     context = max_seq_len or model.llama.config.max_seq_len
-    conversation = Conversation(model, format, context, key)
+    conversation = Conversation(model, chat_format_for(model.tokenizer, chat_format), context, key)
     conversation.sampler = sampler
-    conversation.max_gen_len = max_gen_len or conversation.max_gen_len
+    if max_gen_len is not None:
+        conversation.max_gen_len = max_gen_len
     conversation.set_system(system or "")
     if sys.stdin is not None and sys.stdin.isatty():
         console.stderr.print(f"[dim]{escape(ckpt_dir)} · /help lists the commands[/]")
-    Terminal(conversation).loop()
+    Terminal(conversation, interrupts).loop()
 
 
 if __name__ == "__main__":
-    texts = ("ckpt_dir", "tokenizer_path", "system", "chat_format", "dtype")
-    console.run(fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(main))
+    console.run(main)

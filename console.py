@@ -1,6 +1,9 @@
-"""What the command lines share: errors as one line, Ctrl-C, progress, the compilation cache."""
+"""What the command lines share: arguments, errors as one line, Ctrl-C, progress, kept compilations."""
 
 import contextlib
+import functools
+import inspect
+import io
 import os
 import signal
 import sys
@@ -33,6 +36,9 @@ MAX_STDIN_BYTES = 16 << 20
 
 DEFAULT_QUESTION = "What is the capital of France?"
 
+# What a terminal would obey instead of showing it, but for tab and newline.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -50,21 +56,25 @@ class Model(NamedTuple):
 
 
 def run(command: Callable[..., None]) -> None:
-    """Runs a command line through fire; an error becomes one line and the documented exit code.
+    """Runs a command line; an error becomes one line and the documented exit code.
 
     `--debug` shows the traceback as well.
     """
     debug = "--debug" in sys.argv
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.showwarning = lambda message, *_: say(str(message), "warning: ")
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
         sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model may say anything
     code = 0
     try:
-        fire.Fire(command)
+        if (arguments := _parse_arguments(command)) is not None:
+            command(**arguments)
         sys.stdout.flush()
     except AltiplanoError as e:
         code = _report(str(e), e.exit_code, debug)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         code = INTERRUPTED
     except BrokenPipeError:
         code = BROKEN_PIPE
@@ -73,42 +83,97 @@ def run(command: Callable[..., None]) -> None:
     except (MemoryError, jax.errors.JaxRuntimeError) as e:
         if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        code = _report(f"out of memory: {str(e).splitlines()[0]}", ArtifactError.exit_code, debug)
+        code = _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
     if code:
         # What could not be written is lost: keep the interpreter from trying again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(code)
 
 
+def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
+    """The arguments of `command` in sys.argv, or None after --help.
+
+    fire itself would call the command first and complain of what is left over afterwards, read
+    `--prompt 12` as a number and `--json false` as a true value.
+    """
+    signature, found = inspect.signature(command), {}
+    kinds = {name: p.annotation for name, p in signature.parameters.items()}
+
+    @functools.wraps(command)
+    def record(*args: Any, **flags: Any) -> None:
+        found.update(signature.bind(*args, **flags).arguments)
+
+    texts = {name: str for name, kind in kinds.items() if kind in (str, str | None)}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(fire.decorators.SetParseFns(**texts)(record))
+    except fire.core.FireExit as e:
+        if e.code:
+            reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
+            raise ConfigError(f"{reason}; --help lists the flags") from e
+        print(said.getvalue(), end="")
+        return None
+    for name, value in found.items():
+        if name in texts and value == "True" and not any(a.endswith("True") for a in sys.argv):
+            raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
+        if kinds[name] is bool and not isinstance(value, bool):
+            raise ConfigError(f"--{name} is on or off, got {value!r}; --no{name} turns it off")
+    return found
+
+
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    say(message)
     return code
 
 
-def exit_on_interrupt() -> None:
-    """From here on Ctrl-C ends the process at once, with what was printed flushed.
+def say(message: str, kind: str = "error: ") -> None:
+    """Says on stderr, in one line, what is wrong."""
+    stderr.print(kind + " ".join(message.translate(_CONTROLS).split()), markup=False)
+
+
+def write(text: str) -> None:
+    """Writes a model's text to stdout at once; a terminal is not given control characters."""
+    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+class Interrupts:
+    """What Ctrl-C does from now on: raise KeyboardInterrupt, and the second time end the process.
 
     Python handles a signal between two of its own steps, and a compilation is one step of many
     seconds. A thread that waits for the signal's byte is not held up by it.
+
+    Attributes:
+        count: how often Ctrl-C was pressed since `set`.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-    def wait() -> None:
-        while os.read(reader, 1) != bytes([signal.SIGINT]):
-            pass
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            pass
-        stderr.show_cursor(True)
-        os._exit(INTERRUPTED)
+    def __init__(self):
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.set(raises=True, leave_at=2)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
-    threading.Thread(target=wait, daemon=True).start()
+    def set(self, *, raises: bool, leave_at: int | None) -> None:
+        """Starts to count anew.
+
+        Args:
+            raises: whether Ctrl-C raises KeyboardInterrupt, as soon as Python can.
+            leave_at: the count at which the process ends at once; None: never.
+        """
+        self.count, self._leave_at = 0, leave_at
+        signal.signal(signal.SIGINT, signal.default_int_handler if raises else lambda *_: None)
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            if os.read(reader, 1) == bytes([signal.SIGINT]):
+                self.count += 1
+                if self.count == self._leave_at:
+                    # stdout is flushed after every write: nothing is lost.
+                    stderr.show_cursor(True)
+                    os._exit(INTERRUPTED)
 
 
 def load_model(
@@ -129,6 +194,11 @@ def load_model(
         config, params = load_checkpoint(path, dtype=dtype, progress=report)
     check_against_model(tokenizer, config.vocab_size)
     return Model(LLaMa(config), for_decoding(params, donate=True), tokenizer)
+
+
+def busy(what: str) -> contextlib.AbstractContextManager:
+    """Shows on a terminal that something of unknown length goes on, while the context lasts."""
+    return stderr.status(f"[dim]{what}[/]") if stderr.is_terminal else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -156,19 +226,32 @@ def read_prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list
     if prompt is not None:
         return [prompt], chat
     if path is not None:
-        file = InputFile(path, DataError)
-        lines = decode_utf8(bytes(file.read(0, file.size)), path).splitlines()
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not numbered:
-            raise DataError(f"{path} has no prompts: expected one a line")
-        if Path(path).suffix != ".jsonl":
-            return [line for _, line in numbered], chat
-        return [_prompt_of(line, f"{path}:{number}") for number, line in numbered], chat
+        return _read_prompts_file(path), chat
     text = read_stdin().removesuffix("\n")
     if text.strip():
         return [text], chat
-    stderr.print(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)")
+    say(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)", "")
     return [DEFAULT_QUESTION], True
+
+
+def _read_prompts_file(path: str) -> list[str]:
+    file = InputFile(path, DataError)
+    text = decode_utf8(bytes(file.read(0, file.size)), path)
+    # Not splitlines(): a line may hold U+2028 and the like, JSON's strings too.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path} has no prompts: expected one a line")
+    if Path(path).suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(line, f"{path}:{number}") for number, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    value = parse_json(line.encode(), where, DataError).get("prompt")
+    if not isinstance(value, str):
+        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
+    return value
 
 
 def read_stdin() -> str:
@@ -179,13 +262,6 @@ def read_stdin() -> str:
     if len(data) > MAX_STDIN_BYTES:
         raise DataError(f"stdin holds over {memory.human(MAX_STDIN_BYTES)}: that is no prompt")
     return decode_utf8(data, "stdin")
-
-
-def _prompt_of(line: str, where: str) -> str:
-    value = parse_json(line.encode(), where, DataError).get("prompt")
-    if not isinstance(value, str):
-        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
-    return value
 
 
 def keep_compilations() -> None:

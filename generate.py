@@ -3,14 +3,17 @@
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
 import json as jsonlib
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import fire
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import console
@@ -197,7 +200,7 @@ def main(
     repetition_penalty: float | None = None,
     seed: int = 0,
     n: int = 1,
-    stop: str | Sequence[str] = (),
+    stop: str | None = None,
     dtype: str = "auto",
     logprobs: bool = False,
     json: bool = False,
@@ -228,55 +231,56 @@ def main(
         json: one JSON object a completion.
         debug: show the traceback of an error.
     """
+    clock, interrupts = console.Clock(), console.Interrupts()
     console.keep_compilations()
-    clock = console.Clock()
-    prompts, chat = console.read_prompts(prompt, prompts_file, chat)
+    # All flags before the model is fetched and loaded: a wrong one should not cost that time.
+    if logprobs and not json:
+        raise ConfigError("--logprobs shows log-probabilities in the JSON: add --json")
     sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
     sampling.check_sampler(sampler)
     key = random_key(seed)
-    # Before the model is fetched and loaded: a wrong number should not cost that time.
-    GenerationConfig(
-        max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stops(stop)
+    config = GenerationConfig(
+        max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stop_strings(stop)
     )
-    if logprobs and not json:
-        raise ConfigError("--logprobs shows log-probabilities in the JSON: add --json")
+    prompts, chat = console.read_prompts(prompt, prompts_file, chat)
+    if not chat and (system is not None or chat_format is not None):
+        raise ConfigError("--system and --chat_format need --chat")
     model = console.load_model(ckpt_dir, tokenizer_path, dtype)
-    ids = [_encode(model.tokenizer, text, chat, system, chat_format) for text in prompts]
+    ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
     if max_gen_len is None:
         room = (max_seq_len or model.llama.config.max_seq_len) - max(map(len, ids))
         max_gen_len = max(1, min(256, room))
-    config = GenerationConfig(
+    config = dataclasses.replace(
+        config,
         max_new_tokens=max_gen_len,
-        max_seq_len=max_seq_len,
-        n=n,
         stop_ids=model.tokenizer.stop_ids,
-        stop_strings=_stops(stop),
         vocab_limit=model.vocab_limit,
     )
-    console.exit_on_interrupt()
+    interrupts.set(raises=False, leave_at=1)
     run = Generation(model.llama, model.params, sampler, config)
     clock.lap()
-    run.start(ids, key=key)
+    with console.busy("reading the prompt"):
+        run.start(ids, key=key)
     prefill_seconds = clock.lap()
     if run.rows == 1 and not json:
         for piece in stream_text(run, model.tokenizer):
-            print(piece, end="", flush=True)
-        print()
+            console.write(piece)
+        console.write("\n")
         done = run.completions()
     else:
-        total = min(max_gen_len, model.llama.config.max_seq_len) * run.rows
+        total = int(np.asarray(run.state.limits_R).sum())
         with console.progress() as report:
             done = finish(run, model.tokenizer, lambda tokens: report("tokens", tokens, total))
         texts = _texts(done, model.tokenizer)
-        if json:
-            _write_json(prompts, ids, done, texts, logprobs)
-        else:
-            print("\n".join(texts))
+        rows = _json_rows(prompts, ids, done, texts, logprobs) if json else texts
+        for row in rows:
+            console.write(row + "\n")
     decode_seconds = clock.lap()
-    n_prompt, n_decoded = sum(map(len, ids)), int(done.lengths.sum()) - run.rows
+    n_prompt, n_tokens = sum(map(len, ids)), int(done.lengths.sum())
     console.stderr.print(
         f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
-        f"{int(done.lengths.sum())} tokens, {max(n_decoded, 0) / decode_seconds:.1f} tok/s; "
+        # A row's first token comes from the prompt's pass.
+        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / decode_seconds:.1f} tok/s; "
         f"weights {memory.human(memory.tree_bytes(model.params))}, "
         f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
         f"compiled in {clock.compile_seconds:.1f} s"
@@ -290,21 +294,32 @@ def random_key(seed: int) -> Array:
     return jax.random.key(seed)
 
 
-def _stops(stop: Any) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+def _stop_strings(stop: str | None) -> tuple[str, ...]:
+    """`--stop`: a text, or a JSON list of texts."""
+    if stop is None or not stop.startswith("["):
+        return () if stop is None else (stop,)
+    try:
+        return tuple(jsonlib.loads(stop))
+    except ValueError as e:
+        raise ConfigError(
+            f"--stop {stop!r:.80} is no JSON list of texts ({e}); a text that starts with [ is "
+            f"written as {jsonlib.dumps([stop])!r:.80}"
+        ) from e
 
 
 def _encode(
-    tokenizer: Tokenizer, text: str, chat: bool, system: str | None, chat_format: str | None
-) -> list[int]:
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    chat: bool,
+    system: str | None,
+    chat_format: str | None,
+) -> list[list[int]]:
+    """The token ids of each prompt, or of the conversation that it starts."""
     if not chat:
-        if system is not None or chat_format is not None:
-            raise ConfigError("--system and --chat_format need --chat")
-        return tokenizer.encode(text, bos=tokenizer.adds_bos)
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return chat_format_for(tokenizer, chat_format).encode_chat(messages)
+        return [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in prompts]
+    form = chat_format_for(tokenizer, chat_format)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return [form.encode_chat([*before, {"role": "user", "content": text}]) for text in prompts]
 
 
 def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
@@ -313,8 +328,8 @@ def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
     return [text if stop is None else stop for text, stop in zip(decoded, done.stop_text)]
 
 
-def _write_json(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> None:
-    """One JSON object a completion, one a line."""
+def _json_rows(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> Iterator[str]:
+    """One JSON object a completion."""
     n = len(texts) // len(prompts)
     for i, text in enumerate(texts):
         row = {
@@ -326,30 +341,8 @@ def _write_json(prompts, ids, done: Completions, texts: list[str], logprobs: boo
         }
         if logprobs:
             row["logprobs"] = done.logprobs[i, : done.lengths[i]].tolist()
-        print(jsonlib.dumps(row, ensure_ascii=False))
-
-
-def _parse_stop(value: str) -> list[str]:
-    """`--stop` as text, or as a JSON list of texts."""
-    if not value.startswith("["):
-        return [value]
-    try:
-        stops = jsonlib.loads(value)
-    except ValueError as e:
-        raise ConfigError(f"--stop {value!r:.80} is no JSON list: {e}") from e
-    return stops
+        yield jsonlib.dumps(row, ensure_ascii=False)
 
 
 if __name__ == "__main__":
-    # fire would read --prompt 12 as a number and --prompt [1] as a list.
-    texts = (
-        "ckpt_dir",
-        "tokenizer_path",
-        "prompt",
-        "prompts_file",
-        "system",
-        "chat_format",
-        "dtype",
-    )
-    parsers = dict.fromkeys(texts, str) | {"stop": _parse_stop}
-    console.run(fire.decorators.SetParseFns(**parsers)(main))
+    console.run(main)

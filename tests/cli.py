@@ -1,0 +1,67 @@
+"""Starts the command lines as a user does, on a tiny checkpoint whose tokenizer knows every byte."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import LlamaConfig
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<s>", "<|im_end|>", "<|im_start|>"]
+
+
+@functools.cache
+def checkpoint(context: int = 256, seed: int = 0) -> Path:
+    """A folder with a random model of `context` tokens, a byte-level tokenizer and a chat template.
+
+    Token ids are 0, 1, 2 for SPECIAL, then the 256 bytes. Do not change it: copy it first.
+    """
+    path = tiny.cache_dir() / f"cli-{context}-{seed}"
+    sizes = dict(vocab_size=272, max_position_embeddings=context, num_hidden_layers=2)
+    ids = dict(bos_token_id=0, eos_token_id=1)
+    tiny.random_model(LlamaConfig(**(tiny.BASE | sizes | ids)), seed).save_pretrained(path)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({c: i for i, c in enumerate(SPECIAL + alphabet)}, [])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(path / "tokenizer.json"))
+    names = dict(bos_token="<s>", eos_token="<|im_end|>", chat_template=TEMPLATE)
+    names |= dict(add_bos_token=True)
+    (path / "tokenizer_config.json").write_text(json.dumps(names))
+    return path
+
+
+@functools.cache
+def environment(cache: Path | None = None) -> dict[str, str]:
+    """The caller's, with a cache folder of the tests' own that keeps compiled programs."""
+    return os.environ | {"XDG_CACHE_HOME": str(cache or tiny.cache_dir() / "xdg")}
+
+
+def command(program: str, *args: str) -> list[str]:
+    """What a shell would start."""
+    return [sys.executable, str(ROOT / program), *args]
+
+
+def run(program: str, *args: str, **options: Any) -> subprocess.CompletedProcess:
+    """Runs a program to its end, with an empty stdin unless `input` or `stdin` is given."""
+    if "input" not in options:
+        options.setdefault("stdin", subprocess.DEVNULL)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120) | options
+    options.setdefault("text", True)
+    options.setdefault("env", environment())
+    return subprocess.run(command(program, *args), **options)
