@@ -15,13 +15,13 @@ except ImportError:
 
 
 class Transformers:
-    """transformers on torch, `generate` as a user calls it."""
+    """transformers on torch, `generate` as a user calls it, from a Hugging Face folder.
 
-    def __init__(self, gguf_path: Path, dtype: str):
-        torch.set_num_threads(2)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf_path.parent, gguf_file=gguf_path.name, dtype=getattr(torch, dtype)
-        )
+    Not from the GGUF file: there it keeps the weights packed, and its own packed kernels are slower.
+    """
+
+    def __init__(self, folder: Path, dtype: str):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         self._model = model.eval()
 
     def run(self, prompts: list[list[int]], new: int) -> tuple[float, float]:

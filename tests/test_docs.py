@@ -1,0 +1,76 @@
+"""What README.md and CLAUDE.md name exists, and README's Python runs."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ("README.md", "CLAUDE.md")
+
+
+def code_blocks(name, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_path_that_is_named_exists(name):
+    text = (ROOT / name).read_text()
+    quoted = re.findall(r"`([\w./-]+)`", text) + re.findall(r"\]\(([\w./-]+)\)", text)
+    paths = [
+        p for p in quoted if re.search(r"\.(py|md|toml)$", p) or p.startswith((".ci/", "tests/"))
+    ]
+    assert len(paths) > 2
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_name_of_the_code_that_is_named_exists(name):
+    defined = set()
+    for path in ROOT.glob("**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+    text = (ROOT / name).read_text()
+    named = re.findall(r"`(?:\w+\.)*(\w+)\(?\)?`", text)
+    functions = [n for n in named if re.fullmatch(r"[A-Z]\w+[a-z]\w*|[a-z]+_[a-z_]+", n)]
+    known = {"dynamic_update_slice", "huggingface_hub", "prompt_tokens", "finish_reason"}
+    assert not set(functions) - defined - known
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_every_command_exists_with_its_flags(name):
+    lines = "".join(code_blocks(name, "sh")).splitlines()
+    commands = [part.split("#")[0] for line in lines for part in line.split("&&")]
+    for command in filter(None, map(str.strip, commands)):
+        words = shlex.split(command.split(">")[0])
+        if words[0] in ("python", "bash", "pytest"):
+            files = [w for w in words[1:] if w.endswith(".py") or w == ".ci/run"]
+            assert all((ROOT / f).is_file() for f in files), command
+            if files and words[0] == "python":
+                tree = ast.parse((ROOT / files[0]).read_text())
+                mains = [n for n in tree.body if getattr(n, "name", "") == "main"]
+                flags = {a.arg for a in mains[0].args.args}
+                assert {w[2:] for w in words if w.startswith("--")} <= flags, command
+        elif words[0] == "pip":
+            assert words[:3] == ["pip", "install", "-e"]
+        else:
+            assert words[0] in ("black", "."), command
+
+
+def test_the_python_in_the_readme_runs(tmp_path):
+    (code,) = code_blocks("README.md", "python")
+    out = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert "stop" in out.stdout or "length" in out.stdout
+    assert (tmp_path / "exported" / "config.json").exists()
