@@ -11,6 +11,7 @@ Dimension key: B batch, T new tokens, L layers, D model dim, N query heads, K kv
 F ffn dim, V vocab.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,11 +160,11 @@ class LLaMa(nn.Module):
 
     def _unrolled_layers(self, x_BTD, rope, masks, cache):
         """Layer after layer, so that XLA updates each layer's cache in place and copies no weights."""
-        block = TransformerBlock(self.config, parent=None)
         new_k, new_v = [], []
         for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
-            kv = cache and (cache.k[i], cache.v[i], cache.lengths, cache.empty)
-            x_BTD, kv = block.apply({"params": layer}, x_BTD, rope, masks, kv)
+            kv = cache and (cache.k[i], cache.v[i], cache.lengths)
+            empty = cache is not None and cache.empty
+            x_BTD, kv = _block(self.config, empty, layer, x_BTD, rope, masks, kv)
             if cache:
                 new_k.append(kv[0])
                 new_v.append(kv[1])
@@ -233,6 +234,14 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
         for name, leaf in stacked.items():
             take([leaf], lambda layer, x: layer[part].update({name: x}))
     return {**params, "layers": layers}
+
+
+# A jit inside a jit is traced once for all layers; XLA inlines it.
+@functools.partial(jax.jit, static_argnames=("config", "empty"))
+def _block(config, empty, layer, x_BTD, rope, masks, kv):
+    """One TransformerBlock on its own parameters."""
+    kv = kv and (*kv, empty)
+    return TransformerBlock(config).apply({"params": layer}, x_BTD, rope, masks, kv)
 
 
 def _layers(layers):
