@@ -146,7 +146,7 @@ def test_huge_equal_and_masked_logits():
 def test_a_row_does_not_depend_on_its_mates():
     keys = jax.random.split(jax.random.key(3), 16)
     logits = np.random.default_rng(1).standard_normal((16, V)).astype(np.float32)
-    sampler = traced(TopP(temperature=0.9, top_p=0.95))
+    sampler = jax.jit(traced(TopP(temperature=0.9, top_p=0.95)).__call__)
     together = sampler(jnp.asarray(logits), keys)[0]
     alone = [int(sampler(logits[i : i + 1], keys[i : i + 1])[0][0]) for i in range(16)]
     assert together.tolist() == alone
