@@ -26,12 +26,16 @@ SPECIAL = ["<s>", "<|im_end|>", "<|im_start|>"]
 def checkpoint(context: int = 256, seed: int = 0) -> Path:
     """A folder with a random model of `context` tokens, a byte-level tokenizer and a chat template.
 
-    Token ids are 0, 1, 2 for SPECIAL, then the 256 bytes. Do not change it: copy it first.
+    Token ids are 0, 1, 2 for SPECIAL, then 94 visible characters of ASCII, then the other bytes.
+    The logits of all but the visible ones are 0, so that greedy text is readable and does not end.
+    Do not change the folder: copy it first.
     """
     path = tiny.cache_dir() / f"cli-{context}-{seed}"
-    sizes = dict(vocab_size=272, max_position_embeddings=context, num_hidden_layers=2)
+    sizes = dict(vocab_size=272, max_position_embeddings=context, num_hidden_layers=1)
     ids = dict(bos_token_id=0, eos_token_id=1)
-    tiny.random_model(LlamaConfig(**(tiny.BASE | sizes | ids)), seed).save_pretrained(path)
+    model = tiny.random_model(LlamaConfig(**(tiny.BASE | sizes | ids)), seed)
+    model.lm_head.weight[:3] = model.lm_head.weight[97:] = 0
+    model.save_pretrained(path)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE({c: i for i, c in enumerate(SPECIAL + alphabet)}, [])
@@ -46,10 +50,17 @@ def checkpoint(context: int = 256, seed: int = 0) -> Path:
     return path
 
 
-@functools.cache
 def environment(cache: Path | None = None) -> dict[str, str]:
     """The caller's, with a cache folder of the tests' own that keeps compiled programs."""
     return os.environ | {"XDG_CACHE_HOME": str(cache or tiny.cache_dir() / "xdg")}
+
+
+def share_default_model(path: Path) -> None:
+    """Lets the programs find the default model's file, so that they need not fetch it again."""
+    models = tiny.cache_dir() / "xdg" / "altiplano" / "models"
+    models.parent.mkdir(parents=True, exist_ok=True)
+    if not models.exists():
+        models.symlink_to(path.parents[1])
 
 
 def command(program: str, *args: str) -> list[str]:

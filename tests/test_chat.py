@@ -1,0 +1,355 @@
+"""chat.py: the conversation and its cache, in this process; the program, by pipe and by terminal."""
+
+import functools
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+import console
+import sampling
+from chat import Conversation
+from decoding import Generation
+from models.llama.chat_format import chat_format_for
+from models.llama.load import load_checkpoint
+from models.llama.model import LLaMa, for_decoding
+from models.llama.tokenizer import load_tokenizer
+from tests import cli
+from utils.errors import DataError, SamplingError
+
+TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperature", "0"]
+# Answers that do not end by themselves while a test waits.
+ENDLESS = ["--ckpt_dir", str(cli.checkpoint(32768)), "--max_gen_len", "15000", "--temperature", "0"]
+
+
+@functools.cache
+def model():
+    config, params = load_checkpoint(cli.checkpoint(), dtype="float32")
+    return console.Model(LLaMa(config), for_decoding(params), load_tokenizer(cli.checkpoint()))
+
+
+def conversation(context=256, max_gen_len=10, sampler=sampling.TopP(0.0)):
+    form = chat_format_for(model().tokenizer)
+    chat = Conversation(model(), form, context, jax.random.key(0))
+    chat.sampler, chat.max_gen_len = sampler, max_gen_len
+    return chat
+
+
+def ask(chat, text):
+    return "".join(chat.answer(text))
+
+
+def encode(messages):
+    return chat_format_for(model().tokenizer).encode_chat(messages)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The prompts given to Generation.start, and what the cache held at that time."""
+    seen, start = [], Generation.start
+
+    def spy(self, prompts, *, key=None, cache=None):
+        held = 0 if cache is None else int(cache.lengths[0])
+        seen.append((held, list(prompts[0])))
+        return start(self, prompts, key=key, cache=cache)
+
+    monkeypatch.setattr(Generation, "start", spy)
+    return seen
+
+
+# The conversation -------------------------------------------------------------------------------
+
+
+@pytest.mark.covers("C10")
+def test_only_new_tokens_are_read_and_the_answers_are_those_of_a_new_conversation(passes):
+    chat = conversation()
+    chat.set_system("Be brief.")
+    known = 0
+    for text in ("one", "two", "three"):
+        before = list(chat.messages)
+        said = ask(chat, text)
+        whole = encode([*before, {"role": "user", "content": text}])
+        assert passes[-1] == (known, whole[known:])
+        # The last token of an answer has been drawn and not been read.
+        known = len(whole) + 10 - 1
+        assert chat.tokens == known and chat.answer_tokens == 10
+        assert chat.messages == [
+            *before,
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": said},
+        ]
+    fresh = conversation()
+    fresh.messages = before
+    assert ask(fresh, "three") == said
+    assert passes[-1] == (0, whole)
+
+
+def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_right(passes):
+    chat = conversation()
+    chat.set_system("abc")
+    first = ask(chat, "one")
+    assert "".join(chat.regenerate()) == first
+    assert passes[-1][0] == len(passes[0][1]) - 1  # one token has to be read to go on from
+    chat.set_system("abd")
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "abd"}]
+    other = ask(chat, "one")
+    held, read = passes[-1]
+    assert held == encode(chat.messages[:-1]).index(model().tokenizer.encode("d")[0], 10)
+    fresh = conversation()
+    fresh.set_system("abd")
+    assert ask(fresh, "one") == other
+    chat.set_system("")
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_regenerate_draws_another_answer():
+    chat = conversation(sampler=sampling.TopP(1.0))
+    first = ask(chat, "one")
+    second = "".join(chat.regenerate())
+    assert first != second
+    assert [m["content"] for m in chat.messages] == ["one", second]
+    with pytest.raises(DataError, match="no message"):
+        conversation().regenerate()
+
+
+def test_a_full_context_drops_whole_oldest_turns_and_keeps_the_system_message(passes):
+    chat = conversation(context=200, max_gen_len=20)
+    chat.set_system("Be brief.")
+    said, dropped = [], []
+    for text in ("first", "second", "third", "fourth"):
+        said.append(ask(chat, text))
+        dropped.append(chat.dropped)
+        held, read = passes[-1]
+        assert held + len(read) + 20 <= 200
+    assert dropped[:2] == [0, 0] and sum(dropped) >= 2 and all(n % 2 == 0 for n in dropped)
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert [m["role"] for m in chat.messages[1:]] == ["user", "assistant"] * (4 - sum(dropped) // 2)
+    assert chat.messages[-1]["content"] == said[-1]
+    fresh = conversation(context=200, max_gen_len=20)
+    fresh.messages = chat.messages[:-2]
+    assert ask(fresh, "fourth") == said[-1]
+
+
+@pytest.mark.covers("C1")
+def test_an_error_leaves_the_conversation_as_it_was():
+    chat = conversation(context=120)
+    first = ask(chat, "one")
+    before = list(chat.messages)
+    with pytest.raises(
+        SamplingError, match=r"takes 2\d\d tokens and an answer 10.* context of 120"
+    ):
+        ask(chat, "x" * 200)
+    with pytest.raises(DataError, match="surrogate"):
+        ask(chat, "\ud800")
+    assert chat.messages == before
+    assert "".join(chat.regenerate()) == first
+
+
+def test_a_broken_cache_is_not_used_again(monkeypatch, passes):
+    chat = conversation()
+    ask(chat, "one")
+    before = list(chat.messages)
+    advance = Generation.advance
+
+    def fail(self, steps=None):
+        raise SamplingError("logits are not finite")
+
+    monkeypatch.setattr(Generation, "advance", fail)
+    with pytest.raises(SamplingError):
+        ask(chat, "two")
+    assert chat.messages == before and chat.tokens == 0
+    monkeypatch.setattr(Generation, "advance", advance)
+    ask(chat, "two")
+    assert passes[-1][0] == 0
+
+
+@pytest.mark.covers("C11")
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(passes):
+    chat = conversation(max_gen_len=30)
+    pieces = chat.answer("one")
+    said = next(pieces) + next(pieces) + next(pieces)
+    pieces.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": said}
+    assert chat.tokens == len(passes[0][1]) + 2  # the last of three tokens was not read yet
+    answer = ask(chat, "two")
+    fresh = conversation(max_gen_len=30)
+    fresh.messages = chat.messages[:-2]
+    assert ask(fresh, "two") == answer
+
+
+# The program, with stdin piped ------------------------------------------------------------------
+
+
+def run(text, *args, **options):
+    data = text if isinstance(text, bytes) else text.encode()
+    done = cli.run("chat.py", *(args or TINY), input=data, text=False, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def test_messages_and_commands_by_pipe(tmp_path):
+    saved = tmp_path / "conversation.json"
+    done = run(
+        f"one\n\n/save {saved}\n/reset\none\n/regen\n/help\n/set temperature 1.5\n"
+        f'/set max_gen_len 0\n/system Be brief.\nfirst \\\nsecond\n"""\n/not a command\n\n  x\n"""\n'
+        f"/save {tmp_path / 'second.json'}\n/load {saved}\n/set max_gen_len 3\n/quit\nnever read"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        json.loads((tmp_path / f"{name}.json").read_text())["messages"]
+        for name in ("conversation", "second")
+    )
+    assert [m["role"] for m in first] == ["user", "assistant"] and first[0]["content"] == "one"
+    # Greedy: the same answer again after /reset and /regen; then two empty ones.
+    assert done.stdout == (first[1]["content"] + "\n") * 3 + "\n\n"
+    assert [m["content"] for m in second if m["role"] == "user"] == [
+        "one",
+        "first \nsecond",
+        "/not a command\n\n  x",
+    ]
+    assert second[0] == {"role": "system", "content": "Be brief."}
+    assert "/regen" in done.stderr and "> " not in done.stdout
+    assert f"2 messages written to {saved}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, code, reason",
+    [
+        ("/nonsense\n", 2, "unknown command /nonsense; /help lists them"),
+        ("/set temperature\n", 2, "/set needs a name and a value"),
+        ("/set temperature -1\n", 2, "temperature=-1"),
+        ("/load /nonexistent/file\n", 4, "/nonexistent/file"),
+        ("/save\n", 2, "/save needs a file"),
+        ("x" * 300, 2, "exceeds the context of 256"),
+        (b"ok\n\xff\n", 4, "line 2 of stdin is not UTF-8: byte 0xff at offset 0"),
+    ],
+)
+@pytest.mark.covers("B9", "C13")
+def test_an_error_ends_a_piped_chat_with_its_code(text, code, reason):
+    done = run(text)
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
+    assert done.stderr.startswith("error: ") and reason in done.stderr
+
+
+def test_the_end_of_the_input_ends_a_message():
+    whole, block = run("one\n"), run('"""\none')
+    assert whole.stdout == block.stdout and len(whole.stdout) > 1
+    assert (run("").stdout, run("").returncode) == ("", 0)
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_stops_a_piped_answer_and_the_conversation_goes_on():
+    process = subprocess.Popen(
+        cli.command("chat.py", *ENDLESS),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=cli.environment(),
+        bufsize=0,
+    )
+    process.stdin.write(b"hello\n")
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/set max_gen_len 5\nagain\n")
+    process.stdin.close()
+    out, error = process.stdout.read(), process.stderr.read()
+    assert process.wait(60) == 0 and error == b""
+    assert out.count(b"\n") >= 2 and len(out) < 30000
+
+
+# The program, in a terminal ---------------------------------------------------------------------
+
+
+class TerminalOf:
+    """A program in a pseudo-terminal of its own, and what it has shown so far."""
+
+    def __init__(self, *args):
+        self.fd, inside = os.openpty()
+        # A process becomes the leader of its terminal after the fork, so it needs a helper.
+        lead = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", lead, str(inside), *cli.command("chat.py", *args)],
+            pass_fds=[inside],
+            env=cli.environment() | {"TERM": "xterm", "COLUMNS": "200"},
+        )
+        os.close(inside)
+        self.text = ""
+
+    def wait_for(self, pattern, seconds=90):
+        """Reads on until the text since the last call matches; returns that text."""
+        end = time.monotonic() + seconds
+        while not re.search(pattern, self.text):
+            assert time.monotonic() < end, f"no {pattern} in {self.text!r}"
+            if select.select([self.fd], [], [], 0.2)[0]:
+                self.text += os.read(self.fd, 65536).decode(errors="replace")
+        shown, self.text = self.text, ""
+        return shown
+
+    def type(self, text):
+        time.sleep(0.2)  # readline misses a signal just after it has written the prompt
+        os.write(self.fd, text.encode())
+
+    def wait_for_end(self):
+        """The exit code."""
+        while select.select([self.fd], [], [], 30)[0]:
+            try:
+                self.text += os.read(self.fd, 65536).decode(errors="replace")
+            except OSError:  # the other end is closed
+                break
+        return self.process.wait(30)
+
+
+STATUS = r"(\d+) tokens, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
+    terminal = TerminalOf(*ENDLESS)
+    terminal.wait_for("> $")
+    terminal.type("hello\n")
+    terminal.wait_for("[!-~]{120}")
+    terminal.type("\x03")
+    shown = terminal.wait_for("> $")
+    assert re.search("stopped; " + STATUS, shown)
+    terminal.type("/set max_gen_len 4\n")
+    terminal.wait_for("> $")
+    terminal.type("again\n")
+    count, used, context = re.search(STATUS, terminal.wait_for("> $")).groups()
+    assert int(count) <= 4 and int(used) > 100 and context == "32768"
+    terminal.type("/bad\n")
+    assert "error: unknown command /bad" in terminal.wait_for("> $")
+    terminal.type("half a line\x03")
+    assert "/quit leaves" in terminal.wait_for("> $")
+    terminal.type("\x1b[A\x1b[A\n")  # cursor up twice, in the history: "again"
+    assert "again" in terminal.wait_for(STATUS + "(?s:.)*> $")
+    terminal.type("\x03")
+    terminal.wait_for("leaves(?s:.)*> $")
+    terminal.type("\x03")
+    assert terminal.wait_for_end() == 130
+    assert "Traceback" not in terminal.text
+
+
+def test_three_turns_with_the_default_model(default_model_path):
+    cli.share_default_model(default_model_path)
+    # So long that all turns need a cache of one size, and one compilation of the decode step.
+    terminal = TerminalOf("--temperature", "0", "--max_gen_len", "230")
+    assert "smollm2-135m-instruct · /help lists the commands" in terminal.wait_for("> $")
+    used = []
+    for question in (console.DEFAULT_QUESTION, "And of Italy?", "Thanks, that is all."):
+        terminal.type(question + "\n")
+        shown = terminal.wait_for(STATUS + "(?s:.)*> $")
+        used.append(int(re.search(STATUS, shown)[2]))
+        if len(used) < 3:
+            assert ("Paris", "Rome")[len(used) - 1] in shown
+    assert used == sorted(used)
+    terminal.type("\x04")
+    assert terminal.wait_for_end() == 0

@@ -1,0 +1,364 @@
+"""generate.py as a program: what it prints and where, flags, exit codes, pipes, Ctrl-C."""
+
+import concurrent.futures
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import console
+from tests import cli
+from utils.errors import ConfigError
+
+TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12"]
+# Its text goes on for longer than any test waits.
+ENDLESS = ["--ckpt_dir", str(cli.checkpoint(32768)), "--prompt", "x", "--temperature", "0"]
+ENDLESS += ["--max_gen_len", "30000"]
+
+
+def generate(*args, **options):
+    return cli.run("generate.py", *args, **options)
+
+
+def together(cases):
+    """Runs several command lines (name -> arguments), two at a time: most of a run is imports."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(lambda args: generate(*args), cases.values())))
+
+
+def rows(done):
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.split("\n")[:-1]]
+
+
+def check_error(done, code, pattern):
+    lines = done.stderr.splitlines()
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert re.search(pattern, lines[0]), lines[0]
+    assert done.stdout == ""
+
+
+# Flags ------------------------------------------------------------------------------------------
+
+
+def parse(monkeypatch, *argv):
+    def command(prompt: str | None = None, json: bool = False, n: int = 1):
+        """A command."""
+        raise AssertionError("parsing must not call the command")
+
+    monkeypatch.setattr(sys, "argv", ["generate.py", *argv])
+    return console._parse_arguments(command)
+
+
+def test_arguments_reach_the_command_as_they_were_typed(monkeypatch):
+    default = {"prompt": None, "json": False, "n": 1}
+    assert parse(monkeypatch) == default
+    assert parse(monkeypatch, "--prompt", "12", "--n", "3") == default | {"prompt": "12", "n": 3}
+    assert parse(monkeypatch, "--prompt=[1]", "--json") == default | {"prompt": "[1]", "json": True}
+    assert parse(monkeypatch, "--prompt", "", "--nojson") == default | {"prompt": ""}
+    assert parse(monkeypatch, "--prompt", "True") == default | {"prompt": "True"}
+    assert parse(monkeypatch, "--prompt=--json") == default | {"prompt": "--json"}
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--foo", "1"], "--foo; --help lists"),
+        (["--foo"], "--foo; --help lists"),
+        (["a", "True", "1", "surplus"], "surplus; --help lists"),
+        (["--json", "false"], "--json is on or off, got 'false'"),
+        (["--prompt", "--json"], "--prompt needs a value"),
+        (["--json", "--prompt"], "--prompt needs a value"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_command_runs(monkeypatch, argv, reason):
+    with pytest.raises(ConfigError, match=reason):
+        parse(monkeypatch, *argv)
+
+
+def test_help_goes_to_stdout(monkeypatch, capsys):
+    assert parse(monkeypatch, "--help") is None
+    assert "A command." in capsys.readouterr().out
+
+
+@pytest.mark.covers("A34", "B4", "C2", "C3", "C4", "C5", "C8", "C9")
+def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(cli.checkpoint(), broken)
+    (broken / "tokenizer.json").write_text("{")
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "a\\u2028b"}\n\n{"prompt": 3}\n')
+    (tmp_path / "latin.txt").write_bytes(b"ok\n\xe9\n")
+    (tmp_path / "none.txt").write_text("\n \n")
+    say = [*TINY, "--prompt", "hi"]
+    expected = {
+        "unknown flag": ([*say, "--foo", "1"], 2, "--foo"),
+        "temperature": ([*say, "--temperature", "nan"], 2, "temperature=.*expected a finite"),
+        "negative": ([*say, "--temperature", "-1"], 2, "temperature=-1"),
+        "several": ([*say, "--top_p", "0", "--top_k", "-1"], 2, "top_p=0.*top_k=-1"),
+        "text": ([*say, "--min_p", "high"], 2, "min_p='high'"),
+        "seed": ([*say, "--seed", str(2**64)], 2, f"seed={2**64}.* 0 to {2**32 - 1}"),
+        "negative seed": ([*say, "--seed", "-1"], 2, "seed=-1"),
+        "length": ([*say, "--max_gen_len", "-1"], 2, "-1, expected an integer of at least 0"),
+        "n": ([*say, "--n", "0"], 2, "n=0"),
+        "empty stop": ([*say, "--stop", ""], 2, "must not be empty"),
+        "stop list": ([*say, "--stop", "[a"], 2, r"no JSON list .*\[\\\"\[a\\\"\]|\[\"\[a\"\]"),
+        "logprobs": ([*say, "--logprobs"], 2, "add --json"),
+        "system": ([*say, "--system", "Be brief."], 2, "need --chat"),
+        "both": ([*say, "--prompts_file", str(lines)], 2, "not both"),
+        "dtype": ([*say, "--dtype", "float8"], 2, "float8"),
+        "format": ([*say, "--chat", "--chat_format", "alpaca"], 2, "alpaca.*llama2, llama3"),
+        "missing": (
+            ["--ckpt_dir", str(tmp_path / "absent"), "--prompt", "hi"],
+            3,
+            "no such folder.*absent",
+        ),
+        "tokenizer": (["--ckpt_dir", str(broken), "--prompt", "hi"], 3, "tokenizer.json"),
+        "prompts": ([*TINY, "--prompts_file", str(lines)], 4, r"prompts\.jsonl:3: expected"),
+        "latin": ([*TINY, "--prompts_file", str(tmp_path / "latin.txt")], 4, "0xe9 at offset 3"),
+        "no prompts": ([*TINY, "--prompts_file", str(tmp_path / "none.txt")], 4, "no prompts"),
+        "no file": ([*TINY, "--prompts_file", str(tmp_path / "absent")], 4, "absent"),
+        "too long": ([*TINY, "--prompt", "x" * 250], 2, "251 tokens.*263 exceed"),
+    }
+    done = together({name: case[0] for name, case in expected.items()})
+    for name, (_, code, pattern) in expected.items():
+        check_error(done[name], code, pattern)
+
+
+@pytest.mark.covers("C6", "A16")
+def test_weights_that_are_not_finite(tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(cli.checkpoint(), folder)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    done = generate("--ckpt_dir", str(folder), "--prompt", "hi", "--debug")
+    assert done.returncode == 5 and done.stdout == ""
+    warning, *traceback, error = done.stderr.splitlines()
+    assert warning.startswith("warning: ") and "model.norm.weight" in warning
+    assert traceback[0].startswith("Traceback")  # as --debug asks for
+    assert error.startswith("error: logits of row 0 at step 0 are not finite")
+
+
+# What is printed --------------------------------------------------------------------------------
+
+
+def test_stdout_carries_the_text_and_stderr_a_summary():
+    base = [*TINY, "--prompt", "hi", "--temperature", "0"]
+    cases = {"plain": base, "json": [*base, "--json"], "zero": [*base, "--max_gen_len", "0"]}
+    cases["huge"] = [*base, "--max_gen_len", str(2**31)]
+    cases["three"] = [*TINY, "--prompt", "hi", "--n", "3", "--json", "--seed", "7", "--logprobs"]
+    done = together(cases)
+    summary = (
+        r"3 prompt tokens, \d+ tok/s; 12 tokens, [\d.]+ tok/s; weights [\d.]+ kB, "
+        r"KV cache [\d.]+ kB; compiled in [\d.]+ s\n"
+    )
+    assert re.fullmatch(summary, done["plain"].stderr)
+    [row] = rows(done["json"])
+    assert list(row) == ["prompt", "text", "prompt_tokens", "tokens", "finish_reason"]
+    assert done["plain"].stdout == row["text"] + "\n"
+    assert (row["prompt"], row["finish_reason"], len(row["tokens"])) == ("hi", "length", 12)
+    assert row["prompt_tokens"][0] == 0 and len(row["prompt_tokens"]) == 3
+    assert (done["zero"].returncode, done["zero"].stdout) == (0, "\n")
+    assert done["huge"].returncode == 0 and done["huge"].stdout.startswith(row["text"][:8])
+    three = rows(done["three"])
+    assert len(three) == 3 and len({row["text"] for row in three}) == 3
+    for row in three:
+        assert len(row["logprobs"]) == len(row["tokens"]) and max(row["logprobs"]) <= 0
+
+
+@pytest.mark.covers("C2", "C9")
+def test_prompts_seeds_and_stops(tmp_path):
+    prompts = ["hi", " spaces ", "a\u2028b", "é½"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\n\n")
+    objects = [json.dumps({"prompt": p, "id": 1}, ensure_ascii=False) for p in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(objects))
+    base = [*TINY, "--json", "--seed", "7"]
+    greedy = [*TINY, "--prompt", "hi", "--temperature", "0", "--json"]
+    cases = {
+        "txt": [*base, "--prompts_file", str(tmp_path / "prompts.txt")],
+        "jsonl": [*base, "--prompts_file", str(tmp_path / "prompts.jsonl"), "--n", "2"],
+        "same": [*base, "--prompt", "hi"],
+        "other": [*TINY, "--json", "--seed", "8", "--prompt", "hi"],
+        "empty": [*base, "--prompt", ""],
+        "greedy": greedy,
+        "number": [*base, "--prompt", "12"],
+    }
+    done = together(cases)
+    lines = rows(done["txt"])
+    assert [row["prompt"] for row in lines] == prompts
+    assert rows(done["jsonl"])[::2] == lines  # sample 0 does not depend on n, nor on the file
+    assert rows(done["same"]) == lines[:1]
+    assert rows(done["other"])[0]["tokens"] != lines[0]["tokens"]
+    assert rows(done["empty"])[0]["prompt_tokens"] == [0]  # the BOS alone
+    assert rows(done["number"])[0]["prompt"] == "12"
+    text = rows(done["greedy"])[0]["text"]
+    stop = text[4]
+    plain = [word for word in greedy if word != "--json"]
+    cases = {"json": [*greedy, "--stop", json.dumps(["absent", stop])]}
+    cases["text"] = [*plain, f"--stop={stop}"]
+    done = together(cases)
+    [row] = rows(done["json"])
+    assert row["text"] == text[: text.index(stop)] and row["finish_reason"] == "stop"
+    assert done["text"].stdout == row["text"] + "\n"
+
+
+@pytest.mark.covers("C14")
+def test_a_cache_that_cannot_fit_is_refused_with_its_size():
+    start = time.monotonic()
+    long = ["--ckpt_dir", str(cli.checkpoint(32768)), "--prompt", "hi", "--max_gen_len", "30000"]
+    done = generate(*long, "--n", str(1 << 20))
+    check_error(done, 3, r"out of memory: [\d.]+ TB for the KV cache of 1048576 rows of 32768")
+    assert time.monotonic() - start < 60
+
+
+# Pipes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.covers("C12")
+@pytest.mark.parametrize("way", ["head", "closed", "full"])
+def test_stdout_that_cannot_be_written(way):
+    words = cli.command("generate.py", *(ENDLESS if way == "head" else [*TINY, "--prompt", "hi"]))
+    shell = {
+        "head": '"$@" | head -c 1; exit ${PIPESTATUS[0]}',
+        "closed": '"$@" >&-',
+        "full": '"$@" >/dev/full',
+    }[way]
+    done = subprocess.run(
+        ["bash", "-c", shell, "bash", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=cli.environment(),
+        timeout=60,
+    )
+    stderr = done.stderr.decode().splitlines()
+    assert not any("Traceback" in line or "Exception" in line for line in stderr), stderr
+    if way == "head":
+        assert (done.returncode, len(done.stdout), stderr) == (141, 1, [])
+    elif way == "closed":
+        assert done.returncode == 0
+    else:
+        assert done.returncode == 1
+        assert len(stderr) == 1 and "No space left on device" in stderr[0]
+
+
+@pytest.mark.covers("B9", "C13")
+def test_stdin():
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        start = lambda data: pool.submit(
+            generate, *TINY, "--json", input=data, text=False, encoding=None
+        )
+        text, bad = start("two\nlines é\n".encode()), start(b"ok \xff")
+        empty = pool.submit(generate, *TINY, "--json", stdin=subprocess.DEVNULL)
+        assert json.loads(text.result().stdout)["prompt"] == "two\nlines é"
+        assert bad.result().returncode == 4 and bad.result().stdout == b""
+        assert bad.result().stderr == b"error: stdin is not UTF-8: byte 0xff at offset 3\n"
+        done = empty.result()
+    [row] = rows(done)
+    assert row["prompt"] == console.DEFAULT_QUESTION and 2 in row["prompt_tokens"]  # a chat
+    assert done.stderr.startswith(f"no --prompt: asking {console.DEFAULT_QUESTION!r} (--chat)\n")
+
+
+@pytest.mark.covers("C13")
+def test_stdin_without_end_is_not_read_to_its_end():
+    with open("/dev/zero", "rb") as zeros:
+        check_error(generate(*TINY, stdin=zeros), 4, "stdin holds over 16.8 MB")
+
+
+# Ctrl-C -----------------------------------------------------------------------------------------
+
+
+def start(args, **options):
+    """A program with pipes, whose stdout is read unbuffered."""
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = options.pop("env", cli.environment())
+    return subprocess.Popen(
+        cli.command("generate.py", *args), bufsize=0, env=environment, **pipes, **options
+    )
+
+
+def interrupt(process):
+    """Sends Ctrl-C; returns (exit code, what was still in stdout, stderr); at most 2 s later."""
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    out, error = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 2
+    return process.returncode, out, error
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_while_text_is_streamed():
+    process = start(ENDLESS)
+    seen = b""
+    while len(seen) < 20:
+        seen += process.stdout.read(1)
+    code, rest, error = interrupt(process)
+    assert (code, error) == (130, b"")
+    expected = generate(*ENDLESS, "--max_gen_len", "40").stdout.encode()
+    assert expected.startswith(seen) and (seen + rest).startswith(expected[:20])
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_during_a_compilation(tmp_path):
+    # Without kept compilations, and with a model of many layers: seconds of compiling, after the
+    # first small programs (which are kept as files) and before any text.
+    process = start(ENDLESS, env=cli.environment() | {"XDG_CACHE_HOME": str(tmp_path)})
+    kept = lambda: any(p.name.startswith("jit_prefill") for p in tmp_path.rglob("*"))
+    while not kept() and process.poll() is None:
+        time.sleep(0.01)
+    # prefill is compiled, so the program is in decode's tracing or compilation now.
+    code, out, error = interrupt(process)
+    assert (code, error) == (130, b"") and len(out) < 10
+
+
+@pytest.mark.covers("C11")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_interrupt_while_waiting_for_input_and_twice(signals):
+    # Reading stdin stands for the slow things before the first token: fetching and loading.
+    reader, writer = os.pipe()
+    with open(reader, "rb") as stdin, open(writer, "wb"):
+        process = subprocess.Popen(
+            cli.command("generate.py", *TINY),
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=cli.environment(),
+        )
+        os.write(writer, b"x")
+        while fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) != bytes(4):
+            time.sleep(0.01)  # until the program has read it, and waits for more
+        if signals == 2:
+            process.send_signal(signal.SIGINT)
+        code, out, error = interrupt(process)
+    assert (code, out, error) in [(130, b"", b""), (-signal.SIGINT, b"", b"")]
+    assert code == 130 or signals == 2
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_during_the_imports():
+    process = start(TINY)
+    time.sleep(0.5)
+    code, out, error = interrupt(process)
+    assert code in (-signal.SIGINT, 130) and (out, error) == (b"", b"")
+
+
+# The default model ------------------------------------------------------------------------------
+
+
+def test_the_first_command_of_the_readme(default_model_path):
+    cli.share_default_model(default_model_path)
+    named = generate("--chat", "--prompt", console.DEFAULT_QUESTION)
+    assert named.returncode == 0 and "Paris" in named.stdout, named.stderr
+    alone = generate()
+    assert alone.stdout == named.stdout and alone.returncode == 0
