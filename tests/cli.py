@@ -50,9 +50,16 @@ def checkpoint(context: int = 256, seed: int = 0) -> Path:
     return path
 
 
-def environment(cache: Path | None = None) -> dict[str, str]:
-    """The caller's, with a cache folder of the tests' own that keeps compiled programs."""
-    return os.environ | {"XDG_CACHE_HOME": str(cache or tiny.cache_dir() / "xdg")}
+def environment(optimized: bool = False) -> dict[str, str]:
+    """The caller's, with a cache folder of the tests' own that keeps compiled programs.
+
+    Args:
+        optimized: whether XLA shall optimise: it costs a tiny model more time than it saves.
+    """
+    changes = {"XDG_CACHE_HOME": str(tiny.cache_dir() / "xdg")}
+    if not optimized:
+        changes["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    return os.environ | changes
 
 
 def share_default_model(path: Path) -> None:

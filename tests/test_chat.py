@@ -1,5 +1,6 @@
 """chat.py: the conversation and its cache, in this process; the program, by pipe and by terminal."""
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -69,8 +70,9 @@ def passes(monkeypatch):
 
 @pytest.mark.covers("C10")
 def test_only_new_tokens_are_read_and_the_answers_are_those_of_a_new_conversation(passes):
-    chat = conversation()
-    chat.set_system("Be brief.")
+    # So long a system message that all turns need a cache of one size: fewer compilations.
+    chat = conversation(context=400)
+    chat.set_system("Be brief. " * 25)
     known = 0
     for text in ("one", "two", "three"):
         before = list(chat.messages)
@@ -85,7 +87,7 @@ def test_only_new_tokens_are_read_and_the_answers_are_those_of_a_new_conversatio
             {"role": "user", "content": text},
             {"role": "assistant", "content": said},
         ]
-    fresh = conversation()
+    fresh = conversation(context=400)
     fresh.messages = before
     assert ask(fresh, "three") == said
     assert passes[-1] == (0, whole)
@@ -221,29 +223,28 @@ def test_messages_and_commands_by_pipe(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "text, code, reason",
-    [
+@pytest.mark.covers("B9", "C13")
+def test_an_error_ends_a_piped_chat_with_its_code():
+    cases = [
         ("/nonsense\n", 2, "unknown command /nonsense; /help lists them"),
         ("/set temperature\n", 2, "/set needs a name and a value"),
         ("/set temperature -1\n", 2, "temperature=-1"),
         ("/load /nonexistent/file\n", 4, "/nonexistent/file"),
         ("/save\n", 2, "/save needs a file"),
         ("x" * 300, 2, "exceeds the context of 256"),
-        (b"ok\n\xff\n", 4, "line 2 of stdin is not UTF-8: byte 0xff at offset 0"),
-    ],
-)
-@pytest.mark.covers("B9", "C13")
-def test_an_error_ends_a_piped_chat_with_its_code(text, code, reason):
-    done = run(text)
-    assert (done.returncode, done.stderr.count("\n")) == (code, 1)
-    assert done.stderr.startswith("error: ") and reason in done.stderr
+        (b"\n\xff\n", 4, "line 2 of stdin is not UTF-8: byte 0xff at offset 0"),
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for (_, code, reason), done in zip(cases, pool.map(run, [text for text, *_ in cases])):
+            assert (done.returncode, done.stderr.count("\n"), done.stdout) == (code, 1, "")
+            assert done.stderr.startswith("error: ") and reason in done.stderr
 
 
 def test_the_end_of_the_input_ends_a_message():
-    whole, block = run("one\n"), run('"""\none')
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        whole, block, empty = pool.map(run, ["one\n", '"""\none', ""])
     assert whole.stdout == block.stdout and len(whole.stdout) > 1
-    assert (run("").stdout, run("").returncode) == ("", 0)
+    assert (empty.stdout, empty.returncode) == ("", 0)
 
 
 @pytest.mark.covers("C11")
@@ -272,14 +273,14 @@ def test_interrupt_stops_a_piped_answer_and_the_conversation_goes_on():
 class TerminalOf:
     """A program in a pseudo-terminal of its own, and what it has shown so far."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, environment):
         self.fd, inside = os.openpty()
         # A process becomes the leader of its terminal after the fork, so it needs a helper.
         lead = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
         self.process = subprocess.Popen(
             [sys.executable, "-c", lead, str(inside), *cli.command("chat.py", *args)],
             pass_fds=[inside],
-            env=cli.environment() | {"TERM": "xterm", "COLUMNS": "200"},
+            env=environment | {"TERM": "xterm", "COLUMNS": "200"},
         )
         os.close(inside)
         self.text = ""
@@ -313,7 +314,7 @@ STATUS = r"(\d+) tokens, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
 
 @pytest.mark.covers("C11")
 def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
-    terminal = TerminalOf(*ENDLESS)
+    terminal = TerminalOf(*ENDLESS, environment=cli.environment())
     terminal.wait_for("> $")
     terminal.type("hello\n")
     terminal.wait_for("[!-~]{120}")
@@ -341,7 +342,8 @@ def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
 def test_three_turns_with_the_default_model(default_model_path):
     cli.share_default_model(default_model_path)
     # So long that all turns need a cache of one size, and one compilation of the decode step.
-    terminal = TerminalOf("--temperature", "0", "--max_gen_len", "230")
+    args = ["--temperature", "0", "--max_gen_len", "230"]
+    terminal = TerminalOf(*args, environment=cli.environment(optimized=True))
     assert "smollm2-135m-instruct · /help lists the commands" in terminal.wait_for("> $")
     used = []
     for question in (console.DEFAULT_QUESTION, "And of Italy?", "Thanks, that is all."):
