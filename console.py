@@ -85,8 +85,6 @@ def run(command: Callable[..., None]) -> None:
             raise
         code = _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
     if code:
-        # What could not be written is lost: keep the interpreter from trying again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(code)
 
 

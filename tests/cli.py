@@ -23,17 +23,17 @@ SPECIAL = ["<s>", "<|im_end|>", "<|im_start|>"]
 
 
 @functools.cache
-def checkpoint(context: int = 256, seed: int = 0) -> Path:
+def checkpoint(context: int = 256, layers: int = 1) -> Path:
     """A folder with a random model of `context` tokens, a byte-level tokenizer and a chat template.
 
     Token ids are 0, 1, 2 for SPECIAL, then 94 visible characters of ASCII, then the other bytes.
     The logits of all but the visible ones are 0, so that greedy text is readable and does not end.
     Do not change the folder: copy it first.
     """
-    path = tiny.cache_dir() / f"cli-{context}-{seed}"
-    sizes = dict(vocab_size=272, max_position_embeddings=context, num_hidden_layers=1)
+    path = tiny.cache_dir() / f"cli-{context}-{layers}"
+    sizes = dict(vocab_size=272, max_position_embeddings=context, num_hidden_layers=layers)
     ids = dict(bos_token_id=0, eos_token_id=1)
-    model = tiny.random_model(LlamaConfig(**(tiny.BASE | sizes | ids)), seed)
+    model = tiny.random_model(LlamaConfig(**(tiny.BASE | sizes | ids)))
     model.lm_head.weight[:3] = model.lm_head.weight[97:] = 0
     model.save_pretrained(path)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
