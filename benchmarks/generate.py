@@ -1,6 +1,6 @@
 """How fast is generation, next to transformers and llama.cpp on the same machine, in the same run?
 
-    python benchmarks/generate.py [--repeats 5] [--json_file FILE]
+    python benchmarks/generate.py [--repeats 3] [--json_file FILE]
 
 Each number is the best of some rounds; the programs take turns in a round, so that a slow moment of
 the machine hits them alike. llama.cpp takes part where `xllamacpp` is installed. The last column is
@@ -33,7 +33,7 @@ from models.llama.model import LLaMa, for_decoding  # noqa: E402
 from sampling import Greedy  # noqa: E402
 from utils import memory  # noqa: E402
 
-NEW = 48
+NEW = 32
 DTYPES = ("float32", "bfloat16")
 
 
@@ -98,6 +98,7 @@ def measure(dtype: str, path: Path, folder: Path, repeats: int) -> list[dict]:
     def add(what: str, best: dict, phase: int, tokens: float, limit: float | None = None) -> None:
         rates = {name: tokens / seconds[phase] for name, seconds in best.items()}
         out.append({"what": what, "dtype": dtype, **rates, "limit": limit})
+        print(out[-1], file=sys.stderr, flush=True)  # it takes minutes: show that it goes on
 
     one = rounds(programs, prompts(1, 32), NEW, repeats)
     add("decode, 1 row", one, 1, NEW - 1, limit)
@@ -108,8 +109,7 @@ def measure(dtype: str, path: Path, folder: Path, repeats: int) -> list[dict]:
         16 * (NEW - 1),
     )
     add("prefill of 512", rounds(programs, prompts(1, 512), 1, repeats), 0, 512)
-    long = rounds(two, prompts(1, 2000), NEW, 1)
-    add("decode after 2,000", long, 1, NEW - 1)
+    add("decode after 2,000", rounds(two, prompts(1, 2000), NEW, 1), 1, NEW - 1)
     return out
 
 
@@ -131,7 +131,7 @@ def start() -> dict:
     return {"seconds to the first text": best, "peak memory": memory.human(peak)}
 
 
-def main(repeats: int = 5, json_file: str | None = None) -> None:
+def main(repeats: int = 3, json_file: str | None = None) -> None:
     """Prints the table; see the module."""
     path = resolve(DEFAULT_MODEL)
     started = start()

@@ -65,7 +65,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
 
 def shortest(x: Any) -> Any:
     """GGUF stores float32: the shortest decimal is the number that was meant."""
-    return float(str(np.float32(x))) if isinstance(x, float) else x
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, and is refused
+        return float(str(np.float32(x))) if isinstance(x, float) else x
 
 
 def rope_from_gguf(
