@@ -4,6 +4,7 @@ Dimension key: B batch, T new tokens, D model dim, N query heads, K kv heads, H 
 Matrices are [out, in], as checkpoints store them. What must be exact is computed in float32.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,42 +20,77 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    lora: tuple[Array, Array] | None = None,
+) -> Array:
     """x @ weight.T + bias, accumulated in float32.
 
     Args:
         x: [..., in].
-        weight: [out, in], of x's dtype.
+        weight: [out, in], cast to x's dtype.
         bias: [out] or None.
+        lora: None, or a [rank, in] and b [out, rank], whose product is added to the weight without
+            being formed. Source: LoRA (2106.09685) eq. 3.
 
     Returns:
         [..., out], of x's dtype.
     """
-    y = project(x, weight)
+    y = project(x, weight.astype(x.dtype))
+    if lora is not None:
+        a, b = (matrix.astype(x.dtype) for matrix in lora)
+        y = y + project(project(x, a).astype(x.dtype), b)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
 
 
+@jax.custom_vjp
 def project(x: Array, weight: Array) -> Array:
-    """x @ weight.T in float32: [..., in] × [out, in] -> [..., out] float32."""
-    if x.dtype == jnp.float32:
-        return _dot(x, weight)
-    rows = x.size // x.shape[-1]
-    on_cpu = _dot_of_two_rows if rows == 1 else _dot_in_float32 if rows >= 256 else _dot
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=_dot)
+    """x @ weight.T in float32: [..., in] × [out, in] -> [..., out] float32.
+
+    The gradients are products of x's dtype too, accumulated in float32.
+    """
+    if x.size == x.shape[-1] and x.dtype != jnp.float32:
+        return jax.lax.platform_dependent(x, weight, cpu=_dot_of_two_rows, default=_dot)
+    return matmul(x, weight, x.ndim - 1, 1)
 
 
-def _dot(x: Array, weight: Array) -> Array:
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract_last, preferred_element_type=jnp.float32)
+def _project_forward(x: Array, weight: Array):
+    return project(x, weight), (x, weight)
 
 
-def _dot_in_float32(x: Array, weight: Array) -> Array:
-    """For many bfloat16 rows: XLA's CPU back end makes 150 GFLOP/s of them and 240 of float32."""
-    # Tied to x, or XLA converts all weights before a loop that multiplies with them.
-    x, weight = jax.lax.optimization_barrier((x, weight))
-    return _dot(x.astype(jnp.float32), weight.astype(jnp.float32))
+def _project_backward(saved, dy: Array):
+    x, weight = saved
+    dy = dy.astype(x.dtype)
+    dx = matmul(dy, weight, dy.ndim - 1, 0)
+    dw = matmul(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), 0, 0)
+    return dx.astype(x.dtype), dw.astype(weight.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """Contracts an axis of each, accumulated in float32."""
+    product = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
+    if a.dtype == jnp.float32 or a.size < 256 * a.shape[a_axis]:
+        return product(a, b)
+
+    def in_float32(a, b):
+        # XLA's CPU back end makes 150 GFLOP/s of many bfloat16 rows and 240 of float32. Tied to
+        # a, or XLA converts all weights before a loop that multiplies with them.
+        a, b = jax.lax.optimization_barrier((a, b))
+        return product(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(a, b, cpu=in_float32, default=product)
+
+
+def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
+    axes = (((a_axis % a.ndim,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def _dot_of_two_rows(x: Array, weight: Array) -> Array:

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
 from utils import kvcache, ops
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
         q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
-        wo, bo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
+        wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
         q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
         keys, values = heads_first(k_BTKH, heads(v))
@@ -55,7 +56,7 @@ class Attention(nn.Module):
             if not empty:
                 keys, values = kv
         out_BTNH = attention(q_BTNH, keys, values, **masks)
-        return ops.linear(out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo, bo), kv
+        return _linear("o", out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo), kv
 
 
 class FeedForward(nn.Module):
@@ -68,8 +69,8 @@ class FeedForward(nn.Module):
         c = self.config
         sizes = {"_gate": c.ffn_dim, "_up": c.ffn_dim}
         gate, up = _project_all(self, x_BTD, "_gate_up", sizes, c.mlp_bias)
-        w_down, b_down = _dense(self, "_down", (c.dim, c.ffn_dim), c.mlp_bias, depth=c.n_layers)
-        return ops.linear(ops.feed_forward(x_BTD, gate, up, c.activation), w_down, b_down)
+        w_down = _dense(self, "_down", (c.dim, c.ffn_dim), c.mlp_bias, depth=c.n_layers)
+        return _linear("_down", ops.feed_forward(x_BTD, gate, up, c.activation), w_down)
 
 
 class TransformerBlock(nn.Module):
@@ -88,9 +89,19 @@ class TransformerBlock(nn.Module):
 
 
 class LLaMa(nn.Module):
-    """The whole model: `LLaMa(config).apply({"params": params}, tokens_BT) -> (logits_BTV, None)`."""
+    """The whole model: `LLaMa(config).apply({"params": params}, tokens_BT) -> (logits_BTV, None)`.
+
+    Attributes:
+        config: the model.
+        dtype: of activations and products; default: the parameters' own. Parameters are cast where
+            they are used.
+        remat: what a training step computes again in its backward pass: "none", "dots" (all but the
+            matrix products' results) or "block" (all but each block's input).
+    """
 
     config: ModelConfig
+    dtype: Any = None
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -102,6 +113,7 @@ class LLaMa(nn.Module):
         key_mask_BS: Array | None = None,
         cache: KVCache | None = None,
         logits_at_BM: Array | None = None,
+        hidden: bool = False,
     ) -> tuple[Array, KVCache | None]:
         """The causal forward pass, over new tokens alone or after those in a cache.
 
@@ -114,9 +126,12 @@ class LLaMa(nn.Module):
             cache: a row's T new tokens take the slots after its `lengths`, which must fit
                 (`kvcache.check_capacity`); the new cache's lengths count all T.
             logits_at_BM: [B, M] int32, the tokens whose logits are wanted; default: all T.
+            hidden: return what the output head would multiply (`head_matrix`): losses do that in
+                chunks.
 
         Returns:
-            logits [B, T or M, V] float32, and the new cache (None without one).
+            logits [B, T or M, V] float32, or hidden states [B, T or M, D]; and the new cache (None
+            without one).
         """
         c = self.config
         embed_VD = self.param("embed", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
@@ -134,6 +149,7 @@ class LLaMa(nn.Module):
         # Or XLA computes every cosine again for each head of each layer.
         rope = jax.lax.optimization_barrier(rope)
         x_BTD = ops.embed(embed_VD, tokens_BT)
+        x_BTD = x_BTD.astype(self.dtype or x_BTD.dtype)
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
             x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
         else:
@@ -143,15 +159,21 @@ class LLaMa(nn.Module):
         x_BTD = ops.rms_norm(
             x_BTD, _norm(self, "final_norm", c.dim).astype(x_BTD.dtype), c.norm_eps
         )
-        if c.tie_embeddings:
-            return ops.project(x_BTD, embed_VD), cache
-        init = nn.initializers.normal(0.02)
-        return ops.project(x_BTD, self.param("lm_head", init, (c.vocab_size, c.dim))), cache
+        head_VD = embed_VD
+        if not c.tie_embeddings:
+            head_VD = self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
+        if hidden:
+            return x_BTD, cache
+        return ops.project(x_BTD, head_VD.astype(x_BTD.dtype)), cache
 
     def _scanned_layers(self):
         """All layers as one loop: compile time does not grow with depth."""
+        block = TransformerBlock
+        if (policy := _REMAT[self.remat]) is not None:
+            # The loop over layers is barrier enough against merging both computations.
+            block = nn.remat(block, policy=policy, prevent_cse=False)
         return nn.scan(
-            TransformerBlock,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -172,6 +194,20 @@ class LLaMa(nn.Module):
             lengths = cache.lengths + x_BTD.shape[1]
             cache = KVCache(tuple(new_k), tuple(new_v), lengths)
         return x_BTD, cache
+
+
+# Names of the matrix products' results, which `remat="dots"` keeps.
+_DOTS = ("q", "k", "v", "o", "_gate", "_up", "_down")
+_REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_DOTS),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def head_matrix(params: Params) -> Array:
+    """[V, D] of the output head: `lm_head`, or `embed` where they are tied."""
+    return params.get("lm_head", params["embed"])
 
 
 def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -253,10 +289,23 @@ def _layers(layers):
 
 
 def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, depth: int = 0):
-    """Declares matrix `w{name}` and, if asked, vector `b{name}`; depth scales a residual output."""
+    """Declares matrix `w{name}` and, if asked, vector `b{name}`; depth scales a residual output.
+
+    Returns (weight, bias or None, (a, b) or None): LoRA's matrices where the tree has them
+    (models/llama/lora.py).
+    """
     std = 0.02 / (2 * depth) ** 0.5 if depth else 0.02
     weight = module.param(f"w{name}", nn.initializers.normal(std), shape)
-    return weight, module.param(f"b{name}", nn.initializers.zeros, shape[:1]) if bias else None
+    vector = module.param(f"b{name}", nn.initializers.zeros, shape[:1]) if bias else None
+    lora = None
+    if module.has_variable("params", f"w{name}_a"):
+        lora = tuple(module.get_variable("params", f"w{name}_{half}") for half in "ab")
+    return weight, vector, lora
+
+
+def _linear(name: str, x_BTD: Array, dense) -> Array:
+    """x through what `_dense` declared, in x's dtype; the result is named for `remat`."""
+    return checkpoint_name(ops.linear(x_BTD, *dense), name)
 
 
 def _project_all(
@@ -267,8 +316,11 @@ def _project_all(
         weight = module.get_variable("params", f"w{fused}")
         y = ops.linear(x_BTD, weight, module.get_variable("params", f"b{fused}") if bias else None)
         return jnp.split(y, np.cumsum(list(sizes.values()))[:-1], axis=-1)
-    dense = (_dense(module, name, (size, x_BTD.shape[-1]), bias) for name, size in sizes.items())
-    return [ops.linear(x_BTD, *weights) for weights in dense]
+    width = x_BTD.shape[-1]
+    return [
+        _linear(name, x_BTD, _dense(module, name, (size, width), bias))
+        for name, size in sizes.items()
+    ]
 
 
 def _norm(module: nn.Module, name: str, dim: int) -> Array:
