@@ -1,0 +1,329 @@
+"""Metrics: what reaches disk, what does not stop a run, and the numbers that speed is judged by."""
+
+import contextlib
+import functools
+import io
+import json
+import re
+import resource
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
+
+from models.llama.config import ModelConfig
+from models.llama.model import LLaMa, init_params
+from tests import tiny
+from trainers import metrics
+from trainers.metrics import Compilations, MetricsLog, PhaseClock, ProgressBar
+from utils.errors import ConfigError
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder):
+    return [record["step"] for record in read(folder)]
+
+
+def test_a_record_is_on_disk_when_write_returns_and_has_only_json_in_it(tmp_path):
+    seen = []
+    record = {"step": np.int64(1), "loss": jnp.float32(1.5), "half": jnp.bfloat16(0.5)}
+    record |= {"seconds": {"data": np.float32(0.25)}, "compilations": [("step", 2.0)]}
+    record |= {"nan": float("nan"), "inf": jnp.float32(-jnp.inf), "done": np.bool_(True)}
+    record |= {"text": "ü", "none": None}
+    expected = {"step": 1, "loss": 1.5, "half": 0.5, "seconds": {"data": 0.25}}
+    expected |= {"compilations": [["step", 2.0]], "nan": None, "inf": None, "done": True}
+    expected |= {"text": "ü", "none": None}
+    with MetricsLog(tmp_path / "new" / "run", sinks=[seen.append]) as log:
+        log.write(record)
+        assert read(tmp_path / "new" / "run") == [expected] == seen
+        log.write({"step": 2})
+        assert steps(tmp_path / "new" / "run") == [1, 2]
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=60)
+def test_a_resumed_run_leaves_every_step_once_wherever_the_kill_fell(data):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with MetricsLog(folder) as log:
+            for step in range(8):
+                log.write({"step": step, "loss": 1 / (1 + step), "text": '}\n{"step": 3}'})
+        whole = (folder / "metrics.jsonl").read_bytes()
+        cut = data.draw(st.integers(0, len(whole)))
+        (folder / "metrics.jsonl").write_bytes(whole[:cut])
+        last = whole[:cut].count(b"\n")  # whole lines: a checkpoint is never of a later step
+        start = data.draw(st.integers(0, last))
+        with MetricsLog(folder, start_step=start) as log:
+            for step in range(start, 8):
+                log.write({"step": step, "loss": 1 / (1 + step), "text": '}\n{"step": 3}'})
+        assert (folder / "metrics.jsonl").read_bytes() == whole
+        assert [f.name for f in folder.iterdir()] == ["metrics.jsonl"]
+
+
+def test_lines_that_are_no_records_are_dropped_on_resume(tmp_path):
+    lines = [b'{"step": 0}', b"[1]", b"\xff\x00", b'{"loss": 1}', b'{"step": "0"}', b'{"step": 1}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    with MetricsLog(tmp_path, start_step=5):
+        assert steps(tmp_path) == [0, 1]
+
+
+@contextlib.contextmanager
+def one_warning(*words):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert len(caught) == 1, [str(w.message) for w in caught]
+    assert all(word in str(caught[0].message) for word in (*words, "training goes on"))
+    assert caught[0].filename == __file__
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """The kernel then writes what fits of a line, as on a disk that gets full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.covers("D29")
+def test_a_sink_that_raises_costs_one_warning_and_the_others_nothing(tmp_path):
+    seen = []
+
+    def broken(record):
+        raise RuntimeError("no terminal")
+
+    with one_warning("RuntimeError", "no terminal"):
+        with MetricsLog(tmp_path, sinks=[broken, seen.append, broken]) as log:
+            for step in range(3):
+                log.write({"step": step})
+    assert steps(tmp_path) == [r["step"] for r in seen] == [0, 1, 2]
+
+
+@pytest.mark.covers("D29")
+def test_a_device_without_space_costs_one_warning(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    seen = []
+    with one_warning("No space left"):
+        with MetricsLog(tmp_path, sinks=[seen.append]) as log:
+            for step in range(3):
+                log.write({"step": step})
+    assert len(seen) == 3
+
+
+@pytest.mark.covers("D29")
+@pytest.mark.parametrize("size", [0, 1, 13, 40])
+def test_a_disk_that_is_full_for_a_while_leaves_whole_lines(tmp_path, size):
+    with one_warning(), MetricsLog(tmp_path) as log:
+        log.write({"step": 0})
+        with file_size_limit(len('{"step": 0}\n') + size):
+            for step in range(1, 6):
+                log.write({"step": step})
+        log.write({"step": 9})
+    fitted = size // len('{"step": 0}\n')
+    assert steps(tmp_path) == [0, *range(1, 1 + fitted), 9]
+
+
+@pytest.mark.covers("D29")
+def test_a_full_disk_does_not_block_tensorboard(tmp_path):
+    with one_warning(), MetricsLog(tmp_path, tensorboard=True) as log:
+        with file_size_limit(4000):
+            for step in range(100):
+                log.write({"step": step, "loss": 1.0})
+
+
+@pytest.mark.covers("D29")
+def test_a_closed_log_and_a_folder_that_cannot_be_made_cost_one_warning(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 0})
+    with one_warning("closed"):
+        log.write({"step": 1})
+        log.write({"step": 2})
+    assert steps(tmp_path) == [0]
+    with one_warning("metrics.jsonl"):
+        with MetricsLog(tmp_path / "metrics.jsonl") as log:
+            log.write({"step": 1})
+
+
+@pytest.mark.covers("D29")
+def test_a_resume_that_cannot_drop_the_old_lines_writes_no_step_twice(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(4):
+            log.write({"step": step})
+    with one_warning():
+        with file_size_limit(10), MetricsLog(tmp_path, start_step=2) as log:
+            log.write({"step": 2})
+        log.write({"step": 3})
+    assert steps(tmp_path) == [0, 1, 2, 3]
+
+
+def test_an_error_of_the_computation_is_not_taken_for_one_of_a_sink(tmp_path):
+    gone = jnp.ones(())
+    gone.delete()
+    with MetricsLog(tmp_path) as log, pytest.raises(RuntimeError, match="deleted"):
+        log.write({"step": 0, "loss": gone})
+
+
+def events(folder):
+    """The events of TensorBoard's record files: length, its checksum, data, their checksum."""
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+
+def test_tensorboard_gets_the_numbers_and_hides_those_of_an_interrupted_run(tmp_path):
+    for start in (0, 2):
+        with MetricsLog(tmp_path, tensorboard=True, start_step=start) as log:
+            for step in range(start, 3):
+                log.write({"step": step, "loss": 0.5, "seconds": {"data": 2.0}, "text": "x"})
+                assert list(events(tmp_path))[-1].step == step  # flushed
+    found = list(events(tmp_path))
+    scalars = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
+    one = lambda step: [(step, "loss", 0.5), (step, "seconds/data", 2.0)]
+    assert scalars == one(0) + one(1) + one(2) + one(2)
+    assert [e.step for e in found if e.session_log.status == 1] == [2]
+
+
+def test_tensorboard_without_tensorboardx_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match="pip install tensorboardX"):
+        MetricsLog(tmp_path, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+    MetricsLog(tmp_path).write({"step": 0})
+
+
+def bar_of(terminal, **kwargs):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    return ProgressBar(10, console=console, **kwargs), out
+
+
+def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bar, out = bar_of(False, every=20)
+    with bar:
+        for step in range(1, 11):
+            bar({"step": step, "loss": 2 / step, "lr": 1e-4, "tokens_per_s": 1234.5})
+            now += 8
+    assert out.getvalue().splitlines() == [
+        "step 1/10 · loss 2.0000 · lr 1.0e-04 · 1,234 tok/s",
+        "step 4/10 · loss 0.5000 · lr 1.0e-04 · 1,234 tok/s · ETA 0:00:48",
+        "step 7/10 · loss 0.2857 · lr 1.0e-04 · 1,234 tok/s · ETA 0:00:24",
+        "step 10/10 · loss 0.2000 · lr 1.0e-04 · 1,234 tok/s",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar_with_the_numbers():
+    bar, out = bar_of(True)
+    with bar:
+        bar({"step": 1, "loss": None, "lr": 0.5})
+        bar({"step": 10, "reward": 0.25})
+    assert "step 10/10 · reward 0.250" in out.getvalue() and "━" in out.getvalue()
+    bar, out = bar_of(False)
+    bar({"step": 1, "loss": None})
+    assert "loss nan" in out.getvalue()
+
+
+def test_phases_add_up_until_they_are_taken():
+    clock = PhaseClock()
+    with clock("data"):
+        time.sleep(0.02)
+    with clock("step"):
+        pass
+    with pytest.raises(KeyError), clock("data"):
+        time.sleep(0.03)
+        raise KeyError
+    taken = clock.take()
+    assert 0.05 <= taken["data"] < 5 and 0 <= taken["step"] < taken["data"]
+    assert clock.take() == {}
+
+
+def test_each_compilation_is_counted_once_with_the_shape_that_was_expected():
+    @jax.jit
+    def double(x):
+        return x * 2
+
+    arrays = [np.ones(n, np.float32) for n in (3, 5)]
+    compilations = Compilations()
+    for x in arrays + arrays:
+        compilations.expect(f"float32[{len(x)}]")
+        double(x)
+    taken = compilations.take()
+    assert [what for what, _ in taken] == ["double float32[3]", "double float32[5]"]
+    assert all(0 < seconds < 60 for _, seconds in taken)
+    assert compilations.take() == []
+    compilations.close()
+    double(np.ones(7, np.float32))
+    assert compilations.take() == []
+
+
+def dot_flops(jaxpr):
+    """2 · m · n · k of every dot_general, a scan's as often as it runs."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += 2 * eqn.outvars[0].aval.size * int(np.prod([lhs[i] for i in contract]))
+        inner = [jaxprs for p in eqn.params.values() if (jaxprs := getattr(p, "jaxpr", p)) and p]
+        for sub in (p for p in inner if hasattr(p, "eqns")):
+            total += dot_flops(sub) * eqn.params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "head_dim"])
+def test_flops_are_those_of_the_products_in_the_gradients_program(name):
+    _, hf = tiny.hf_model(name)
+    config, T = ModelConfig.from_hf(hf.config.to_dict()), 96
+    params = init_params(config, jax.random.key(0))
+    tokens = jnp.zeros((2, T), jnp.int32)
+
+    def loss(trained, frozen):
+        return LLaMa(config).apply({"params": frozen | trained}, tokens)[0].sum()
+
+    count = lambda trained: dot_flops(jax.make_jaxpr(jax.grad(loss))(trained, params).jaxpr)
+    # One block of queries computes the keys of the future too: twice of what is needed.
+    counted = functools.partial(metrics.train_flops_per_token, config, 2 * T)
+    assert count(params) == 2 * T * counted()
+    if not config.tie_embeddings:
+        # As with LoRA, gradients flow through every matrix and to none of them.
+        assert count({"embed": params["embed"]}) == 2 * T * counted(lora=True)
+
+
+def test_the_matmul_peak_is_measured_once_and_near_what_numpy_reaches():
+    x = np.ones((1024, 1024), np.float32)
+    numpy_seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        x @ x
+        numpy_seconds.append(time.perf_counter() - start)
+    peak = metrics.matmul_peak("float32", seconds=0.2)
+    assert 1 / 8 < peak / (2 * 1024**3 / min(numpy_seconds)) < 8
+    assert metrics.matmul_peak("float32", seconds=0.2) == peak
+
+
+def test_the_peak_of_memory_is_at_least_what_is_held_now():
+    status = Path("/proc/self/status").read_text()
+    now = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+    peak = metrics.peak_memory_bytes()
+    assert now <= peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**20
