@@ -295,7 +295,7 @@ def dot_flops(jaxpr):
 def test_flops_are_those_of_the_products_in_the_gradients_program(name):
     _, hf = tiny.hf_model(name)
     config, T = ModelConfig.from_hf(hf.config.to_dict()), 96
-    params = init_params(config, jax.random.key(0))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     tokens = jnp.zeros((2, T), jnp.int32)
 
     def loss(trained, frozen):

@@ -324,8 +324,8 @@ def train_flops_per_token(config: ModelConfig, mean_context: float, *, lora: boo
     return (4 if lora else 6) * matrices + attention
 
 
-# m, n, k of products [m, k] · [n, k]: the first of CPUs are square, the others as in a small model.
-_SHAPES = {"cpu": ((1024,) * 3, (2048,) * 3, (1024, 1536, 576), (1024, 4096, 2048))}
+# m, n, k of products [m, k] · [n, k] by backend: square ones, and as in a small model.
+MATMUL_SHAPES = {"cpu": ((1024,) * 3, (2048,) * 3, (1024, 1536, 576), (1024, 4096, 2048))}
 _ACCELERATOR_SHAPES = ((8192,) * 3, (8192, 14336, 4096))
 
 
@@ -339,7 +339,7 @@ def matmul_peak(dtype: Any, *, seconds: float = 0.5) -> float:
         dtype: of the factors.
         seconds: how long to measure, beside compilation.
     """
-    shapes = _SHAPES.get(jax.default_backend(), _ACCELERATOR_SHAPES)
+    shapes = MATMUL_SHAPES.get(jax.default_backend(), _ACCELERATOR_SHAPES)
     return max(_matmul_flops(shape, jnp.dtype(dtype), seconds / len(shapes)) for shape in shapes)
 
 
@@ -350,7 +350,8 @@ def _matmul_flops(shape: tuple[int, int, int], dtype: np.dtype, seconds: float) 
             a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
     )
-    a, b = (jax.random.normal(jax.random.key(0), (rows, k), dtype) for rows in (m, n))
+    draw = np.random.default_rng(0).standard_normal
+    a, b = (jnp.asarray(draw((rows, k), np.float32), dtype) for rows in (m, n))
     dot(a, b).block_until_ready()
     best, end = math.inf, time.monotonic() + seconds
     while best == math.inf or time.monotonic() < end:
