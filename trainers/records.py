@@ -22,7 +22,7 @@ from utils.files import InputFile, parse_json
 MAX_LINE_BYTES = 16 << 20
 # Text is compressed by less than 50; 10 MB of gzip can stand for 10 GB of tiny rows.
 _MAX_GZIP_RATIO = 200
-_ANY_GZIP_MAY_GIVE = 64 << 20
+_ANY_GZIP_MAY_GIVE = 16 << 20
 
 # The fields by which a row is recognised; its other fields are columns, for rewards.
 KINDS = {
@@ -148,7 +148,8 @@ class _Raw(io.RawIOBase):
 
 def _lines(file: InputFile, name: str, digest: Any) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line), each cut after MAX_LINE_BYTES + 1; all bytes go into `digest`."""
-    zipped = bytes(file.read(0, min(file.size, 2))) == b"\x1f\x8b"
+    zipped = name.lower().endswith(".gz")
+    zipped = zipped or bytes(file.read(0, min(file.size, 2))) == b"\x1f\x8b"
     stream: Any = io.BufferedReader(_Raw(file), 1 << 20)
     limit = file.size
     if zipped:
@@ -167,7 +168,7 @@ def _lines(file: InputFile, name: str, digest: Any) -> Iterator[tuple[int, bytes
                         f"{name}:{number}: {file.size} bytes of gzip give over {limit}; unpack it "
                         "first if that is right"
                     )
-                if part.endswith(b"\n") or not (part := stream.readline(MAX_LINE_BYTES)):
+                if part.endswith(b"\n") or not (part := stream.readline(1 << 20)):
                     break
             yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
