@@ -58,6 +58,59 @@ class ChatFormat(ABC):
         missing = self.tokenizer.adds_bos and ids[:1] != [bos_id]
         return [bos_id] * missing + ids
 
+    def encode_training(
+        self, messages: Sequence[Message], first: int = 0
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them the assistant has to produce.
+
+        Those are the tokens after `encode_chat(messages[:i])`, which asks for answer i, up to and
+        including the stop token. So a model learns exactly what it will be asked for. Nothing is
+        guessed: where a template does not write the answer as such a continuation, it is an error.
+
+        Args:
+            messages: as in encode_chat; the last one is usually the assistant's.
+            first: mark no answer before `messages[first]`.
+
+        Returns:
+            (ids, mask): ids as encode_chat(messages, False), and for each id whether it is marked.
+
+        Raises:
+            DataError: as encode_chat; or an answer cannot be told apart (its index is named).
+        """
+        ids = self.encode_chat(messages, False)
+        mask = [False] * len(ids)
+        for index in range(first, len(messages)):
+            if messages[index]["role"] == "assistant":
+                start, end = self._answer(messages, index, ids)
+                mask[start:end] = [True] * (end - start)
+        return ids, mask
+
+    def _answer(self, messages: Sequence[Message], index: int, ids: list[int]) -> tuple[int, int]:
+        """Where in `ids`, the tokens of all messages, the assistant's message `index` lies."""
+        where = f"message {index}"
+        if index == 0 or messages[index - 1]["role"] == "assistant":
+            raise DataError(f"{where} is the assistant's, but nothing before it asks for an answer")
+        prompt = self.encode_chat(messages[:index])
+        is_last = index == len(messages) - 1
+        answered = ids if is_last else self.encode_chat(messages[: index + 1], False)
+        start = len(prompt)
+        if answered[:start] != prompt:
+            raise DataError(
+                f"{where}: the chat template rewrites history, or joins the answer's first "
+                "characters (white space?) with a token of the prompt: the answer does not "
+                "continue the prompt that asks for it; strip it, or choose another chat format"
+            )
+        stops = (n for n in range(start, len(answered)) if answered[n] in self.tokenizer.stop_ids)
+        end = next(stops, -1) + 1
+        if not end:
+            raise DataError(f"{where}: the chat template ends this answer with no stop token")
+        if ids[:end] != answered[:end]:
+            raise DataError(
+                f"{where}: the chat template rewrites history: it writes this answer, or what is "
+                "before it, otherwise once the conversation goes on; train on the last answer alone"
+            )
+        return start, end
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text, to be read by people. Arguments and errors as encode_chat."""
         check_messages(messages, add_generation_prompt)

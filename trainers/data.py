@@ -1,0 +1,257 @@
+"""Datasets for supervised training: from rows of JSON Lines to batches of token ids.
+
+The order of the batches is a function of the seed and of the position, by grain, so that a resumed
+run sees what an uninterrupted one would have seen, to the token.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from models.llama.chat_format import chat_format_for
+from models.llama.tokenizer import Tokenizer
+from trainers.examples import MASKS, OVERLONG, Examples, encode_record, is_plain
+from trainers.packing import pack
+from trainers.records import read_records
+from utils.errors import ConfigError, DataError, is_int, raise_all
+
+Batch = dict[str, np.ndarray]
+
+_SMALLEST_BUCKET = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How rows become batches.
+
+    Attributes:
+        seq_len: tokens of the longest row.
+        batch_size: rows of a global batch, that is of an optimizer step.
+        packing: several examples share a row; attention and positions keep them apart.
+        mask: which tokens are targets: `assistant` all answers of a conversation, `last` its last
+            one, `completion` what follows the prompt, `all` every token; `auto` is `assistant`
+            for messages, `completion` for prompt and completion, `all` for text.
+        overlong: what happens to an example longer than seq_len: `truncate` keeps its start,
+            `drop` leaves it out, `split` cuts a text into parts (other rows are truncated).
+        shuffle: a new order each epoch; else the order of the file.
+        seed: of the order, 0 to 2^32 - 1.
+        chat_format: a name for `chat_format_for`; None for the checkpoint's own template.
+    """
+
+    seq_len: int = 512
+    batch_size: int = 8
+    packing: bool = False
+    mask: str = "auto"
+    overlong: str = "truncate"
+    shuffle: bool = True
+    seed: int = 0
+    chat_format: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, low, high in (
+            ("seq_len", 2, 1 << 24),
+            ("batch_size", 1, 1 << 24),
+            ("seed", 0, (1 << 32) - 1),
+        ):
+            value = getattr(self, name)
+            if not is_int(value) or not low <= value <= high:
+                problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
+        for name, allowed in (
+            ("mask", MASKS),
+            ("overlong", OVERLONG),
+            ("packing", (False, True)),
+            ("shuffle", (False, True)),
+        ):
+            value = getattr(self, name)
+            if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
+                names = ", ".join(map(str, allowed))
+                problems.append(f"{name} is {value!r:.40}, expected one of {names}")
+        if self.chat_format is not None and not isinstance(self.chat_format, str):
+            problems.append(f"chat_format is {self.chat_format!r:.40}, expected a name")
+        raise_all("data", problems)
+
+
+class Dataset:
+    """Tokenised examples, in rows. Made by `load_dataset`.
+
+    A batch is a dict of arrays, with the same keys for all batches: `tokens` [B, T] int32, padded
+    on the right; `target_mask` [B, T] bool, true at a token that is to be predicted from those
+    before it, and so never at the first of a document; and with packing `segment_ids` [B, T]
+    int32, the number of the document in its row from 1 on, 0 at padding, and `positions` [B, T]
+    int32, which start at 0 in each document. What is padding is never told by a token's value.
+
+    Attributes:
+        config: the DataConfig.
+        digest: of the file's content, the tokenizer, and what of the config shapes the examples.
+        counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
+            out; `truncated` and `split` ones among the others; `examples` that they gave, in
+            `rows`, with `tokens` and `targets`.
+        buckets: the lengths T that batches may have, ascending.
+    """
+
+    def __init__(self, name: str, config: DataConfig, examples: Examples, digest: str):
+        """`name` is for messages. Raises DataError if there is no example."""
+        self.config, self.digest, self._name = config, digest, name
+        self._tokens, self._targets, self._offsets = examples.arrays()
+        n_examples = len(self._offsets) - 1
+        self.counts = examples.counts | {
+            "examples": n_examples,
+            "tokens": len(self._tokens),
+            "targets": int(self._targets.sum()),
+        }
+        if not n_examples:
+            listed = ", ".join(f"{key} {n}" for key, n in examples.counts.items())
+            raise DataError(f"{name}: no row is left to train on ({listed})")
+        lengths = np.diff(self._offsets)
+        if config.packing:
+            self._members, self._rows = pack(lengths, config.seq_len)
+            self._lengths = np.add.reduceat(lengths[self._members], self._rows[:-1])
+            self.buckets: tuple[int, ...] = (config.seq_len,)
+        else:
+            self._members, self._rows = np.arange(n_examples), np.arange(n_examples + 1)
+            self._lengths = lengths
+            self.buckets = _buckets(int(lengths.min()), int(lengths.max()), config.seq_len)
+        self.counts["rows"] = len(self._lengths)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+        """Batches without end: B is batch_size / process_count, this process's share of the rows.
+
+        All processes go through the same global batches, of the same T. Every batch is full: one
+        at the edge of an epoch holds rows of both.
+
+        Returns:
+            An iterator with `get_state() -> dict` (JSON) and `set_state(dict)`: the position.
+
+        Raises:
+            DataError: there are fewer rows than in a batch.
+            ConfigError: batch_size is not a multiple of process_count.
+        """
+        self._check_full_batch()
+        share = self._share(process_index, process_count)
+        rows = grain.MapDataset.range(len(self))
+        if self.config.shuffle:
+            rows = rows.shuffle(seed=self.config.seed)
+        batches = rows.repeat().batch(self.config.batch_size).map(lambda b: self._batch(b, share))
+        # No threads: copying a few thousand tokens takes less than handing them over.
+        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+    def epoch_batches(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """Every row once, in order, for evaluation; the last batch is filled with empty rows."""
+        share = self._share(process_index, process_count)
+        size = self.config.batch_size
+        for start in range(0, len(self), size):
+            yield self._batch(np.arange(start, start + size), share)
+
+    def largest_batch(self, *, process_index: int = 0, process_count: int = 1) -> Batch:
+        """The longest rows, in the largest bucket: a step on it shows whether memory suffices."""
+        self._check_full_batch()
+        longest = np.argsort(-self._lengths, kind="stable")[: self.config.batch_size]
+        return self._batch(longest, self._share(process_index, process_count))
+
+    def _check_full_batch(self) -> None:
+        if len(self) < self.config.batch_size:
+            what = f"packed rows of {self.config.seq_len} tokens" if self.config.packing else "rows"
+            raise DataError(
+                f"{self._name}: {len(self)} {what}, fewer than batch_size={self.config.batch_size};"
+                " lower batch_size, or add data"
+            )
+
+    def _share(self, process_index: int, process_count: int) -> slice:
+        size = self.config.batch_size
+        if size % process_count:
+            raise ConfigError(
+                f"batch_size={size} is not a multiple of the {process_count} processes"
+            )
+        size //= process_count
+        return slice(process_index * size, (process_index + 1) * size)
+
+    def _batch(self, rows: np.ndarray, share: slice) -> Batch:
+        """The share of a global batch; rows that do not exist are empty."""
+        longest = self._lengths[rows[rows < len(self)]].max()
+        width = next(bucket for bucket in self.buckets if bucket >= longest)
+        rows = rows[share]
+        keys = ("tokens", "target_mask") + ("segment_ids", "positions") * self.config.packing
+        shape = len(rows), width
+        out = {k: np.zeros(shape, bool if k == "target_mask" else np.int32) for k in keys}
+        for b, row in enumerate(rows):
+            at = 0
+            members = (
+                self._members[self._rows[row] : self._rows[row + 1]] if row < len(self) else ()
+            )
+            for segment, example in enumerate(members, start=1):
+                start, end = self._offsets[example : example + 2]
+                place = b, slice(at, at + end - start)
+                out["tokens"][place] = self._tokens[start:end]
+                out["target_mask"][place] = self._targets[start:end]
+                if self.config.packing:
+                    out["segment_ids"][place] = segment
+                    out["positions"][place] = np.arange(end - start)
+                at += end - start
+        return out
+
+
+def _buckets(shortest: int, longest: int, seq_len: int) -> tuple[int, ...]:
+    """Lengths, of which each batch takes the first that suffices: each costs a compilation."""
+    buckets = [min(_SMALLEST_BUCKET, seq_len)]
+    while buckets[-1] < longest:
+        buckets.append(min(2 * buckets[-1], seq_len))
+    return tuple(b for b in buckets if b >= shortest)
+
+
+def load_dataset(
+    path: Any, tokenizer: Tokenizer, config: DataConfig, *, skip_bad: int = 0
+) -> Dataset:
+    """Reads and tokenises a dataset.
+
+    A text is BOS (where the model has one), its tokens, EOS. A prompt and a completion of plain
+    text are tokenised by themselves and joined: BOS, prompt, completion, EOS. Conversations are
+    written in the model's chat format. A row without any target is left out, and counted.
+
+    Args:
+        path: as for `read_records`.
+        tokenizer: the model's.
+        config: how.
+        skip_bad: so many rows that are broken, or that the chat format refuses, are left out.
+
+    Raises:
+        DataError: as `read_records`; a row does not fit the mask or the chat format; no row is left.
+        ArtifactError: the model has no chat format, or no EOS, and needs it.
+    """
+    records = read_records(path, skip_bad=skip_bad)
+    is_chat = any(not is_plain(record) for record in records.rows)
+    chat = chat_format_for(tokenizer, config.chat_format) if is_chat else None
+    examples = Examples(config.seq_len, config.overlong)
+    for record in records.rows:
+        try:
+            ids, mask = encode_record(record, tokenizer, chat, config.mask)
+        except DataError as e:
+            records.bad.add(DataError(f"{record.where}: {e}"))
+            continue
+        examples.add(ids, mask, is_text=record.kind == "text")
+    records.bad.check(path)
+    examples.counts = {"read": records.read, "bad": records.bad.count} | examples.counts
+    shaping = ("seq_len", "packing", "mask", "overlong", "chat_format")
+    parts = [records.digest, tokenizer_digest(tokenizer)] + [getattr(config, n) for n in shaping]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return Dataset(records.path, config, examples, digest)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """sha256 of what a tokenizer's ids mean: each token's bytes, its special ids, its templates."""
+    digest = hashlib.sha256()
+    for i in range(tokenizer.vocab_size):
+        token = tokenizer.token_bytes(i)
+        digest.update(len(token).to_bytes(4, "big") + token)
+    names = ("special_tokens", "bos_id", "eos_id", "pad_id", "adds_bos", "chat_templates")
+    parts = [getattr(tokenizer, name) for name in names] + [sorted(tokenizer.stop_ids)]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()

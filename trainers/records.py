@@ -1,0 +1,279 @@
+"""Rows of JSON Lines, from a file or from a dataset on Hugging Face; they may be broken or hostile."""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub.utils import tqdm
+
+from models.llama.chat_format import check_messages
+from models.llama.tokenizer import check_text
+from utils.errors import ConfigError, DataError, is_int
+from utils.files import InputFile, parse_json
+
+MAX_LINE_BYTES = 16 << 20
+# Text is compressed by less than 50; 10 MB of gzip can stand for 10 GB of tiny rows.
+_MAX_GZIP_RATIO = 200
+_ANY_GZIP_MAY_GIVE = 16 << 20
+
+# The fields by which a row is recognised; its other fields are columns, for rewards.
+KINDS = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+    "prompt": ("prompt",),
+}
+SUPERVISED = ("messages", "completion", "text")
+
+_DATA_FILE = re.compile(r".*\.(jsonl|json)(\.gz)?", re.IGNORECASE)
+_HUB = re.compile(r"(?:hf://datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")
+
+
+class Record(NamedTuple):
+    """One row.
+
+    Attributes:
+        where: `file:line`, for messages.
+        kind: one of KINDS.
+        fields: the JSON object, checked as its kind demands.
+    """
+
+    where: str
+    kind: str
+    fields: dict[str, Any]
+
+
+class BadRows:
+    """Counts bad rows. Up to `allowed` of them are skipped; with 0 the first one is raised."""
+
+    def __init__(self, allowed: int):
+        if not is_int(allowed) or allowed < 0:
+            raise ConfigError(f"skip_bad is {allowed!r:.40}, expected a number of rows, 0 or more")
+        self.allowed = allowed
+        self.count = 0
+        self._first: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        """Counts a row, or raises its error if none is to be skipped."""
+        if not self.allowed:
+            raise error
+        self.count += 1
+        self._first = self._first or error
+
+    def check(self, path: str | os.PathLike) -> None:
+        """Raises DataError, with the number of all bad rows, if there are too many."""
+        if self.count > self.allowed:
+            raise DataError(
+                f"{path} has {self.count} bad rows, and skip_bad={self.allowed}; the first: "
+                f"{self._first}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The rows of a dataset, in order.
+
+    Attributes:
+        path: what the user named.
+        rows: the good rows.
+        read: lines read, good or bad.
+        bad: the count of bad ones.
+        digest: sha256 of the files' bytes, uncompressed, in order.
+    """
+
+    path: str
+    rows: list[Record]
+    read: int
+    bad: BadRows
+    digest: str
+
+
+def read_records(
+    path: str | os.PathLike, *, kinds: Sequence[str] = SUPERVISED, skip_bad: int = 0
+) -> Records:
+    """Reads the rows of a dataset.
+
+    A row is one line with a JSON object: `{"messages": [...]}`, `{"prompt", "completion"}` (both
+    strings or both lists of messages) or `{"text"}`; rows of several kinds may be mixed. A field
+    that is null counts as absent.
+
+    Args:
+        path: a `.jsonl` file, also gzipped; `hf://datasets/OWNER/NAME/FILE.jsonl`; or `OWNER/NAME`
+            on Hugging Face, for the files of its split "train".
+        kinds: of KINDS, those that are expected. A row is of exactly one of them.
+        skip_bad: so many bad rows are left out and counted. A broken file is always an error.
+
+    Raises:
+        DataError: with `file:line`, for a bad row or a broken file; with the count of all, for
+            more than `skip_bad` bad rows; or the dataset cannot be had.
+    """
+    bad, rows, digest, read = BadRows(skip_bad), [], hashlib.sha256(), 0
+    for name, file in _find(os.fspath(path)):
+        for number, line in _lines(InputFile(file, DataError), name, digest):
+            read += 1
+            try:
+                rows.append(_record(line, f"{name}:{number}", kinds))
+            except DataError as e:
+                bad.add(e)
+    bad.check(path)
+    return Records(path=str(path), rows=rows, read=read, bad=bad, digest=digest.hexdigest())
+
+
+# Lines ------------------------------------------------------------------------------------------
+
+
+class _Raw(io.RawIOBase):
+    """An InputFile as a stream."""
+
+    def __init__(self, file: InputFile):
+        self._file, self._at = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = min(len(buffer), self._file.size - self._at)
+        self._file.read_into(self._at, memoryview(buffer)[:n])
+        self._at += n
+        return n
+
+
+def _lines(file: InputFile, name: str, digest: Any) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line), each cut after MAX_LINE_BYTES + 1; all bytes go into `digest`."""
+    zipped = name.lower().endswith(".gz")
+    zipped = zipped or bytes(file.read(0, min(file.size, 2))) == b"\x1f\x8b"
+    stream: Any = io.BufferedReader(_Raw(file), 1 << 20)
+    limit = file.size
+    if zipped:
+        stream, limit = gzip.GzipFile(fileobj=stream), file.size * _MAX_GZIP_RATIO
+        limit = max(limit, _ANY_GZIP_MAY_GIVE)
+    number = done = 0
+    try:
+        while part := stream.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            line = part
+            while True:
+                digest.update(part)
+                done += len(part)
+                if done > limit:
+                    raise DataError(
+                        f"{name}:{number}: {file.size} bytes of gzip give over {limit}; unpack it "
+                        "first if that is right"
+                    )
+                if part.endswith(b"\n") or not (part := stream.readline(1 << 20)):
+                    break
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise DataError(f"{name}:{number + 1}: broken gzip: {e!s:.200}; fetch it again") from e
+
+
+def _record(line: bytes, where: str, kinds: Sequence[str]) -> Record:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{where}: the line is longer than {MAX_LINE_BYTES} bytes")
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise DataError(f"{where}: starts with a byte order mark; save the file as plain UTF-8")
+    if not line.strip():
+        raise DataError(f"{where}: a blank line, expected a JSON object")
+    if line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{where}: a JSON array, expected an object a line; convert it with `jq -c '.[]'`"
+        )
+    fields = parse_json(line, where, DataError)
+    present = {key for key, value in fields.items() if value is not None}
+    found = [kind for kind in kinds if present.issuperset(KINDS[kind])]
+    if len(found) != 1:
+        shapes = " or ".join("{" + ", ".join(KINDS[kind]) + "}" for kind in kinds)
+        raise DataError(
+            f"{where}: the row has {', '.join(sorted(present))[:200] or 'no fields'}; expected "
+            f"the fields of exactly one of {shapes}"
+        )
+    try:
+        _check(found[0], fields)
+    except DataError as e:
+        raise DataError(f"{where}: {e}") from e
+    return Record(where, found[0], fields)
+
+
+def _check(kind: str, fields: dict[str, Any]) -> None:
+    values = [fields[key] for key in KINDS[kind]]
+    if kind != "messages" and all(isinstance(value, str) for value in values):
+        for key, value in zip(KINDS[kind], values):
+            check_text(value, key)
+    elif kind != "text" and all(isinstance(value, list) and value for value in values):
+        check_messages(sum(values, []), add_generation_prompt=kind == "prompt")
+    else:
+        types = ", ".join(f"{k} {type(v).__name__}" for k, v in zip(KINDS[kind], values))
+        wanted = {"messages": "a list of messages", "text": "a string"}
+        raise DataError(
+            f"got {types}, expected "
+            f"{wanted.get(kind, 'strings, or lists of messages with at least one message')}"
+        )
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+class _Silent(tqdm):
+    """The hub client's progress bar, which would draw on stderr."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options | {"disable": True})
+
+
+def _find(path: str) -> list[tuple[str, Path]]:
+    """(what messages name, file) of a dataset's files, fetched if they are on the hub."""
+    local = os.path.expanduser(path)
+    hub = _HUB.fullmatch(path)
+    named_file = path.startswith("hf://") or not (hub and hub[2])
+    if os.path.exists(local) or not hub or not named_file or _DATA_FILE.fullmatch(hub[1]):
+        return [(path, Path(local))]
+    return _fetch(hub[1], hub[2])
+
+
+def _fetch(repo: str, name: str | None) -> list[tuple[str, Path]]:
+    page = f"https://huggingface.co/datasets/{repo}"
+    try:
+        listed = [] if name else HfApi().list_repo_files(repo, repo_type="dataset")
+        names = [name] if name else _train_files(repo, listed)
+        get = lambda n: hf_hub_download(repo, n, repo_type="dataset", tqdm_class=_Silent)
+        return [(f"hf://datasets/{repo}/{n}", Path(get(n))) for n in names]
+    except errors.GatedRepoError as e:
+        raise DataError(
+            f"the dataset {repo} is gated: accept its terms on {page}, then run `hf auth login` "
+            "with a token of that account"
+        ) from e
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
+        raise DataError(
+            f"{repo} is neither a file here nor a public dataset of Hugging Face; check the name, "
+            "or run `hf auth login` if it is private"
+        ) from e
+    except errors.RemoteEntryNotFoundError as e:
+        raise DataError(f"the dataset {repo} has no file {name!r}; see {page}/tree/main") from e
+    except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
+        cause = e.__cause__ or e.__context__ or e  # the client's own words: check the connection
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise DataError(
+            f"cannot fetch the dataset {repo} from Hugging Face: {reason}; try again with a "
+            "network, or name a local file"
+        ) from e
+
+
+def _train_files(repo: str, names: Sequence[str]) -> list[str]:
+    """The JSON Lines files of the split "train", or the only one there is."""
+    files = sorted(n for n in names if _DATA_FILE.fullmatch(n) and n != "dataset_infos.json")
+    train = [n for n in files if re.search(r"(^|[/._-])train([/._-])", n, re.IGNORECASE)]
+    if train or len(files) == 1:
+        return train or files
+    hint = f"name one: hf://datasets/{repo}/{files[0]}" if files else "export it to .jsonl first"
+    raise DataError(
+        f"the dataset {repo} has {len(files)} .jsonl files and none is named as of a split "
+        f"'train'; {hint}"
+    )
