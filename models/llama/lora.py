@@ -1,0 +1,104 @@
+"""LoRA: low-rank updates as a tree of their own, next to frozen parameters.
+
+The tree has, for each adapted matrix `w` [L, out, in], `w_a` [L, rank, in] and `w_b` [L, out, rank];
+the model adds b·a·x to w·x and never forms b·a (utils.ops.linear). Source: Hu et al., 2106.09685.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.llama.config import ModelConfig
+from utils.errors import is_int, is_number, raise_all
+
+Array = jax.Array
+Params = dict[str, Any]
+
+_PARTS = {"attn": ("wq", "wk", "wv", "wo"), "mlp": ("w_gate", "w_up", "w_down")}
+TARGETS = tuple(name for names in _PARTS.values() for name in names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What is adapted.
+
+    Attributes:
+        rank: of each update.
+        alpha: updates are scaled by alpha / rank; default: 2 · rank.
+        targets: names of matrices of a layer, out of TARGETS.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        problems = []
+        if not is_int(self.rank) or self.rank < 1:
+            problems.append(f"rank={self.rank!r}, expected an integer of at least 1")
+        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha < 1e6):
+            problems.append(f"alpha={self.alpha!r}, expected a positive number")
+        if not self.targets or not set(self.targets) <= set(TARGETS):
+            problems.append(f"targets={self.targets!r}, expected some of {', '.join(TARGETS)}")
+        raise_all("LoRAConfig", problems)
+
+    @property
+    def scale(self) -> float:
+        """What b·a is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+def init_lora(config: ModelConfig, lora: LoRAConfig, key: Array, dtype=jnp.float32) -> Params:
+    """A fresh tree: a uniform as in LoRA's own code (Kaiming, within 1/sqrt(in)), b zero."""
+    layers: dict[str, dict[str, Array]] = {}
+    for number, (name, (part, out_dim, in_dim)) in enumerate(matrix_shapes(config).items()):
+        if name in lora.targets:
+            shape = (config.n_layers, lora.rank, in_dim)
+            bound = in_dim**-0.5
+            a = jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
+            b = jnp.zeros((config.n_layers, out_dim, lora.rank), dtype)
+            layers.setdefault(part, {}).update({f"{name}_a": a, f"{name}_b": b})
+    return {"layers": layers}
+
+
+def matrix_shapes(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
+    """(part, out, in) of each matrix of a layer."""
+    c = config
+    q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    sizes = {"wq": (q_dim, c.dim), "wk": (kv_dim, c.dim), "wv": (kv_dim, c.dim)}
+    sizes |= {"wo": (c.dim, q_dim), "w_gate": (c.ffn_dim, c.dim), "w_up": (c.ffn_dim, c.dim)}
+    sizes |= {"w_down": (c.dim, c.ffn_dim)}
+    return {name: (part, *sizes[name]) for part, names in _PARTS.items() for name in names}
+
+
+def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
+    """Parameters with LoRA's matrices beside them, as the model reads them; nothing is copied."""
+    layers = dict(params["layers"])
+    for part, matrices in tree["layers"].items():
+        scaled = {k: v * lora.scale if k.endswith("_b") else v for k, v in matrices.items()}
+        layers[part] = {**layers[part], **scaled}
+    return {**params, "layers": layers}
+
+
+def merge(params: Params, tree: Params, lora: LoRAConfig) -> Params:
+    """Parameters of the same shapes with the updates added, for generation and export.
+
+    Computed in float32, a matrix at a time, and rounded once to the parameters' dtype.
+    """
+    layers = dict(params["layers"])
+    for part, matrices in tree["layers"].items():
+        layers[part] = dict(layers[part])
+        for name in _PARTS[part]:
+            if f"{name}_a" in matrices:
+                a, b = matrices[f"{name}_a"], matrices[f"{name}_b"]
+                layers[part][name] = _merged(layers[part][name], a, b, lora.scale)
+    return {**params, "layers": layers}
+
+
+@jax.jit
+def _merged(w: Array, a: Array, b: Array, scale: float) -> Array:
+    f32 = jnp.float32
+    update = jnp.einsum("lor,lri->loi", b.astype(f32), a.astype(f32), precision="highest")
+    return (w.astype(f32) + scale * update).astype(w.dtype)

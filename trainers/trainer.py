@@ -1,0 +1,283 @@
+"""The abstract Trainer: a loss becomes jitted, accumulated, guarded optimizer steps.
+
+Parameters come in two trees: what is trained (`TrainState.params`) and what is frozen. Without LoRA all
+is trained and nothing frozen; with it, the model is frozen and its adapters are trained.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from models.llama import lora as adapters
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa, Params
+from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_rate, make_optimizer
+from utils.errors import ConfigError, is_int
+
+Array = jax.Array
+Batch = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step, and all that a checkpoint holds.
+
+    Attributes:
+        step: [] int32, updates done; a skipped one does not count.
+        params: what is trained.
+        opt_state: optax's.
+        key: the PRNG key; each step takes a new one from it, a skipped one too.
+    """
+
+    step: Array
+    params: Params
+    opt_state: Any
+    key: Array
+
+
+@flax.struct.dataclass
+class Loss:
+    """A loss as sums, so that micro-batches and devices add up before the one division.
+
+    Attributes:
+        total: [] float32, the sum that is differentiated.
+        weight: [] float32, what the total of all micro-batches is divided by.
+        sums: further sums by name, logged divided by the weight.
+        maxima: by name, logged as their maximum.
+    """
+
+    total: Array
+    weight: Array
+    sums: dict[str, Array] = flax.struct.field(default_factory=dict)
+    maxima: dict[str, Array] = flax.struct.field(default_factory=dict)
+
+    def __add__(self, other: "Loss") -> "Loss":
+        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        return Loss(
+            total=self.total + other.total,
+            weight=self.weight + other.weight,
+            sums=add(self.sums, other.sums),
+            maxima=jax.tree.map(jnp.maximum, self.maxima, other.maxima),
+        )
+
+    def means(self) -> dict[str, Array]:
+        """The loss and the sums divided by the weight (0 where nothing weighs), and the maxima."""
+        weight = jnp.where(self.weight > 0, self.weight, 1)
+        means = {name: value / weight for name, value in self.sums.items()}
+        return {"loss": self.total / weight, **means, **self.maxima}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(OptimizerConfig):
+    """An optimizer and how it is driven.
+
+    Attributes:
+        micro_batch_size: rows of which gradients are computed at once; None: the whole batch.
+        param_dtype: of the trained parameters. Activations have the model's `dtype`.
+        max_skipped: as many updates in a row may be skipped for gradients that are not finite; one
+            more ends the run.
+        save_every: steps from checkpoint to checkpoint; the last step is always saved. 0: only it.
+        eval_every: steps from evaluation to evaluation; 0: only at the end.
+    """
+
+    micro_batch_size: int | None = None
+    param_dtype: str = "float32"
+    max_skipped: int = 5
+    save_every: int = 0
+    eval_every: int = 0
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+        micro = self.micro_batch_size
+        if micro is not None and not (is_int(micro) and micro >= 1):
+            out.append(f"micro_batch_size={micro!r}, expected an integer from 1, or None")
+        if self.param_dtype not in DTYPES:
+            out.append(f"param_dtype={self.param_dtype!r}, expected one of {', '.join(DTYPES)}")
+        for name in ("max_skipped", "save_every", "eval_every"):
+            value = getattr(self, name)
+            if not is_int(value) or value < 0:
+                out.append(f"{name}={value!r}, expected an integer from 0")
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer(abc.ABC):
+    """Static things only, so that it can be jitted on; a subclass says what the loss is.
+
+    Attributes:
+        model: with its activations' dtype and its rematerialisation.
+        config: optimizer and steps.
+        lora: adapters are trained next to a frozen model; None: all parameters are.
+    """
+
+    model: LLaMa
+    config: TrainConfig
+    lora: LoRAConfig | None = None
+
+    @abc.abstractmethod
+    def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
+        """The loss of a micro-batch, as sums.
+
+        Args:
+            params: as the model takes them, with adapters attached.
+            batch: arrays with the rows first. A row of zeros must weigh nothing: batches are
+                filled up with them.
+            key: for what is random in the loss.
+        """
+
+    def init(
+        self, params: Params, key: Array, *, donate: bool = False
+    ) -> tuple[TrainState, Params]:
+        """(state, frozen) of a run that starts from a model.
+
+        Args:
+            params: as loaded; copied, since a step's state is donated to the next.
+            key: decides adapters and everything random in the run.
+            donate: take over `params` where no cast is needed, which then cannot be used any more.
+        """
+        key, lora_key = jax.random.split(key)
+        dtype = jnp.dtype(self.config.param_dtype)
+        if self.lora is None:
+            copy = (lambda x: x) if donate else jnp.copy
+            frozen = {}
+            trained = jax.tree.map(
+                lambda x: x.astype(dtype) if x.dtype != dtype else copy(x), params
+            )
+        else:
+            frozen = params
+            trained = adapters.init_lora(self.model.config, self.lora, lora_key, dtype)
+        return self._start(trained, key), frozen
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _start(self, params: Params, key: Array) -> TrainState:
+        moments = make_optimizer(self.config).init(cast_floats(params, self.config.state_dtype))
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
+
+    def model_params(self, params: Params, frozen: Params) -> Params:
+        """What the model takes; differentiable by `params`."""
+        return params if self.lora is None else adapters.attach(frozen, params, self.lora)
+
+    def export_params(self, state: TrainState, frozen: Params) -> Params:
+        """The trained model in its usual shape, adapters merged."""
+        if self.lora is None:
+            return state.params
+        return adapters.merge(frozen, state.params, self.lora)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def train_step(
+        self, state: TrainState, frozen: Params, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step; `state` is donated.
+
+        An update with a loss or a gradient that is not finite, or of a batch in which nothing
+        weighs, is skipped: step, parameters and moments stay as they are.
+
+        Returns:
+            (state, metrics): scalars; `loss` and others by name, `weight`, `grad_norm` (before
+            clipping), `lr`, and `updated`, whether the update was done.
+        """
+        key, loss_key = jax.random.split(state.key)
+        grads, loss = self.gradients(state.params, frozen, batch, loss_key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
+        updated = finite & (loss.weight > 0)
+        updates, moments = make_optimizer(self.config).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # In float32 where the gradients are, whatever the moments' own dtype.
+        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.opt_state)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
+        metrics = loss.means() | {
+            "weight": loss.weight,
+            "grad_norm": norm,
+            "lr": learning_rate(self.config)(state.step),
+            "updated": updated,
+            "finite": finite,
+        }
+        state = TrainState(
+            step=state.step + updated.astype(jnp.int32),
+            params=keep(params, state.params),
+            opt_state=keep(moments, state.opt_state),
+            key=key,
+        )
+        return state, metrics
+
+    def gradients(
+        self, params: Params, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[Params, Loss]:
+        """(float32 gradients of total / weight over the whole batch, the Loss of the whole batch)."""
+
+        def of_rows(rows: Batch, key: Array) -> tuple[Params, Loss]:
+            def total(params):
+                loss = self.loss(self.model_params(params, frozen), rows, key)
+                return loss.total, loss
+
+            return jax.grad(total, has_aux=True)(params)
+
+        n_rows = len(jax.tree.leaves(batch)[0])
+        size = min(self.config.micro_batch_size or n_rows, n_rows)
+        if size == n_rows:
+            grads, loss = of_rows(batch, key)
+        else:
+            grads, loss = _accumulate(of_rows, _split(batch, size), key)
+        weight = jnp.where(loss.weight > 0, loss.weight, 1)
+        return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads), loss
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def eval_step(self, params: Params, frozen: Params, batch: Batch) -> Loss:
+        """The Loss of a batch, a micro-batch at a time."""
+        params, key = self.model_params(params, frozen), jax.random.key(0)
+        size = self.config.micro_batch_size
+        if size is None or size >= len(jax.tree.leaves(batch)[0]):
+            return self.loss(params, batch, key)
+        losses = jax.lax.map(lambda rows: self.loss(params, rows, key), _split(batch, size))
+        total = lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+        maxima = jax.tree.map(lambda x: jnp.max(x, axis=0), losses.maxima)
+        return Loss(total(losses.total), total(losses.weight), total(losses.sums), maxima)
+
+    def evaluate(
+        self, params: Params, frozen: Params, batches: Iterable[Batch]
+    ) -> dict[str, float]:
+        """Means over all batches with one denominator, with `weight`."""
+        total = None
+        for batch in batches:
+            loss = jax.tree.map(np.float64, self.eval_step(params, frozen, batch))
+            total = loss if total is None else total + loss
+        if total is None:
+            raise ConfigError("there is nothing to evaluate: no batch was given")
+        return {k: float(v) for k, v in (total.means() | {"weight": total.weight}).items()}
+
+
+def _split(batch: Batch, size: int) -> Batch:
+    """[rows, …] -> [n, size, …], filled up with rows of zeros."""
+
+    def split(x):
+        missing = -x.shape[0] % size
+        x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(split, batch)
+
+
+def _accumulate(of_rows, batches: Batch, key: Array) -> tuple[Params, Loss]:
+    """Sums gradients (in float32) and losses of micro-batches."""
+    keys = jax.random.split(key, len(jax.tree.leaves(batches)[0]))
+    first = jax.tree.map(lambda x: x[0], batches)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_rows, first, key))
+    zeros = cast_floats(zeros, jnp.float32)
+    lowest = jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), zeros[1].maxima)
+    start = zeros[0], zeros[1].replace(maxima=lowest)
+
+    def add(carry, inputs):
+        grads, loss = of_rows(*inputs)
+        summed = jax.tree.map(lambda total, g: total + g.astype(total.dtype), carry[0], grads)
+        return (summed, carry[1] + loss), None
+
+    return jax.lax.scan(add, start, (batches, keys))[0]
