@@ -66,6 +66,13 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is something in the folder, but no complete checkpoint.
         """
+        complete, broken = self._sort_out()
+        if not complete and self._names():
+            raise self._none(broken)
+        return complete
+
+    def _sort_out(self) -> tuple[list[int], list[str]]:
+        """Numbers of complete checkpoints, and what is wrong with the others."""
         complete, broken = [], []
         for step in self._numbers():
             try:
@@ -73,9 +80,7 @@ class CheckpointReader:
                 complete.append(step)
             except OSError as e:
                 broken.append(_reason(e))
-        if not complete and self._names():
-            raise self._none(broken)
-        return complete
+        return complete, broken
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
         """A checkpoint, once every byte of it is known to be what was saved.
@@ -219,6 +224,12 @@ class Checkpointer(CheckpointReader):
             raise
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """As CheckpointReader.steps, without what is being saved."""
+        # In a folder that was empty the first save under way is no broken past.
+        return self._sort_out()[0] if self._base == -1 else super().steps
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -365,4 +376,7 @@ def _try_out(folder: Path, need_bytes: int) -> None:
 
 def _reason(e: BaseException) -> str:
     """One line."""
-    return " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())[:500]
+    text = str(e) or type(e).__name__
+    if isinstance(e, OSError) and e.strerror:
+        text = f"{e.strerror.lower()}: {e.filename}" if e.filename else e.strerror.lower()
+    return " ".join(text.split())[:500]
