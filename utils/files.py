@@ -1,16 +1,18 @@
 """Files that may be broken, hostile or half-written: checked reads, strict JSON, atomic writes."""
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from utils.errors import AltiplanoError, ArtifactError, ConfigError
+from utils.errors import AltiplanoError, ArtifactError, CheckpointError, ConfigError
 
 # Linux reads at most 2^31 - 4096 bytes a call; a round number below it keeps offsets aligned.
 _READ_CHUNK = 1 << 30
@@ -189,7 +191,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -209,14 +211,11 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     temporary.mkdir()
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
+        fsync_tree(temporary)
         if overwrite and path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         if old.exists() and not path.exists():
             os.rename(old, path)
@@ -224,9 +223,67 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync_tree(folder: str | Path) -> None:
+    """Every file below a folder, then every folder from the innermost out, is on disk."""
+    walked = list(os.walk(folder, topdown=False))
+    for parent, _, names in walked:
+        for name in names:
+            fsync(os.path.join(parent, name))
+    for parent, _, _ in walked:
+        fsync(parent)
+
+
+def fsync(path: str | Path) -> None:
+    """A file's content, or a folder's list of names, is on disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class FolderLock:
+    """The right to write into a folder. It ends with its process, however that ends."""
+
+    def __init__(self, path: str | Path, now: float):
+        """Takes the lock.
+
+        Args:
+            path: the lock's file; made if absent, and left behind.
+            now: Unix time in seconds, for whoever finds the folder taken.
+
+        Raises:
+            CheckpointError: another process holds it: its pid, host, boot id and time are named.
+        """
+        path = Path(path)
+        self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(_identity() | {"time": now}).encode(), 0)
+        except BlockingIOError as e:
+            holder = os.pread(self._fd, 1000, 0).decode(errors="replace")
+            self.release()
+            raise CheckpointError(
+                f"{path.parent} is being written by another process, {holder}; stop that one, or"
+                " choose another folder"
+            ) from e
+        except OSError:
+            self.release()
+            raise
+        # A forked worker that outlives this process would go on holding the lock.
+        os.register_at_fork(after_in_child=self.release)
+
+    def release(self) -> None:
+        """Gives the lock back. May be called twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def _identity() -> dict[str, Any]:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot}

@@ -1,0 +1,157 @@
+"""check_resume: the table of differences between a run and its checkpoint."""
+
+import copy
+from functools import reduce
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.resume import check_resume
+from utils.errors import ConfigError
+
+SAVED = {
+    "model": {"dim": 64, "rope_scaling": {"factor": 8.0}, "dtype": "float32"},
+    "tokenizer": "ab12",
+    "data": {"path": "a.jsonl", "digest": "cd34"},
+    "train": {
+        "max_steps": 100,
+        "save_every": 10,
+        "keep": 2,
+        "eval_every": 50,
+        "log_every": 1,
+        "micro_batch_size": 2,
+        "batch_size": 8,
+        "seq_len": 256,
+        "lr": 1e-4,
+        "schedule": "cosine",
+        "warmup_steps": 5,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.95],
+        "optimizer": "adamw",
+        "param_dtype": "float32",
+        "moments_dtype": "float32",
+    },
+    "lora": {"rank": 16, "targets": ["wq", "wv"]},
+}
+OTHER = {int: 3, float: 0.5, str: "other", list: ["x"]}
+ALWAYS = [
+    f"train.{x}" for x in "max_steps save_every keep eval_every log_every micro_batch_size".split()
+]
+CONFIG = [
+    f"train.{x}" for x in "batch_size seq_len lr schedule warmup_steps weight_decay betas".split()
+]
+DATA = ["data.path", "data.digest"]
+NEVER = """model.dim model.rope_scaling.factor model.dtype tokenizer train.optimizer
+train.param_dtype train.moments_dtype lora.rank lora.targets""".split()
+
+
+def changed(*fields):
+    """SAVED with other values."""
+    out = copy.deepcopy(SAVED)
+    for field in fields:
+        *parents, last = field.split(".")
+        parent = reduce(lambda t, name: t[name], parents, out)
+        parent[last] = OTHER[type(parent[last])]
+    return out
+
+
+def all_fields(tree=SAVED, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from all_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_the_lists_above_are_all_there_is():
+    assert sorted(ALWAYS + CONFIG + DATA + NEVER) == sorted(all_fields())
+
+
+@pytest.mark.covers("D22")
+@pytest.mark.parametrize("field", list(all_fields()))
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("config", [False, True])
+def test_each_field(field, data, config):
+    now = changed(field)
+    flags = dict(allow_data_change=data, allow_config_change=config)
+    if field in ALWAYS or field in DATA and data or field in CONFIG and config:
+        (shown,) = check_resume(SAVED, now, **flags)
+        assert shown.startswith(f"{field}: ") and " → " in shown
+        return
+    with pytest.raises(ConfigError) as error:
+        check_resume(SAVED, now, **flags)
+    text = str(error.value)
+    assert field in text and "→" in text
+    assert ("--allow_data_change" in text) == (field in DATA)
+    assert ("--allow_config_change" in text) == (field in CONFIG)
+    assert ("never allowed" in text) == (field in NEVER)
+    assert error.value.exit_code == 2 and "\n" not in text
+
+
+@pytest.mark.covers("D22")
+def test_both_values_are_shown_and_all_fields_at_once():
+    with pytest.raises(ConfigError) as error:
+        check_resume(SAVED, changed("train.lr", "model.dim", "tokenizer", "data.digest"))
+    text = str(error.value)
+    assert 'data.digest: "cd34" → "other" (pass --allow_data_change to go on)' in text
+    assert "model.dim: 64 → 3 (never allowed" in text
+    assert "train.lr: 0.0001 → 0.5 (pass --allow_config_change to go on)" in text
+    assert 'tokenizer: "ab12" → "other"' in text
+
+
+def test_allowed_ones_are_returned_but_do_not_excuse_others():
+    now = changed("train.lr", "train.max_steps", "data.digest")
+    assert check_resume(SAVED, now, allow_data_change=True, allow_config_change=True) == [
+        'data.digest: "cd34" → "other"',
+        "train.lr: 0.0001 → 0.5",
+        "train.max_steps: 100 → 3",
+    ]
+    with pytest.raises(ConfigError) as error:
+        check_resume(SAVED, now, allow_data_change=True)
+    assert "train.lr" in str(error.value) and "max_steps" not in str(error.value)
+
+
+@pytest.mark.covers("D22")
+@pytest.mark.parametrize("field", ["train.new_field", "new", "model.new", "dataset"])
+def test_what_the_table_does_not_know_is_refused(field):
+    now = copy.deepcopy(SAVED)
+    *parents, last = field.split(".")
+    reduce(lambda t, name: t[name], parents, now)[last] = 1
+    flags = dict(allow_data_change=True, allow_config_change=True)
+    with pytest.raises(ConfigError, match=f"{field}: absent → 1 .never"):
+        check_resume(SAVED, now, **flags)
+    with pytest.raises(ConfigError, match=f"{field}: 1 → absent .never"):
+        check_resume(now, SAVED, **flags)
+
+
+def test_lora_added_or_dropped():
+    for none in ({}, None):
+        plain = SAVED | {"lora": none}
+        for pair in ((SAVED, plain), (plain, SAVED)):
+            with pytest.raises(ConfigError, match="lora.rank"):
+                check_resume(*pair)
+
+
+def test_what_json_made_of_it_is_the_same():
+    now = copy.deepcopy(SAVED)
+    now["train"]["betas"] = (0.9, 0.95)
+    now["lora"]["targets"] = ("wq", "wv")
+    assert check_resume(SAVED, now) == [] == check_resume(SAVED, SAVED)
+    with pytest.raises(ConfigError):
+        check_resume({"train": {"packing": 1}}, {"train": {"packing": True}})
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.sets(st.sampled_from(list(all_fields())), min_size=1), st.booleans(), st.booleans())
+def test_any_set_of_changes(fields, data, config):
+    refused = {f for f in fields if f in NEVER}
+    refused |= {f for f in fields if f in DATA and not data}
+    refused |= {f for f in fields if f in CONFIG and not config}
+    flags = dict(allow_data_change=data, allow_config_change=config)
+    if refused:
+        with pytest.raises(ConfigError) as error:
+            check_resume(SAVED, changed(*fields), **flags)
+        assert {f for f in all_fields() if f"{f}: " in str(error.value)} == refused
+    else:
+        assert len(check_resume(SAVED, changed(*fields), **flags)) == len(fields)

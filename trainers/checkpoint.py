@@ -1,0 +1,382 @@
+"""Training checkpoints: written behind the training's back, whole or not at all, read back checked.
+
+    folder/step-00000012/manifest.json    digests of all the rest; written last
+                         meta.json        what is no array: config, position in the data
+                         state/           the arrays, in Orbax's format
+
+Names that start with a dot are being written or removed; no reader looks at them. Of a run on
+several processes only the first may write here, after Orbax's own barrier.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from trainers.arrays import describe, read_arrays, to_host, write_arrays
+from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
+from utils.errors import CheckpointError, is_int, raise_all
+from utils.files import FolderLock, atomic_directory, fsync, fsync_tree, read_json
+
+_META, _STATE = "meta.json", "state"
+_META_MAX_BYTES = 1 << 26
+_LEFTOVER = re.compile(r"\.step-\d+\.(tmp|old)-[0-9a-f]+")
+# The longest path that Orbax makes in a step's folder, and the folder's own while it is written.
+_DEEPEST = (
+    ".step-00000000.tmp-00000000",
+    "state.orbax-checkpoint-tmp/ocdbt.process_000/d",
+    "0" * 32,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+        step: its number.
+        state: the tree of arrays, in the shape of `like`.
+        meta: what was saved beside them.
+    """
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class CheckpointReader:
+    """Reads a folder of checkpoints, also while somebody else writes into it."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(os.path.abspath(folder))
+
+    @property
+    def steps(self) -> list[int]:
+        """Numbers of the checkpoints whose files are all there, in order; [] for an empty folder.
+
+        Raises:
+            CheckpointError: there is something in the folder, but no complete checkpoint.
+        """
+        complete, broken = self._sort_out()
+        if not complete and self._names():
+            raise self._none(broken)
+        return complete
+
+    def _sort_out(self) -> tuple[list[int], list[str]]:
+        """Numbers of complete checkpoints, and what is wrong with the others."""
+        complete, broken = [], []
+        for step in self._numbers():
+            try:
+                read_manifest(self._path(step), step)
+                complete.append(step)
+            except OSError as e:
+                broken.append(_reason(e))
+        return complete, broken
+
+    def restore(self, like: Any, *, step: int | None = None) -> Restored:
+        """A checkpoint, once every byte of it is known to be what was saved.
+
+        Args:
+            like: a tree of arrays or ShapeDtypeStructs: what is expected, and the shardings it is
+                put on.
+            step: which; None for the newest that is whole. A warning names each broken newer one.
+
+        Raises:
+            CheckpointError: there is none, that step is broken, or it holds other arrays.
+        """
+        while True:
+            manifest = self._find(step, check_digests)
+            folder = self._path(manifest.step)
+            try:
+                meta = read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
+                state = read_arrays(folder / _STATE, like, manifest.arrays)
+                return Restored(step=manifest.step, state=state, meta=meta)
+            except CheckpointError:
+                # A writer may have removed it meanwhile; then there is a newer one.
+                if step is not None or folder.exists():
+                    raise
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the arrays, without reading those.
+
+        Args:
+            step: which; None for the newest whose files are all there. `restore` looks closer and
+                may find an older one: its own meta is what counts then.
+
+        Raises:
+            CheckpointError: there is none, or that step is broken.
+        """
+        manifest = self._find(step, lambda folder, found: check_digests(folder, found, [_META]))
+        path = self._path(manifest.step) / _META
+        return read_json(path, max_bytes=_META_MAX_BYTES, error=CheckpointError)
+
+    def _find(self, step: int | None, check: Callable[[Path, Manifest], None]) -> Manifest:
+        """The manifest of a checkpoint that passes `check`: of `step`, or of the newest."""
+        broken: list[str] = []
+        numbers = self._numbers() if step is None else [step]
+        while numbers:
+            number = numbers.pop()
+            folder = self._path(number)
+            try:
+                manifest = read_manifest(folder, number)
+                check(folder, manifest)
+                return manifest
+            except OSError as e:
+                if step is not None:
+                    raise CheckpointError(
+                        f"cannot use step {step}: {_reason(e)}; choose one of {self._numbers()}"
+                    ) from e
+                if not os.path.lexists(folder):
+                    # A writer removed it; those that it wrote meanwhile come first.
+                    numbers = self._numbers()
+                    continue
+                broken.append(_reason(e))
+                if numbers:
+                    warnings.warn(
+                        f"checkpoint {folder.name} is broken, an older one is tried: {broken[-1]}",
+                        stacklevel=3,
+                    )
+        raise self._none(broken)
+
+    def _none(self, broken: Iterable[str]) -> CheckpointError:
+        there = ", ".join(self._names()[:5]) or "nothing"
+        why = "".join(f"; {reason}" for reason in broken)
+        return CheckpointError(
+            f"{self.folder} holds no complete checkpoint, only {there}{why}; mend it, or start"
+            " anew in another folder"
+        )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _numbers(self) -> list[int]:
+        """Of all that are named like a checkpoint, in order. Times mean nothing: clocks jump."""
+        digits = [name[5:] for name in self._names() if name.startswith("step-")]
+        numbers = sorted(int(d) for d in digits if d.isdecimal() and d.isascii())
+        return [n for n in numbers if self._path(n).name in self._names()]
+
+    def _names(self) -> list[str]:
+        try:
+            names = sorted(os.listdir(self.folder))
+        except OSError as e:
+            raise CheckpointError(f"cannot read folder {self.folder}: {_reason(e)}") from e
+        return [name for name in names if name[0] != "." or _LEFTOVER.fullmatch(name)]
+
+
+class Checkpointer(CheckpointReader):
+    """The one writer of a folder of checkpoints. A context manager."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int = 2,
+        keep_best: bool = True,
+        need_bytes: int = 0,
+        clock: Callable[[], float] = time.time,
+    ):
+        """Takes the folder, and proves that a checkpoint can be written there.
+
+        Args:
+            folder: made if absent.
+            keep: how many of the newest checkpoints stay.
+            keep_best: the one with the lowest score stays too.
+            need_bytes: what one checkpoint takes, if that is known.
+            clock: Unix time in seconds, for people to read.
+
+        Raises:
+            ConfigError: keep or need_bytes is no such number.
+            CheckpointError: the folder is another writer's, or cannot be written.
+        """
+        least = {"keep": (keep, 1), "need_bytes": (need_bytes, 0)}
+        raise_all(
+            "Checkpointer",
+            [
+                f"{name}={value!r}, expected a whole number of at least {low}"
+                for name, (value, low) in least.items()
+                if not is_int(value) or value < low
+            ],
+        )
+        super().__init__(folder)
+        self._keep, self._keep_best, self._clock = keep, keep_best, clock
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder / ".lock", clock())
+        except CheckpointError:
+            raise
+        except OSError as e:
+            raise CheckpointError(f"cannot write into {self.folder}: {_reason(e)}") from e
+        try:
+            _try_out(self.folder, need_bytes)
+            # The step that the run goes on from. None: there is something, and nothing was restored.
+            self._base = None if self._names() else -1
+        except BaseException:
+            self._lock.release()
+            raise
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """As CheckpointReader.steps, without what is being saved."""
+        # In a folder that was empty the first save under way is no broken past.
+        return self._sort_out()[0] if self._base == -1 else super().steps
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as e:
+            if kind is None:
+                raise
+            # The error that is under way says more.
+            warnings.warn(str(e), stacklevel=2)
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], *, score: float | None = None
+    ) -> None:
+        """Saves in the background; the arrays may be changed or donated once this returns.
+
+        The first save after `restore` removes newer checkpoints than the restored one: they are
+        not this run's past.
+
+        Args:
+            step: larger than the last one's; for the last one itself nothing is done.
+            state: a tree of arrays, keys of jax.random among them.
+            meta: what JSON can say.
+            score: lower is better; NaN and infinities never are.
+
+        Raises:
+            CheckpointError: an earlier save failed (raised once), the folder holds checkpoints
+                and none was restored, or the step is not larger.
+        """
+        self.wait()
+        if self._base is None:
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(self._names()[:5])}; resume from there, or choose"
+                " another folder"
+            )
+        if step == self._base:
+            return
+        if not is_int(step) or step < self._base:
+            raise CheckpointError(f"cannot save step {step!r} after step {self._base}")
+        try:
+            text = json.dumps(meta, indent=1, allow_nan=False).encode()
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"cannot save step {step}: its meta is not JSON: {e}") from e
+        known = {
+            "step": step,
+            "saved_at": self._clock(),
+            "score": float(score) if score is not None and math.isfinite(score) else None,
+            "arrays": describe(state),
+        }
+        self._pending = self._thread.submit(self._write, known, to_host(state), text)
+
+    def wait(self) -> None:
+        """The last save is on disk when this returns. Raises CheckpointError, once, if it failed."""
+        if self._pending is not None:
+            done, self._pending = concurrent.futures.wait([self._pending]).done.pop(), None
+            done.result()
+
+    def close(self) -> None:
+        """Waits, and gives the folder back. May be called twice. Raises CheckpointError as wait."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._lock.release()
+
+    def restore(self, like: Any, *, step: int | None = None) -> Restored:
+        """As CheckpointReader.restore; the next `save` goes on from there."""
+        self.wait()
+        restored = super().restore(like, step=step)
+        self._base = restored.step
+        if newer := [n for n in self._numbers() if n > self._base]:
+            warnings.warn(f"the next save removes the newer steps {newer}", stacklevel=2)
+        return restored
+
+    def _write(self, known: dict[str, Any], arrays: dict[str, Any], meta: bytes) -> None:
+        step = known["step"]
+        try:
+            self._sweep()
+            with atomic_directory(self._path(step)) as folder:
+                (folder / _META).write_bytes(meta)
+                write_arrays(folder / _STATE, arrays)
+                fsync_tree(folder)
+                write_manifest(folder, **known)
+                self._hide(n for n in self._numbers() if n > self._base)
+            self._base = step
+            self._retain()
+        # Orbax and TensorStore raise whatever they like.
+        except Exception as e:
+            raise CheckpointError(
+                f"cannot save step {step} in {self.folder}: {_reason(e)}; earlier checkpoints are"
+                " untouched"
+            ) from e
+
+    def _retain(self) -> None:
+        """Removes what need not stay, now that a newer checkpoint is on disk."""
+        found = {step: read_manifest(self._path(step), step) for step in self.steps}
+        kept = set(sorted(found)[-self._keep :])
+        scores = [(m.score, step) for step, m in found.items() if m.score is not None]
+        if self._keep_best and scores:
+            kept.add(min(scores)[1])
+        self._hide(step for step in self._numbers() if step not in kept)
+        self._sweep()
+
+    def _hide(self, steps: Iterable[int]) -> None:
+        """Takes checkpoints out of sight in one go each: never is half a one to be seen."""
+        hidden = list(steps)
+        for step in hidden:
+            path = self._path(step)
+            os.rename(path, path.with_name(f".{path.name}.old-{secrets.token_hex(4)}"))
+        if hidden:
+            fsync(self.folder)
+
+    def _sweep(self) -> None:
+        """Removes what is hidden, or was left behind by a save that was killed."""
+        for name in self._names():
+            if _LEFTOVER.fullmatch(name):
+                path = self.folder / name
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+def _try_out(folder: Path, need_bytes: int) -> None:
+    """Raises CheckpointError if a checkpoint could not be written: found out before training."""
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        raise CheckpointError(
+            f"{folder} has {free} bytes free, a checkpoint needs {need_bytes}; free some, or choose"
+            " another folder"
+        )
+    probe = folder / f".probe-{secrets.token_hex(8)}"
+    try:
+        deep = (probe / os.path.join(*_DEEPEST)).parent
+        deep.mkdir(parents=True)
+        with open(deep / _DEEPEST[-1], "xb") as f:
+            f.write(bytes(1 << 16))
+            f.flush()
+            os.fsync(f.fileno())
+        shutil.rmtree(probe)
+    except OSError as e:
+        shutil.rmtree(probe, ignore_errors=True)
+        raise CheckpointError(f"cannot write into {folder}: {_reason(e)}") from e
+
+
+def _reason(e: BaseException) -> str:
+    """One line."""
+    text = str(e) or type(e).__name__
+    if isinstance(e, OSError) and e.strerror:
+        text = f"{e.strerror.lower()}: {e.filename}" if e.filename else e.strerror.lower()
+    return " ".join(text.split())[:500]
