@@ -1,6 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the tokens that a mask selects."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,10 @@ class SFTTrainer(Trainer):
             weight=jnp.sum(weights_BT),
             sums={"entropy": sums.entropy, "accuracy": sums.correct},
         )
+
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """With `perplexity`."""
+        return means | {"perplexity": math.exp(min(means["loss"], 700.0))}
 
 
 def next_tokens(batch: Batch) -> tuple[Array, Array]:

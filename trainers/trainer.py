@@ -133,6 +133,10 @@ class Trainer(abc.ABC):
             key: for what is random in the loss.
         """
 
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the means of a step or of an evaluation."""
+        return means
+
     def init(
         self, params: Params, key: Array, *, donate: bool = False
     ) -> tuple[TrainState, Params]:

@@ -1,0 +1,243 @@
+"""The loop around a Trainer's steps: data, metrics, evaluation, checkpoints, the end."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.llama.model import Params
+from trainers.checkpoint import Checkpointer
+from trainers.metrics import (
+    Compilations,
+    MetricsLog,
+    PhaseClock,
+    matmul_peak,
+    peak_memory_bytes,
+    train_flops_per_token,
+)
+from trainers.trainer import Batch, Trainer, TrainState
+from utils.errors import TrainError
+
+
+class Data(Protocol):
+    """What `fit` trains on; `trainers.data.Dataset` is one."""
+
+    def batches(self) -> Any:
+        """An iterator without end, with `get_state() -> dict` and `set_state(dict)`."""
+
+    def largest_batch(self) -> Batch:
+        """A batch of the largest shape that there is."""
+
+    def epoch_batches(self) -> Iterable[Batch]:
+        """Every row once, for evaluation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands beside its TrainState, and what a checkpoint's meta says of it.
+
+    Attributes:
+        position: the data's position behind the last batch that was used; None: its start.
+        skipped: updates that were skipped so far.
+        tokens: targets that were trained on so far.
+    """
+
+    position: dict | None = None
+    skipped: int = 0
+    tokens: int = 0
+
+
+def fit(
+    trainer: Trainer,
+    state: TrainState,
+    frozen: Params,
+    data: Data,
+    *,
+    eval_data: Data | None = None,
+    log: MetricsLog | None = None,
+    checkpointer: Checkpointer | None = None,
+    meta: dict[str, Any] | None = None,
+    progress: Progress = Progress(),
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, Progress]:
+    """Trains until `max_steps`, or until `should_stop` says so between two steps.
+
+    The largest batch goes first, with nothing to learn in it: where memory does not suffice, that is
+    seen at once. The last state is always saved.
+
+    Args:
+        state, frozen: from `Trainer.init`, or a checkpoint's; `state` is donated.
+        data: see Data.
+        eval_data: evaluated as the config says and at the end; the lowest loss makes a checkpoint
+            the best one.
+        log: gets a record a step.
+        checkpointer: gets the state as the config says and at the end.
+        meta: goes into each checkpoint, with `progress`.
+        progress: of the checkpoint that is gone on from.
+        should_stop: asked after each step.
+
+    Raises:
+        TrainError: more than `max_skipped` updates in a row were not finite.
+        CheckpointError: a checkpoint could not be written.
+    """
+    with contextlib.ExitStack() as stack:
+        run = _Run(trainer, frozen, data, eval_data, log, checkpointer, meta or {}, progress)
+        stack.callback(run.compilations.close)
+        return run.fit(state, should_stop)
+
+
+class _Run:
+    """One call of `fit`."""
+
+    def __init__(self, trainer, frozen, data, eval_data, log, checkpointer, meta, progress):
+        self.trainer, self.config, self.frozen = trainer, trainer.config, frozen
+        self.data, self.eval_data, self.log = data, eval_data, log
+        self.checkpointer, self.meta, self.progress = checkpointer, meta, progress
+        self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
+        self.peak = matmul_peak(trainer.model.dtype or self.config.param_dtype)
+        self.skipped_in_a_row: list[Any] = []
+
+    def fit(self, state: TrainState, should_stop) -> tuple[TrainState, Progress]:
+        batches = self.data.batches()
+        if self.progress.position is not None:
+            batches.set_state(self.progress.position)
+        step, saved, score = int(state.step), int(state.step), None
+        if step < self.config.max_steps:
+            state = self._preflight(state)
+            batch = self._next(batches)
+        while step < self.config.max_steps and not should_stop():
+            position = batches.get_state()
+            self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
+            with self.clock("step"):
+                state, metrics = self.trainer.train_step(state, self.frozen, batch)
+            done, batch = batch, self._next(batches)  # while the device computes
+            with self.clock("step"):
+                metrics = {name: value.item() for name, value in metrics.items()}
+            compiling = self._note_compilations()
+            step += metrics["updated"]
+            self._account(metrics, position)
+            last = step == self.config.max_steps
+            evaluation = {}
+            if metrics["updated"] and self._due(step, self.config.eval_every, last):
+                evaluation = self._evaluate(state)
+                score = evaluation.get("eval_loss", score)
+            if metrics["updated"] and self._due(step, self.config.save_every, last):
+                self._save(step, state, evaluation.get("eval_loss"))
+                saved = step
+            self._record(step, metrics, evaluation, done, compiling)
+        if saved < step:
+            self._save(step, state, None)
+        if self.checkpointer is not None:
+            self.checkpointer.wait()
+        return state, self.progress
+
+    def _next(self, batches) -> Batch:
+        with self.clock("data"):
+            return next(batches)
+
+    def _preflight(self, state: TrainState) -> TrainState:
+        """A step in which nothing weighs, on the largest batch: it changes nothing."""
+        batch = self.data.largest_batch()
+        batch = batch | {"target_mask": np.zeros_like(batch["target_mask"])}
+        self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (preflight)")
+        key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
+        with self.clock("preflight"):
+            state, _ = self.trainer.train_step(state, self.frozen, batch)
+            state = jax.block_until_ready(state.replace(key=key))
+        self._note_compilations()
+        return state
+
+    def _note_compilations(self) -> float:
+        """Seconds that XLA has compiled since the last call; what it was is kept for the record."""
+        new = self.compilations.take()
+        self.compiled += new
+        return sum(seconds for _, seconds in new)
+
+    @staticmethod
+    def _due(step: int, every: int, last: bool) -> bool:
+        return last or (every > 0 and step % every == 0)
+
+    def _account(self, metrics: dict[str, Any], position: dict) -> None:
+        """Moves on in the data; ends the run if too many updates in a row were skipped."""
+        self.progress = dataclasses.replace(
+            self.progress,
+            position=position,
+            skipped=self.progress.skipped + (not metrics["updated"]),
+            tokens=self.progress.tokens + int(metrics["weight"] * metrics["updated"]),
+        )
+        if metrics["finite"]:
+            self.skipped_in_a_row = []
+            return
+        self.skipped_in_a_row.append(position.get("next_index", position))
+        if len(self.skipped_in_a_row) > self.config.max_skipped:
+            if self.checkpointer is not None:
+                self.checkpointer.wait()
+            raise TrainError(
+                f"{len(self.skipped_in_a_row)} updates in a row were not finite (loss "
+                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}), those of the batches "
+                f"{self.skipped_in_a_row}; the last checkpoint is from before: lower the learning "
+                "rate, or look at that data"
+            )
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        if self.eval_data is None:
+            return {}
+        with self.clock("eval"):
+            batches = self.eval_data.epoch_batches()
+            means = self.trainer.evaluate(state.params, self.frozen, batches)
+        return {f"eval_{name}": value for name, value in self.trainer.derive(means).items()}
+
+    def _save(self, step: int, state: TrainState, score: float | None) -> None:
+        if self.checkpointer is None:
+            return
+        with self.clock("save"):
+            meta = self.meta | {"progress": dataclasses.asdict(self.progress)}
+            self.checkpointer.save(step, state, meta, score=score)
+
+    def _record(self, step, metrics, evaluation, batch: Batch, compiling: float) -> None:
+        """Writes one line of metrics."""
+        self._note_compilations()
+        seconds, compiled, self.compiled = self.clock.take(), self.compiled, []
+        if self.log is None:
+            return
+        lengths = document_lengths(batch)
+        n_tokens = float(lengths.sum())
+        # Compilation is no slowness of the step; it has its own entry.
+        busy = max(seconds["step"] - compiling, 1e-9)
+        flops = n_tokens * train_flops_per_token(
+            self.trainer.model.config,
+            float((lengths**2).sum()) / max(n_tokens, 1),
+            lora=self.trainer.lora is not None,
+        )
+        means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
+        self.log.write(
+            {
+                "step": step,
+                **self.trainer.derive(means),
+                "targets": int(metrics["weight"]),
+                "tokens": int(n_tokens),
+                "tokens_per_s": n_tokens / busy,
+                "model_flops_per_s": flops / busy,
+                "mfu": flops / busy / self.peak,
+                "memory": peak_memory_bytes(),
+                "skipped": self.progress.skipped,
+                **evaluation,
+                "seconds": seconds,
+                "compilations": compiled,
+            }
+        )
+
+
+def document_lengths(batch: Batch) -> np.ndarray:
+    """[documents] float64, how many tokens of each the loss depends on: those up to its last target."""
+    mask = np.asarray(batch["target_mask"])
+    if "segment_ids" not in batch:
+        last = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
+        return np.where(mask.any(axis=1), last, 0).astype(np.float64)
+    segments = np.asarray(batch["segment_ids"])
+    counts = [np.bincount(row)[1:] for row in segments]
+    return np.concatenate(counts).astype(np.float64)
