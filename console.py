@@ -29,7 +29,7 @@ from utils import memory
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
 from utils.files import InputFile, parse_json
 
-BROKEN_PIPE, INTERRUPTED = 141, 130
+BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 
 # What stdin may hold: far more than any context.
 MAX_STDIN_BYTES = 16 << 20
@@ -86,6 +86,21 @@ def run(command: Callable[..., None]) -> None:
         code = _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
     if code:
         sys.exit(code)
+
+
+def run_one_of(commands: dict[str, Callable[..., None]]) -> None:
+    """As `run`, of the command that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+        return run(commands[name])
+    names = ", ".join(commands)
+    asked = name in ("-h", "--help")
+    say(
+        f"{sys.argv[0]} {name!r:.40}: expected a command: {names}; each has --help",
+        "" if asked else "error: ",
+    )
+    sys.exit(0 if asked else ConfigError.exit_code)
 
 
 def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
@@ -172,6 +187,51 @@ class Interrupts:
                     # stdout is flushed after every write: nothing is lost.
                     stderr.show_cursor(True)
                     os._exit(INTERRUPTED)
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C for a training run: the first ends it after its step, the second at once.
+
+    Before there is a step to finish, the first ends it at once too. As with `Interrupts`, a thread
+    waits for the signal, since Python may be within a compilation.
+
+    Attributes:
+        code: None, or the exit code of the signal that came: 75 for SIGTERM, 130 for Ctrl-C.
+    """
+
+    CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+
+    def __init__(self):
+        self.code: int | None = None
+        self._at_once = True
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.CODES:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def wait_for_step(self) -> None:
+        """From now on the first signal only sets `code`."""
+        self._at_once = False
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            code = self.CODES[signal.Signals(os.read(reader, 1)[0])]
+            if self._at_once or self.code is not None:
+                stderr.show_cursor(True)
+                os._exit(code)
+            self.code = code
+            say("stopping after this step; once more leaves at once", "")
+
+
+def compute_dtype(dtype: str) -> Any:
+    """The dtype of a `--dtype` flag: float32, bfloat16, or auto: float32 on a CPU, else bfloat16."""
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype!r:.40}, expected float32, bfloat16 or auto")
+    return jax.numpy.dtype(dtype)
 
 
 def load_model(

@@ -135,7 +135,7 @@ class Dataset:
             DataError: there are fewer rows than in a batch.
             ConfigError: batch_size is not a multiple of process_count.
         """
-        self._check_full_batch()
+        self.check_full_batch()
         share = self._share(process_index, process_count)
         rows = grain.MapDataset.range(len(self))
         if self.config.shuffle:
@@ -153,11 +153,12 @@ class Dataset:
 
     def largest_batch(self, *, process_index: int = 0, process_count: int = 1) -> Batch:
         """The longest rows, in the largest bucket: a step on it shows whether memory suffices."""
-        self._check_full_batch()
+        self.check_full_batch()
         longest = np.argsort(-self._lengths, kind="stable")[: self.config.batch_size]
         return self._batch(longest, self._share(process_index, process_count))
 
-    def _check_full_batch(self) -> None:
+    def check_full_batch(self) -> None:
+        """Raises DataError if there are fewer rows than in a batch."""
         if len(self) < self.config.batch_size:
             what = f"packed rows of {self.config.seq_len} tokens" if self.config.packing else "rows"
             raise DataError(

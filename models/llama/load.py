@@ -87,6 +87,11 @@ def load_checkpoint(
     return config, params
 
 
+def load_config(path_or_name: str | Path, *, tie: bool | None = None) -> ModelConfig:
+    """The config of a checkpoint alone, without its weights. Arguments and errors as load_checkpoint."""
+    return _open(resolve(path_or_name), tie)[0]
+
+
 def _target_dtype(dtype: Any) -> np.dtype:
     try:
         target = jnp.dtype(dtype)
