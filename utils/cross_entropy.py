@@ -11,8 +11,8 @@ from utils.ops import matmul
 
 Array = jax.Array
 
-# Logits held at once: 64 MiB in float32, whatever the vocabulary.
-_CHUNK_LOGITS = 1 << 24
+# Logits held at once: 128 MiB in float32, whatever the vocabulary.
+_CHUNK_LOGITS = 1 << 25
 
 
 @flax.struct.dataclass
