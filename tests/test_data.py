@@ -1,5 +1,6 @@
 """Datasets: what becomes of a row, and that batches are a function of seed and position."""
 
+import copy
 import json
 import random
 
@@ -398,6 +399,6 @@ def test_tokenizer_digest(smollm, llama2, default_model_path):
         ("eos_id", 3),
         ("special_tokens", {}),
     ):
-        changed = load_tokenizer(default_model_path)
+        changed = copy.copy(smollm)
         setattr(changed, name, value)
         assert tokenizer_digest(changed) != digest

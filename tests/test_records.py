@@ -283,7 +283,7 @@ def hub(monkeypatch, write):
 @pytest.mark.parametrize(
     "files, taken",
     [
-        (["README.md", "all.jsonl"], ["all.jsonl"]),
+        (["README.md", "all.jsonl", "dataset_infos.json"], ["all.jsonl"]),
         (["data/train-1.json", "data/train-0.jsonl.gz", "data/test.jsonl", "dataset_infos.json"],)
         + (["data/train-0.jsonl.gz", "data/train-1.json"],),
         (["main/train/a.jsonl", "main/test/a.jsonl", "training.jsonl"], ["main/train/a.jsonl"]),
