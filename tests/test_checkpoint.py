@@ -655,17 +655,28 @@ def test_a_step_that_vanishes_under_a_reader(saved, monkeypatch):
     monkeypatch.setattr(checkpoint, "check_digests", vanish)
     with no_warning():
         assert CheckpointReader(saved).restore(tiny()).step == 2
-    monkeypatch.undo()
+
+
+@pytest.mark.covers("D26")
+def test_what_is_being_read_is_not_removed(tmp_path, monkeypatch):
     read = checkpoint.read_arrays
 
-    def vanish_later(folder, *rest):
-        monkeypatch.undo()
-        os.rename(folder.parent, saved / ".step-00000002.old-0123abcd")
+    def read_late(folder, *rest):
+        for step in (2, 3):
+            writer.save(step, tiny(step), {})
+            writer.wait()
+        assert writer.steps == [1, 3]
         return read(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "read_arrays", vanish_later)
-    with no_warning():
-        assert CheckpointReader(saved).restore(tiny()).step == 1
+    with Checkpointer(tmp_path, keep=1) as writer:
+        writer.save(1, tiny(1), {})
+        writer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "read_arrays", read_late)
+            assert (CheckpointReader(tmp_path).restore(tiny()).state["w"] == 1).all()
+        writer.save(4, tiny(4), {})
+        writer.wait()
+        assert writer.steps == [4]
 
 
 # The folder is tried out at once.

@@ -9,6 +9,7 @@ several processes only the first may write here, after Orbax's own barrier.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,14 +19,22 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from trainers.arrays import describe, read_arrays, to_host, write_arrays
 from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
 from utils.errors import CheckpointError, is_int, raise_all
-from utils.files import FolderLock, atomic_directory, fsync, fsync_tree, read_json
+from utils.files import (
+    FolderLock,
+    atomic_directory,
+    fsync,
+    fsync_tree,
+    hide_folder,
+    read_json,
+    reading_folder,
+)
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
@@ -93,17 +102,10 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is none, that step is broken, or it holds other arrays.
         """
-        while True:
-            manifest = self._find(step, check_digests)
-            folder = self._path(manifest.step)
-            try:
-                meta = read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
-                state = read_arrays(folder / _STATE, like, manifest.arrays)
-                return Restored(step=manifest.step, state=state, meta=meta)
-            except CheckpointError:
-                # A writer may have removed it meanwhile; then there is a newer one.
-                if step is not None or folder.exists():
-                    raise
+        with self._find(step, check_digests) as (folder, manifest):
+            meta = read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
+            state = read_arrays(folder / _STATE, like, manifest.arrays)
+            return Restored(step=manifest.step, state=state, meta=meta)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays, without reading those.
@@ -115,36 +117,47 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is none, or that step is broken.
         """
-        manifest = self._find(step, lambda folder, found: check_digests(folder, found, [_META]))
-        path = self._path(manifest.step) / _META
-        return read_json(path, max_bytes=_META_MAX_BYTES, error=CheckpointError)
 
-    def _find(self, step: int | None, check: Callable[[Path, Manifest], None]) -> Manifest:
-        """The manifest of a checkpoint that passes `check`: of `step`, or of the newest."""
+        def check(folder: Path, manifest: Manifest) -> None:
+            check_digests(folder, manifest, [_META])
+
+        with self._find(step, check) as (folder, _):
+            return read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
+
+    @contextlib.contextmanager
+    def _find(
+        self, step: int | None, check: Callable[[Path, Manifest], None]
+    ) -> Iterator[tuple[Path, Manifest]]:
+        """A checkpoint that passes `check`, `step` or the newest; no writer removes it meanwhile."""
         broken: list[str] = []
         numbers = self._numbers() if step is None else [step]
         while numbers:
             number = numbers.pop()
             folder = self._path(number)
-            try:
-                manifest = read_manifest(folder, number)
-                check(folder, manifest)
-                return manifest
-            except OSError as e:
-                if step is not None:
-                    raise CheckpointError(
-                        f"cannot use step {step}: {_reason(e)}; choose one of {self._numbers()}"
-                    ) from e
-                if not os.path.lexists(folder):
-                    # A writer removed it; those that it wrote meanwhile come first.
-                    numbers = self._numbers()
-                    continue
-                broken.append(_reason(e))
-                if numbers:
-                    warnings.warn(
-                        f"checkpoint {folder.name} is broken, an older one is tried: {broken[-1]}",
-                        stacklevel=3,
-                    )
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(reading_folder(folder))
+                    manifest = read_manifest(folder, number)
+                    check(folder, manifest)
+                except OSError as e:
+                    if step is not None:
+                        raise CheckpointError(
+                            f"cannot use step {step}: {_reason(e)}; there are {self._numbers()}"
+                        ) from e
+                    if not os.path.lexists(folder):
+                        # A writer removed it; there is a newer one.
+                        numbers = self._numbers()
+                        continue
+                    broken.append(_reason(e))
+                    if numbers:
+                        warnings.warn(
+                            f"checkpoint {folder.name} is broken, an older one is tried:"
+                            f" {broken[-1]}",
+                            stacklevel=4,
+                        )
+                else:
+                    yield folder, manifest
+                    return
         raise self._none(broken)
 
     def _none(self, broken: Iterable[str]) -> CheckpointError:
@@ -315,7 +328,7 @@ class Checkpointer(CheckpointReader):
                 write_arrays(folder / _STATE, arrays)
                 fsync_tree(folder)
                 write_manifest(folder, **known)
-                self._hide(n for n in self._numbers() if n > self._base)
+                self._hide((n for n in self._numbers() if n > self._base), even_if_read=True)
             self._base = step
             self._retain()
         # Orbax and TensorStore raise whatever they like.
@@ -335,12 +348,17 @@ class Checkpointer(CheckpointReader):
         self._hide(step for step in self._numbers() if step not in kept)
         self._sweep()
 
-    def _hide(self, steps: Iterable[int]) -> None:
+    def _hide(self, steps: Iterable[int], *, even_if_read: bool = False) -> None:
         """Takes checkpoints out of sight in one go each: never is half a one to be seen."""
         hidden = list(steps)
         for step in hidden:
             path = self._path(step)
-            os.rename(path, path.with_name(f".{path.name}.old-{secrets.token_hex(4)}"))
+            new = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+            if even_if_read or not path.is_dir():
+                os.rename(path, new)
+            else:
+                # One that is being read is left for the next time.
+                hide_folder(path, new)
         if hidden:
             fsync(self.folder)
 

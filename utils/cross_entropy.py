@@ -94,7 +94,9 @@ def _chunks(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool
         lse_C = top_C + jnp.log(total_C)
         target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
         values = TokenSums(
-            nll=lse_C - target_logit_C, entropy=lse_C - mean_logit_C, correct=target_logit_C >= top_C
+            nll=lse_C - target_logit_C,
+            entropy=lse_C - mean_logit_C,
+            correct=target_logit_C >= top_C,
         )
         sums = jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
         if dx_ND is not None or dhead_VD is not None:

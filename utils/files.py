@@ -1,6 +1,7 @@
 """Files that may be broken, hostile or half-written: checked reads, strict JSON, atomic writes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -279,6 +280,36 @@ class FolderLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+@contextlib.contextmanager
+def reading_folder(path: str | Path) -> Iterator[None]:
+    """While the block runs, `hide_folder` leaves this folder where it is.
+
+    Raises FileNotFoundError if it is not there any more.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        # It may have been taken away between the two calls.
+        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield
+    finally:
+        os.close(fd)
+
+
+def hide_folder(path: str | Path, new: str | Path) -> bool:
+    """Renames a folder, unless somebody is reading it: then False."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(path, new)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _identity() -> dict[str, Any]:
