@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.workers import serve
 from models.llama.load import load_checkpoint
+from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
 from trainers import metrics
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -30,11 +31,19 @@ class Altiplano:
     ):
         self._config, params = load_checkpoint(folder, dtype=params_dtype)
         self._dtype = jnp.dtype(dtype)
-        self._sft = SFTConfig(learning_rate=1e-5, lora_rank=lora_rank)
-        self._trainer = SFTTrainer(
-            model=LLaMa(self._config, dtype=self._dtype, remat=remat), config=self._sft
+        self._sft = SFTConfig(
+            learning_rate=1e-5,
+            schedule="constant",
+            weight_decay=0.01,
+            param_dtype=params_dtype,
+            state_dtype=params_dtype,
         )
-        self._state, self._frozen = self._trainer.init(params, jax.random.key(0))
+        self._trainer = SFTTrainer(
+            model=LLaMa(self._config, dtype=self._dtype, remat=remat),
+            config=self._sft,
+            lora=LoRAConfig(rank=lora_rank) if lora_rank else None,
+        )
+        self._state, self._frozen = self._trainer.init(params, jax.random.key(0), donate=True)
 
     def step(self, tokens: list, segment_ids: list | None = None) -> tuple[float, float]:
         """(seconds, loss) of one optimizer step."""
@@ -50,7 +59,7 @@ class Altiplano:
 
     def flops_per_token(self, context: float) -> float:
         """Model FLOPs of a step per token."""
-        lora = self._sft.lora_rank > 0
+        lora = self._trainer.lora is not None
         return metrics.train_flops_per_token(self._config, context, lora=lora)
 
     def temporary_bytes(self, vocab_size: int, rows: int, length: int) -> int:
@@ -61,7 +70,7 @@ class Altiplano:
         params = init_params(config, jax.random.key(0))
         state, frozen = trainer.init(params, jax.random.key(0))
         batch = _batch(np.zeros((rows, length)), None)
-        compiled = trainer.train_step.lower(state, frozen, batch).compile()
+        compiled = SFTTrainer.train_step.lower(trainer, state, frozen, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
 
