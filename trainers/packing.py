@@ -38,7 +38,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray
                 del rooms[at]
         rows[row].append(example)
         left = room - length
-        if left and not by_room[left]:
+        if not by_room[left]:
             bisect.insort(rooms, left)
         by_room[left].append(row)
     members = np.fromiter((e for row in rows for e in row), np.int64, len(lengths))
