@@ -1,0 +1,118 @@
+"""Recipe: the default model learns to answer in a fixed JSON shape, with LoRA, in minutes on a CPU.
+
+    python examples/sft_json.py
+
+A sentence comes in, an object with four fields goes out. People, places and things of the held-out
+sentences are in no training sentence. Prints the share of exactly right answers before and after, and
+draws the loss to sft_json.png (matplotlib).
+"""
+
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from anywhere
+
+from decoding import GenerationConfig
+from generate import generate
+from models.llama.chat_format import chat_format_for
+from models.llama.hub import resolve
+from models.llama.load import load_checkpoint
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa, for_decoding
+from models.llama.tokenizer import load_tokenizer
+from trainers.data import DataConfig, load_dataset
+from trainers.loop import fit
+from trainers.metrics import MetricsLog, ProgressBar
+from trainers.sft_trainer import SFTConfig, SFTTrainer
+
+TRAIN = (
+    "Ada Ben Carla David Emma Felix Grace Henry Ines Jonas Karin Liam Mona Noah".split(),
+    "apples boats candles drums eggs forks gloves hats jars keys lamps maps nails".split(),
+    "Lima Oslo Cairo Paris Delhi Quito Rome Tokyo Berlin Accra Dublin Hanoi".split(),
+)
+HELD_OUT = (
+    "Olga Peter Rosa Simon Tara Victor".split(),
+    "onions pens ropes shoes tables windows".split(),
+    "Madrid Sydney Nairobi Vienna Havana Seoul".split(),
+)
+SENTENCES = (
+    "{who} bought {count} {what} in {where}.",
+    "In {where}, {who} found {count} {what}.",
+    "{count} {what} were sent to {who} in {where}.",
+    "Yesterday {who} sold {count} {what} to a shop in {where}.",
+)
+
+
+def conversations(words, count: int, seed: int) -> list[dict]:
+    """Sentences and what is to be answered."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        who, what, where = (draw.choice(part) for part in words)
+        facts = {"who": who, "count": draw.randint(2, 99), "what": what, "where": where}
+        sentence = draw.choice(SENTENCES).format(**facts)
+        answer = {"role": "assistant", "content": json.dumps(facts)}
+        rows.append({"messages": [{"role": "user", "content": sentence}, answer]})
+    return rows
+
+
+def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
+    """Share of rows that greedy decoding answers to the letter."""
+    form = chat_format_for(tokenizer)
+    prompts = [form.encode_chat(row["messages"][:1]) for row in rows]
+    config = GenerationConfig(max_new_tokens=40, stop_ids=tokenizer.stop_ids)
+    done = generate(llama, for_decoding(params), prompts, config=config)
+    answers = [tokenizer.decode(done.row(i), skip_special=True) for i in range(len(rows))]
+    return sum(a == r["messages"][1]["content"] for a, r in zip(answers, rows)) / len(rows)
+
+
+def run(folder: Path, max_steps: int = 60, seed: int = 0) -> tuple[float, float]:
+    """(exact match before, after) training; metrics.jsonl is left in the folder."""
+    path = resolve("smollm2-135m-instruct")
+    model_config, params = load_checkpoint(path, dtype="float32")
+    tokenizer, llama = load_tokenizer(path), LLaMa(model_config)
+    held_out = conversations(HELD_OUT, 50, seed=1)
+    before = exact_match(llama, params, tokenizer, held_out)
+
+    rows = conversations(TRAIN, 600, seed=0)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_dataset(data, tokenizer, DataConfig(seq_len=128, batch_size=8, seed=seed))
+    trainer = SFTTrainer(
+        LLaMa(model_config, remat="dots"),
+        SFTConfig(learning_rate=1e-3, warmup_steps=5, max_steps=max_steps),
+        LoRAConfig(rank=16),
+    )
+    state, frozen = trainer.init(params, jax.random.key(seed))
+    with ProgressBar(max_steps) as bar, MetricsLog(folder, sinks=[bar]) as log:
+        state, _ = fit(trainer, state, frozen, dataset, log=log)
+    after = exact_match(llama, trainer.export_params(state, frozen), tokenizer, held_out)
+    return before, after
+
+
+def draw(folder: Path, to: Path) -> None:
+    """The loss by step, from metrics.jsonl."""
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plt.figure(figsize=(6, 3))
+    plt.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+    plt.xlabel("step")
+    plt.ylabel("loss, nats a token")
+    plt.yscale("log")
+    plt.tight_layout()
+    plt.savefig(to, dpi=120)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        start = time.monotonic()
+        before, after = run(Path(temporary))
+        print(f"exact match {before:.0%} before, {after:.0%} after, {time.monotonic() - start:.0f} s")
+        draw(Path(temporary), Path(__file__).with_suffix(".png"))
