@@ -115,41 +115,26 @@ def test_the_order_of_a_save(saver):
         writes = [i for i, (c, a) in enumerate(log) if "write" in c and f"<{path}>" in a]
         return writes + [i for i, paths in renames if path in paths and i != shown]
 
+    def done(name: str) -> int:
+        """When the file or folder was on disk, with all that was written, for the first time."""
+        path = os.path.join(temporary, name).rstrip("/")
+        return min(i for i in synced(path) if max(changed(path), default=-1) < i < shown)
+
     files = [str(p.relative_to(final)) for p in final.rglob("*") if p.is_file()]
     folders = [str(p.relative_to(final)) for p in final.rglob("*") if p.is_dir()]
-    last_file = {}
-    for name in files:
-        path = os.path.join(temporary, name)
-        last_file[name] = max(i for i in synced(path) if i < shown)
-        assert max(changed(path), default=-1) < last_file[name], name
-    manifest = last_file.pop("manifest.json")
+    files.remove("manifest.json")
+    first_word = min(changed(os.path.join(temporary, "manifest.json")))
     for name in [*folders, ""]:
-        path = os.path.join(temporary, name).rstrip("/")
-        done = [i for i in synced(path) if i < shown]
-        inside = [i for file, i in first_sync(synced, temporary, files, shown).items()]
-        assert max(done) > max(inside), name
-    # All the rest was on disk before the manifest was written.
-    rest = [*last_file, *folders]
-    for name in rest:
-        assert min(after_writes(synced, changed, os.path.join(temporary, name))) < min(
-            changed(os.path.join(temporary, "manifest.json"))
-        )
+        inside = [done(file) for file in files if file.startswith(name)]
+        # A folder's names are on disk after the last of its files is, and before the manifest is.
+        assert any(
+            max(inside) < i < first_word for i in synced(os.path.join(temporary, name).rstrip("/"))
+        ), name
+    assert max(map(done, files)) < first_word < done("manifest.json")
+    last = max(i for i in synced(temporary) if i < shown)
     parent = [i for i in synced(folder) if i > shown]
-    removed = [i for i, (c, _) in enumerate(log) if c == "unlinkat" and i > shown]
-    assert manifest < shown < parent[0] < hidden[0] < min(removed)
-    assert any(hidden[0] < i < min(removed) for i in parent)
-
-
-def first_sync(synced, temporary, files, before):
-    """When each file was on disk for the last time before it was shown."""
-    return {
-        name: min(i for i in synced(os.path.join(temporary, name)) if i < before) for name in files
-    }
-
-
-def after_writes(synced, changed, path):
-    """When `path` was on disk with all that was written to it."""
-    return [i for i in synced(path) if i > max(changed(path), default=-1)]
+    removed = min(i for i, (c, _) in enumerate(log) if c == "unlinkat" and i > shown)
+    assert done("manifest.json") < last < shown < parent[0] < hidden[0] < parent[1] < removed
 
 
 def kill_at_each(saver: Saver, what: str, name: str, stride: int) -> int:
@@ -162,7 +147,10 @@ def kill_at_each(saver: Saver, what: str, name: str, stride: int) -> int:
         if code == 0:
             assert after == before + 1
             return n
-        assert code == -9, (name, n)
+        assert code == -9, (name, n, saver.message())
+        if len(saver.reader.steps) > 1:
+            # Killed before it removed the older one. Were that repeated, the calls would never end.
+            assert saver.save("process") == 0
     raise AssertionError("no end")
 
 
@@ -173,12 +161,12 @@ def kill_at_each(saver: Saver, what: str, name: str, stride: int) -> int:
     [
         ("mkdir", 1, 2),
         ("write", 1, 3),
-        ("fsync", 1, 30),
+        ("fsync", 2, 30),
         ("rename", 1, 3),
         ("unlinkat", 1, 10),
         ("rmdir", 1, 2),
         ("flock", 1, 2),
-        ("openat", 8, 80),
+        ("openat", 12, 80),
     ],
 )
 def test_killed_at_each_call_of_the_thread_that_saves(saver, name, stride, least):
@@ -190,41 +178,44 @@ def test_killed_at_each_call_of_the_thread_that_saves(saver, name, stride, least
 @pytest.mark.parametrize("name", ["mkdir", "write", "writev", "rename", "unlink"])
 def test_killed_at_each_call_of_orbax(saver, name):
     assert kill_at_each(saver, "process", name, 1) >= 2
-    if name == "writev":
-        # More calls than Orbax's own threads make are the other thread's.
-        assert kill_at_each(saver, "process", "openat", 16) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.covers("D17")
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize(
-    "call,what",
+    "what,call,ns",
     [
-        ("mkdir", "writer"),
-        ("write", "writer"),
-        ("fsync", "writer"),
-        ("rename", "writer"),
-        ("openat", "writer"),
-        ("mkdir", "process"),
-        ("writev", "process"),
-        ("rename", "process"),
+        # The first mkdir is of the folder, which is there.
+        ("writer", "mkdir", (2,)),
+        ("writer", "openat", (2, 30)),
+        ("writer", "write", (1, 3)),
+        ("writer", "fsync", (1, 9)),
+        ("writer", "rename", (1, 2)),
+        ("process", "mkdir", (2,)),
+        ("process", "writev", (1,)),
+        ("process", "rename", (1,)),
     ],
 )
-def test_refused(saver, call, what, error):
-    """From the n-th call on, as on a full disk; or that one alone."""
-    ns = {"fsync": (1, 9), "write": (1, 3), "openat": (2,), "writev": (1, 4)}.get(call, (1, 2))
-    for n, more in ((n, more) for n in ns for more in ("+", "")):
+def test_refused(saver, what, call, ns, error):
+    """From the n-th call on, as on a full disk; or that one alone, as of a bad sector."""
+    more = "+" if error in ("ENOSPC", "EDQUOT", "EROFS") else ""
+    for n in ns:
         before = saver.check()
-        code = saver.save(what, "-e", f"inject={call}:error={error}:when={n}{more}")
+        assert saver.save(what, "-e", f"inject={call}:error={error}:when={n}{more}") == 6, (n, more)
         after = saver.check()
-        assert code == 6, (n, more)
         assert "cannot save step" in saver.message() and after in (before, before + 1)
-        shown = [x for x in os.listdir(saver.folder) if x != ".lock"]
-        assert f"step-{after:08d}" in shown and not any(".tmp-" in x for x in shown), shown
+        shown = [name for name in os.listdir(saver.folder) if name != ".lock"]
+        if call == "openat":
+            # A folder that cannot be opened cannot be removed; the next save does it.
+            shown = [name for name in shown if ".tmp-" not in name]
         if after == before:
-            assert shown == [f"step-{before:08d}"]
-    assert saver.save("writer") == 0 and saver.check() == after + 1
+            assert shown == [f"step-{before:08d}"], (n, more)
+        else:
+            # Seen, but for the last fsync or the removal of the older one.
+            assert not any(".tmp-" in name for name in shown), (n, more)
+    assert saver.save("writer") == 0
+    assert sorted(os.listdir(saver.folder)) == [".lock", f"step-{saver.check():08d}"]
 
 
 @pytest.mark.covers("D17")
