@@ -10,13 +10,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from decoding import GenerationConfig
+from generate import generate
 from models.llama import save
+from models.llama.chat_format import chat_format_for
 from models.llama.config import ModelConfig
 from models.llama.load import load_checkpoint, save_checkpoint
-from tests import tiny
-from utils.errors import CheckpointError, ConfigError
+from models.llama.model import LLaMa
+from models.llama.tokenizer import load_tokenizer
+from tests import cli, tiny
+from tests.oracles import tokenizer_files as oracle
+from tests.test_tokenizer_save import small_metadata
+from utils.errors import ArtifactError, CheckpointError, ConfigError
 from utils.files import atomic_directory, atomic_file
 from utils.rope import RopeScaling
 
@@ -116,20 +123,93 @@ def test_nan_and_negative_zero_survive(tmp_path):
         assert np.asarray(again["final_norm"]).tobytes() == bits
 
 
-def test_other_files(tmp_path):
-    config, params = loaded("gqa")
-    tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text("{}")
-    generation = {"eos_token_id": [1, 2]}
-    save_checkpoint(
-        tmp_path / "out",
-        config,
-        params,
-        tokenizer_files=[tokenizer],
-        generation_config=generation,
+@pytest.mark.covers("D31")
+@pytest.mark.parametrize("format", ["hf", "meta"])
+def test_the_tokenizer_goes_along(tmp_path, format):
+    """A model and its tokenizer, out and in again; what is exported again is the same."""
+    source, out = cli.checkpoint(), tmp_path / "out"
+    config, params = load_checkpoint(source)
+    save_checkpoint(out, config, params, format=format, tokenizer=source)
+    ours, again = load_tokenizer(source), load_tokenizer(out)
+    assert {k: v for k, v in vars(again).items() if not k.startswith("_")} == {
+        k: v for k, v in vars(ours).items() if not k.startswith("_")
+    }
+    assert again.encode("<s>a\xff 12") == ours.encode("<s>a\xff 12")
+    config_again, params_again = load_checkpoint(out)
+    assert_same(params_again, params)
+    save_checkpoint(tmp_path / "twice", config_again, params_again, format=format, tokenizer=out)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "twice").iterdir())
+    for name in names:
+        if name != "consolidated.00.pth":  # torch writes a fresh number into each file
+            assert (out / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name
+
+
+@pytest.mark.covers("D31")
+def test_transformers_generates_from_an_export_as_we_do(tmp_path, default_model_path):
+    """Weights, token ids, chat, the answer and where it stops, with a part of the default tokenizer."""
+    sizes = dict(vocab_size=1500, max_position_embeddings=128)
+    tiny.random_model(LlamaConfig(**(tiny.BASE | sizes))).save_pretrained(tmp_path / "model")
+    config, params = load_checkpoint(tmp_path / "model")
+    source, out = tmp_path / "model.gguf", tmp_path / "out"
+    # Ends of text that are not the usual ids, and one more that a greedy answer comes to.
+    ids = dict(eos_token_id=4, bos_token_id=5)
+    oracle.write_tokenizer_gguf(source, small_metadata(default_model_path, **ids))
+    messages = [{"role": "user", "content": "a  12 ½\n"}]
+    prompt = chat_format_for(load_tokenizer(source)).encode_chat(messages)
+    free = generate(LLaMa(config), params, [prompt], config=GenerationConfig(max_new_tokens=8))
+    last = int(free.tokens[0, 5])
+    metadata = small_metadata(default_model_path, **ids, eot_token_id=last)
+    oracle.write_tokenizer_gguf(source, metadata)
+    save_checkpoint(out, config, params, tokenizer=source)
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    theirs = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == sorted({4, last})
+    assert theirs.config.bos_token_id == theirs.generation_config.bos_token_id == 5
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == generation
+    assert inputs["input_ids"][0].tolist() == prompt
+    answer = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)[0, len(prompt) :]
+    again = load_tokenizer(out)
+    stopping = GenerationConfig(max_new_tokens=8, stop_ids=again.stop_ids)
+    ours = generate(LLaMa(config), params, [prompt], config=stopping)
+    assert answer.tolist() == ours.row(0)
+    assert answer[-1] == last and len(answer) < 8
+    assert again.decode(answer.tolist()) == tokenizer.decode(answer)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model(tmp_path):
+    config, params = loaded("gqa")
+    with pytest.raises(ArtifactError, match="ids up to 258, the model 160 rows"):
+        save_checkpoint(tmp_path / "out", config, params, tokenizer=cli.checkpoint())
+    with pytest.raises(ArtifactError, match="no-tokenizer"):
+        save_checkpoint(tmp_path / "out", config, params, tokenizer=tmp_path / "no-tokenizer")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.covers("D31")
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_tokenizer_leaves_what_was_there(tmp_path, monkeypatch, overwrite, error):
+    config, params = load_checkpoint(cli.checkpoint())
+    out, write = tmp_path / "out", Path.write_bytes
+    if overwrite:
+        save_checkpoint(out, config, params)
+
+    def fail_half_way(path, data):
+        if path.name == "generation_config.json":
+            write(path, data[:7])
+            raise error
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fail_half_way)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        save_checkpoint(out, config, params, tokenizer=cli.checkpoint(), overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if overwrite else [])
+    if overwrite:
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def wrong_params(config, params):
@@ -216,10 +296,6 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="cannot write"):
         save_checkpoint(tmp_path / "file" / "out", config, params)
-    with pytest.raises(CheckpointError, match="cannot write .*no-tokenizer|No such file"):
-        save_checkpoint(
-            tmp_path / "out", config, params, tokenizer_files=[tmp_path / "no-tokenizer"]
-        )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

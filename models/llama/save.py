@@ -2,9 +2,8 @@
 
 import json
 import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from models.llama.config import ModelConfig
 from models.llama.layout import Leaf, flatten, leaves, to_neighbour_pairs
 from models.llama.meta_file import import_torch
 from models.llama.safetensors_file import INDEX, SINGLE
+from models.llama.tokenizer import check_against_model
+from models.llama.tokenizer_save import token_ids, write_tokenizer
 from utils.errors import CheckpointError, ConfigError
 from utils.files import atomic_directory
 
@@ -28,8 +29,7 @@ def save_checkpoint(
     *,
     format: str = "hf",
     max_shard_bytes: int = 5_000_000_000,
-    tokenizer_files: Sequence[str | Path] = (),
-    generation_config: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint folder that appears whole or not at all.
@@ -40,12 +40,14 @@ def save_checkpoint(
         params: its parameters, as load_checkpoint returns them; they keep their dtypes.
         format: "hf" (config.json and safetensors) or "meta" (params.json and consolidated.00.pth).
         max_shard_bytes: safetensors are split into files of about this size at most, with an index.
-        tokenizer_files: files that are copied into the folder.
-        generation_config: written as generation_config.json.
+        tokenizer: what load_tokenizer takes: a tokenizer file, a GGUF file or a checkpoint folder.
+            Its files are written too, and generation_config.json with all ids that end an answer.
+            Without it, the folder holds weights alone.
         overwrite: replace the folder if there is one.
 
     Raises:
         ConfigError: config and params disagree, or the format cannot express the model.
+        ArtifactError: the tokenizer is broken, or does not belong to the model.
         CheckpointError: the folder is there already, or cannot be written.
     """
     if format not in ("hf", "meta"):
@@ -55,21 +57,23 @@ def save_checkpoint(
     described = config.to_hf() if format == "hf" else config.to_meta()
     parts = leaves(config, format)
     arrays = _check_params(params, parts)
-    path = Path(path)
+    path, ids = Path(path), {}
     try:
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path} is a file, expected a folder or a new name")
         if path.is_dir() and os.listdir(path) and not overwrite:
             raise CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
         with atomic_directory(path, overwrite=overwrite) as folder:
-            for file in tokenizer_files:
-                shutil.copyfile(file, folder / Path(file).name)
-            if generation_config is not None:
-                _write_json(folder / "generation_config.json", generation_config)
+            if tokenizer is not None:
+                # First, because what is wrong with it shows before gigabytes are written.
+                read = write_tokenizer(tokenizer, folder)
+                check_against_model(read, config.vocab_size)
+                # transformers takes ids that config.json does not name for Llama 2's.
+                ids = token_ids(read)
             if format == "hf":
                 # transformers 4 reads torch_dtype, 5 reads dtype.
                 dtype = arrays[("embed",)].dtype.name
-                described |= {"dtype": dtype, "torch_dtype": dtype}
+                described |= {"dtype": dtype, "torch_dtype": dtype} | ids
                 _write_json(folder / "config.json", described)
                 _write_safetensors(folder, parts, arrays, max_shard_bytes)
             else:
