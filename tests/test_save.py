@@ -148,19 +148,19 @@ def test_the_tokenizer_goes_along(tmp_path, format):
 @pytest.mark.covers("D31")
 def test_transformers_generates_from_an_export_as_we_do(tmp_path, default_model_path):
     """Weights, token ids, chat, the answer and where it stops, with a part of the default tokenizer."""
-    sizes = dict(vocab_size=1500, max_position_embeddings=128)
-    tiny.random_model(LlamaConfig(**(tiny.BASE | sizes))).save_pretrained(tmp_path / "model")
+    sizes = dict(vocab_size=1500, max_position_embeddings=128, num_hidden_layers=1)
+    original = tiny.random_model(LlamaConfig(**(tiny.BASE | sizes)))
+    original.save_pretrained(tmp_path / "model")
     config, params = load_checkpoint(tmp_path / "model")
     source, out = tmp_path / "model.gguf", tmp_path / "out"
-    # Ends of text that are not the usual ids, and one more that a greedy answer comes to.
-    ids = dict(eos_token_id=4, bos_token_id=5)
-    oracle.write_tokenizer_gguf(source, small_metadata(default_model_path, **ids))
+    # Ends of text that are not the usual ids, and one more that the greedy answer comes to.
+    metadata = small_metadata(default_model_path, eos_token_id=4, bos_token_id=5)
+    oracle.write_tokenizer_gguf(source, metadata)
     messages = [{"role": "user", "content": "a  12 ½\n"}]
     prompt = chat_format_for(load_tokenizer(source)).encode_chat(messages)
-    free = generate(LLaMa(config), params, [prompt], config=GenerationConfig(max_new_tokens=8))
-    last = int(free.tokens[0, 5])
-    metadata = small_metadata(default_model_path, **ids, eot_token_id=last)
-    oracle.write_tokenizer_gguf(source, metadata)
+    greedy = dict(do_sample=False, max_new_tokens=8)
+    last = int(original.generate(torch.tensor([prompt]), eos_token_id=-1, **greedy)[0, -3])
+    oracle.write_tokenizer_gguf(source, metadata | {"tokenizer.ggml.eot_token_id": last})
     save_checkpoint(out, config, params, tokenizer=source)
 
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -171,7 +171,7 @@ def test_transformers_generates_from_an_export_as_we_do(tmp_path, default_model_
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     assert inputs["input_ids"][0].tolist() == prompt
-    answer = theirs.generate(**inputs, do_sample=False, max_new_tokens=8)[0, len(prompt) :]
+    answer = theirs.generate(**inputs, **greedy)[0, len(prompt) :]
     again = load_tokenizer(out)
     stopping = GenerationConfig(max_new_tokens=8, stop_ids=again.stop_ids)
     ours = generate(LLaMa(config), params, [prompt], config=stopping)
