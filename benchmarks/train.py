@@ -7,6 +7,7 @@ program is a process of its own, and they take turns step by step. A number is t
 "Share" is the model's FLOPs over the best of a few plain matrix products, measured in the same run.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -31,32 +32,23 @@ from utils import memory  # noqa: E402
 ROWS, LENGTH = 4, 256
 RANK = 16
 CHAT_LENGTH, BUCKETS = 512, (64, 128, 256, 512)
-# Name, script, settings beside the folder; the first is the peer that the others are divided by.
-PROGRAMS = {
-    "float32": (
-        ("transformers", "train_peers.py", dict(dtype="float32")),
-        ("altiplano", "train_ours.py", dict(dtype="float32", params_dtype="float32")),
-        (
-            f"altiplano, LoRA {RANK}",
-            "train_ours.py",
-            dict(dtype="float32", params_dtype="float32", lora_rank=RANK),
-        ),
-    ),
-    "bfloat16": (
-        ("transformers", "train_peers.py", dict(dtype="bfloat16")),
-        ("altiplano", "train_ours.py", dict(dtype="bfloat16", params_dtype="bfloat16")),
-        (
-            "altiplano, float32 weights",
-            "train_ours.py",
-            dict(dtype="bfloat16", params_dtype="float32"),
-        ),
-        (
-            f"altiplano, LoRA {RANK}",
-            "train_ours.py",
-            dict(dtype="bfloat16", params_dtype="bfloat16", lora_rank=RANK),
-        ),
-    ),
+OURS = {
+    "altiplano": {},  # remat as train.py has it by default
+    "altiplano, remat none": dict(remat="none"),
+    "altiplano, remat block": dict(remat="block"),
+    f"altiplano, LoRA {RANK}": dict(lora_rank=RANK),
 }
+
+
+def programs(dtype: str, folder: Path) -> dict[str, Worker]:
+    """The peer, and what is divided by it. In bfloat16 the peer keeps its weights in bfloat16 too."""
+    settings = dict(folder=str(folder), dtype=dtype, params_dtype=dtype)
+    ours = {name: settings | change for name, change in OURS.items()}
+    if dtype != "float32":
+        ours["altiplano, float32 weights"] = settings | dict(params_dtype="float32")
+    peer = dict(folder=str(folder), dtype=dtype, matmul_shapes=MATMUL_SHAPES["cpu"])
+    workers = {"transformers": Worker("train_peers.py", **peer)}
+    return workers | {name: Worker("train_ours.py", **changed) for name, changed in ours.items()}
 
 
 def random_tokens(rows: int, length: int) -> list[list[int]]:
@@ -72,10 +64,11 @@ def say(row: dict) -> dict:
 
 def compare(dtype: str, folder: Path, repeats: int) -> list[dict]:
     """One row a program: its best step, peak of memory and share of the matmul peak."""
-    tokens, workers = random_tokens(ROWS, LENGTH), {}
-    try:
-        for name, script, settings in PROGRAMS[dtype]:
-            workers[name] = Worker(script, folder=str(folder), **settings)
+    tokens = random_tokens(ROWS, LENGTH)
+    with contextlib.ExitStack() as stack:
+        workers = programs(dtype, folder)
+        for worker in workers.values():
+            stack.enter_context(worker)
         best = dict.fromkeys(workers, float("inf"))
         losses = {name: [] for name in workers}
         for i in range(repeats + 1):
@@ -83,29 +76,21 @@ def compare(dtype: str, folder: Path, repeats: int) -> list[dict]:
                 seconds, loss = worker.ask("step", tokens)
                 losses[name].append(loss)
                 best[name] = min(best[name], seconds) if i else best[name]
-        peaks = {
-            name: worker.ask(
-                "matmul_peak", *([MATMUL_SHAPES["cpu"]] if name == "transformers" else [])
-            )
-            for name, worker in workers.items()
-            if name in ("transformers", "altiplano")
-        }
+        held = {name: worker.peak_bytes() for name, worker in workers.items()}
+        peaks = {n: workers[n].ask("matmul_peak") for n in ("transformers", "altiplano")}
         flops = {n: w.ask("flops_per_token", LENGTH) for n, w in workers.items() if n[0] == "a"}
         flops["transformers"] = flops["altiplano"]
         rows = []
-        for name, worker in workers.items():
+        for name in workers:
             rate = ROWS * LENGTH / best[name]
             row = {"dtype": dtype, "program": name, "tokens_per_s": rate}
             row["times"] = rate * best["transformers"] / (ROWS * LENGTH)
-            row["memory"] = worker.peak_bytes()
-            row["memory_times"] = row["memory"] / workers["transformers"].peak_bytes()
+            row["memory"] = held[name]
+            row["memory_times"] = row["memory"] / held["transformers"]
             row |= {"flops_per_s": rate * flops[name], "losses": losses[name]}
             row |= {f"share_{peer}_peak": row["flops_per_s"] / p for peer, p in peaks.items()}
             rows.append(say(row | {f"{peer}_peak": p for peer, p in peaks.items()}))
         return rows
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
 
 
 def chat_lengths(count: int) -> np.ndarray:
@@ -170,7 +155,10 @@ def show(rows: list[dict]) -> None:
         shares = row["share_altiplano_peak"], row["share_transformers_peak"]
         table.add_row(row["dtype"], row["program"], *cells, *(f"{100 * s:.0f} %" for s in shares))
     rich.console.Console(width=140).print(table)
+    rates = {(row["dtype"], row["program"]): row["tokens_per_s"] for row in rows}
     for row in {row["dtype"]: row for row in rows}.values():
+        lora, full = (rates[row["dtype"], n] for n in (f"altiplano, LoRA {RANK}", "altiplano"))
+        print(f"LoRA ÷ full step, {row['dtype']}: {lora / full:.2f}")
         xla, torch = row["altiplano_peak"] / 1e9, row["transformers_peak"] / 1e9
         print(f"matmul peak, {row['dtype']}: {xla:.0f} GFLOP/s by XLA, {torch:.0f} by torch")
 
@@ -180,7 +168,7 @@ def main(repeats: int = 3, json_file: str | None = None) -> None:
     path = resolve(DEFAULT_MODEL)
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        for dtype in PROGRAMS:
+        for dtype in ("float32", "bfloat16"):
             folder = Path(name) / dtype
             save_checkpoint(folder, *load_checkpoint(path, dtype=dtype))
             rows += compare(dtype, folder, repeats)

@@ -27,7 +27,7 @@ class Altiplano:
     """
 
     def __init__(
-        self, folder: str, dtype: str, params_dtype: str, lora_rank: int = 0, remat: str = "none"
+        self, folder: str, dtype: str, params_dtype: str, lora_rank: int = 0, remat: str = "dots"
     ):
         self._config, params = load_checkpoint(folder, dtype=params_dtype)
         self._dtype = jnp.dtype(dtype)

@@ -18,10 +18,12 @@ class Torch:
     Args:
         folder: a Hugging Face checkpoint.
         dtype: of everything.
+        matmul_shapes: m, n, k of the products that `matmul_peak` measures.
     """
 
-    def __init__(self, folder: str, dtype: str):
+    def __init__(self, folder: str, dtype: str, matmul_shapes: list[list[int]]):
         dtype = self._dtype = getattr(torch, dtype)
+        self._shapes = matmul_shapes
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa"
         ).train()
@@ -38,10 +40,10 @@ class Torch:
         self._optimizer.step()
         return time.perf_counter() - start, loss.item()
 
-    def matmul_peak(self, shapes: list[list[int]]) -> float:
+    def matmul_peak(self) -> float:
         """The best FLOP/s of products [m, k] · [n, k] as torch does them."""
         best = 0.0
-        for m, n, k in shapes:
+        for m, n, k in self._shapes:
             a, b = (torch.randn(rows, k, dtype=self._dtype) for rows in (m, n))
             for _ in range(8):
                 start = time.perf_counter()
