@@ -1,6 +1,7 @@
 """Optimizers and schedules against formulas written out in float64, and what a config refuses."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -37,11 +38,16 @@ def is_matrix(path):
 def updates_of(config, params, grads):
     """The updates of some steps, from fixed parameters."""
     optimizer = make_optimizer(config)
-    state, out = optimizer.init(params), []
-    for g in grads:
-        update, state = optimizer.update(g, state, params)
-        out.append(update)
-    return out
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def update(grads, params):
+        state, out = optimizer.init(params), []
+        for g in grads:
+            update, state = optimizer.update(g, state, params)
+            out.append(update)
+        return out
+
+    return update(grads, params)
 
 
 def compare(found, wanted, tolerance=1e-5):
