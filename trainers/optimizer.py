@@ -119,17 +119,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         )
     else:
-        chosen = optax.contrib.muon(
+        muon = optax.contrib.muon(
             rate,
             weight_decay=decay,
-            weight_decay_mask=decayed,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
             eps=config.eps,
-            adam_weight_decay=decay,
             muon_weight_dimension_numbers=_muon_matrices,
             consistent_rms=0.2,  # AdamW's learning rates fit (Moonlight, 2502.16982)
         )
+        # Its own AdamW for the rest is Nesterov's, and decays norms and biases.
+        adamw = optax.adamw(rate, eps=config.eps, weight_decay=decay, mask=decayed, **adam)
+        chosen = optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
     if config.clip_norm is None:
         return chosen
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
@@ -145,11 +144,16 @@ def _is_matrix(path) -> bool:
     return name.startswith("w") or name in ("embed", "lm_head")
 
 
+def _muon_or_adamw(params: Any) -> Any:
+    """Muon is for the matrices of layers."""
+    label = lambda path, _: "muon" if path[-1].key.startswith("w") else "adamw"
+    return jax.tree.map_with_path(label, params)
+
+
 def _muon_matrices(params: Any) -> Any:
-    """Muon's matrices: those of the layers, [L, out, in]."""
+    """How Muon is to see them: [L, out, in]."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
-    inner = lambda path: path[-1].key.startswith("w")
-    return jax.tree.map_with_path(lambda path, _: spec if inner(path) else None, params)
+    return jax.tree.map(lambda _: spec, params)
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:

@@ -190,7 +190,7 @@ class Trainer(abc.ABC):
         """
         key, loss_key = jax.random.split(state.key)
         grads, loss = self.gradients(state.params, frozen, batch, loss_key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
         updates, moments = make_optimizer(self.config).update(grads, state.opt_state, state.params)

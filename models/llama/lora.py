@@ -40,7 +40,10 @@ class LoRAConfig:
             problems.append(f"rank={self.rank!r}, expected an integer of at least 1")
         if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha < 1e6):
             problems.append(f"alpha={self.alpha!r}, expected a positive number")
-        if not self.targets or not set(self.targets) <= set(TARGETS):
+        if isinstance(self.targets, list):  # a hashable one
+            object.__setattr__(self, "targets", tuple(self.targets))
+        given = self.targets if isinstance(self.targets, tuple) else ()
+        if not given or not all(name in TARGETS for name in given):
             problems.append(f"targets={self.targets!r}, expected some of {', '.join(TARGETS)}")
         raise_all("LoRAConfig", problems)
 
