@@ -23,7 +23,7 @@ import rich.progress
 
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint
-from models.llama.model import LLaMa, Params, for_decoding
+from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
 from utils import memory
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
@@ -249,9 +249,9 @@ def load_model(
     with progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
-        config, params = load_checkpoint(path, dtype=dtype, progress=report)
+        config, params = load_checkpoint(path, dtype=dtype, decoding=True, progress=report)
     check_against_model(tokenizer, config.vocab_size)
-    return Model(LLaMa(config), for_decoding(params, donate=True), tokenizer)
+    return Model(LLaMa(config), params, tokenizer)
 
 
 def busy(what: str) -> contextlib.AbstractContextManager:
