@@ -41,6 +41,9 @@ which may begin with a /. Ctrl-C stops an answer; twice while nothing is being a
 
 MAX_CONVERSATION_BYTES = 16 << 20
 
+# Of a new conversation's cache. Each decode step reads all slots, so it starts small.
+MIN_SLOTS = 1024
+
 
 class Conversation:
     """Messages, and the KV cache of those that the model has read.
@@ -139,7 +142,9 @@ class Conversation:
         run = Generation(self._model.llama, self._model.params, self.sampler, config)
         key = jax.random.fold_in(self._key, self._answers)
         self._answers += 1
-        run.start([ids[kept:]], key=key, cache=cache)
+        # A larger cache is another compilation: it doubles, and seldom.
+        room = max(MIN_SLOTS, 1 << (len(ids) + self.max_gen_len - 1).bit_length())
+        run.start([ids[kept:]], key=key, cache=cache, room=min(room, self.context))
         try:
             yield from stream_text(run, tokenizer)
         except GeneratorExit:

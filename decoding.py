@@ -103,28 +103,30 @@ class Generation:
         )
         self.state: DecodeState | None = None
 
-    def start(self, prompts, *, key: Array | None = None, cache: KVCache | None = None) -> None:
+    def start(
+        self, prompts, *, key: Array | None = None, cache: KVCache | None = None, room: int = 1
+    ) -> None:
         """Prefills the prompts and samples the first token of each row.
 
         Args:
             prompts: B lists of token ids, the ones that `cache` does not hold yet.
             key: see `generate`.
             cache: B rows already filled; it is donated. None: an empty one.
+            room: slots a row that the cache shall have at least, for what comes after these rows.
         """
         held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
         limits = self._check(prompts, held)
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         width = bucket(lengths.max(), 16)
-        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 64)
+        capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        if cache is None:
-            self._check_memory(len(prompts) * self.config.n, capacity)
-        elif self.config.n > 1:
+        if cache is not None and self.config.n > 1:
             raise SamplingError("a filled cache takes one sample a prompt: n=1")
-        elif cache.capacity < capacity:
-            cache = cache.resized(capacity)
+        if cache is None or cache.capacity < capacity:
+            self._check_memory(len(prompts) * self.config.n, capacity)
+            cache = cache and cache.resized(capacity)
         check_capacity(held, width, capacity if cache is None else cache.capacity)
         keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
         batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)

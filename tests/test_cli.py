@@ -32,9 +32,13 @@ def generate(*args, **options):
 
 
 def together(cases):
-    """Runs several command lines (name -> arguments), two at a time: most of a run is imports."""
+    """Runs several command lines (name -> arguments) as processes, two at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(cases, pool.map(lambda args: generate(*args), cases.values())))
+
+
+def inside(*args, **options):
+    return cli.inside("generate.py", *args, **options)
 
 
 def rows(done):
@@ -130,9 +134,12 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
         "no file": ([*TINY, "--prompts_file", str(tmp_path / "absent")], 4, "absent"),
         "too long": ([*TINY, "--prompt", "x" * 250], 2, "251 tokens.*263 exceed"),
     }
-    done = together({name: case[0] for name, case in expected.items()})
-    for name, (_, code, pattern) in expected.items():
-        check_error(done[name], code, pattern)
+    for args, code, pattern in expected.values():
+        check_error(inside(*args), code, pattern)
+    processes = ("sampler", "missing", "latin")  # one of each exit code
+    done = together({name: expected[name][0] for name in processes})
+    for name in processes:
+        check_error(done[name], *expected[name][1:])
 
 
 @pytest.mark.covers("C6", "A16")
@@ -158,12 +165,14 @@ def test_stdout_carries_the_text_and_stderr_a_summary():
     cases = {"plain": base, "json": [*base, "--json"], "zero": [*base, "--max_gen_len", "0"]}
     cases["huge"] = [*base, "--max_gen_len", str(2**31)]
     cases["three"] = [*TINY, "--prompt", "hi", "--n", "3", "--json", "--seed", "7", "--logprobs"]
-    done = together(cases)
+    done = {name: inside(*args) for name, args in cases.items()}
+    process = generate(*base)
+    assert (process.stdout, process.returncode) == (done["plain"].stdout, 0)
     summary = (
         r"3 prompt tokens, \d+ tok/s; 12 tokens, [\d.]+ tok/s; weights [\d.]+ kB, "
         r"KV cache [\d.]+ kB; compiled in [\d.]+ s\n"
     )
-    assert re.fullmatch(summary, done["plain"].stderr)
+    assert re.fullmatch(summary, process.stderr)
     [row] = rows(done["json"])
     assert list(row) == ["prompt", "text", "prompt_tokens", "tokens", "finish_reason"]
     assert done["plain"].stdout == row["text"] + "\n"
@@ -193,7 +202,7 @@ def test_prompts_seeds_and_stops(tmp_path):
         "empty": [*base, "--prompt", ""],
         "greedy": greedy,
     }
-    done = together(cases)
+    done = {name: inside(*args) for name, args in cases.items()}
     lines = rows(done["txt"])
     assert [row["prompt"] for row in lines] == prompts
     assert rows(done["jsonl"])[::2] == lines  # sample 0 does not depend on n, nor on the file
@@ -203,19 +212,16 @@ def test_prompts_seeds_and_stops(tmp_path):
     text = rows(done["greedy"])[0]["text"]
     stop = text[4]
     plain = [word for word in greedy if word != "--json"]
-    cases = {"json": [*greedy, "--stop", json.dumps(["absent", stop])]}
-    cases["text"] = [*plain, f"--stop={stop}"]
-    done = together(cases)
-    [row] = rows(done["json"])
+    [row] = rows(inside(*greedy, "--stop", json.dumps(["absent", stop])))
     assert row["text"] == text[: text.index(stop)] and row["finish_reason"] == "stop"
-    assert done["text"].stdout == row["text"] + "\n"
+    assert inside(*plain, f"--stop={stop}").stdout == row["text"] + "\n"
 
 
 @pytest.mark.covers("C14")
 def test_a_cache_that_cannot_fit_is_refused_with_its_size():
     start = time.monotonic()
     long = ["--ckpt_dir", str(cli.checkpoint(32768)), "--prompt", "hi", "--max_gen_len", "30000"]
-    done = generate(*long, "--n", str(1 << 20))
+    done = inside(*long, "--n", str(1 << 20))
     check_error(done, 3, r"out of memory: [\d.]+ TB for the KV cache of 1048576 rows of 32768")
     assert time.monotonic() - start < 60
 
@@ -273,11 +279,10 @@ def test_stdin():
             generate, *TINY, "--json", input=data, text=False, env=ascii
         )
         text, bad = start("two\nlines é\n".encode()), start(b"ok \xff")
-        empty = pool.submit(generate, *TINY, "--json", stdin=subprocess.DEVNULL)
         assert json.loads(text.result().stdout)["prompt"] == "two\nlines é"
         assert bad.result().returncode == 4 and bad.result().stdout == b""
         assert bad.result().stderr == b"error: stdin is not UTF-8: byte 0xff at offset 3\n"
-        done = empty.result()
+    done = inside(*TINY, "--json")
     [row] = rows(done)
     assert row["prompt"] == console.DEFAULT_QUESTION and 2 in row["prompt_tokens"]  # a chat
     assert done.stderr.startswith(f"no --prompt: asking {console.DEFAULT_QUESTION!r} (--chat)\n")
@@ -318,7 +323,7 @@ def test_interrupt_while_text_is_streamed():
         seen += process.stdout.read(1)
     code, rest, error = interrupt(process)
     assert (code, error) == (130, b"")
-    expected = generate(*ENDLESS, "--max_gen_len", "40").stdout.encode()
+    expected = inside(*ENDLESS, "--max_gen_len", "40").stdout.encode()
     assert expected.startswith(seen) and (seen + rest).startswith(expected[:20])
 
 

@@ -79,9 +79,7 @@ def load_checkpoint(
     # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)
-    params, broken = read_params(
-        source, parts, target, decoding=decoding, progress=progress
-    )
+    params, broken = read_params(source, parts, target, decoding=decoding, progress=progress)
     if broken:
         shown = ", ".join(f"{name!r} ({n})" for name, n in list(broken.items())[:10])
         message = f"{source.description}: NaN or infinity in {len(broken)} tensors: {shown}"
