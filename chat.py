@@ -1,9 +1,12 @@
 """Chat in a terminal: `python chat.py`, then type; /help lists the commands."""
 
+import gc
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # until console.run: imports make much that stays, and looking at it takes time
 
 import contextlib
 import json

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import os
@@ -61,6 +62,8 @@ def run(command: Callable[..., None]) -> None:
     `--debug` shows the traceback as well.
     """
     debug = "--debug" in sys.argv
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: say(str(message), "warning: ")
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen

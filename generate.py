@@ -3,10 +3,13 @@
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
+import gc
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # until console.run: imports make much that stays, and looking at it takes time
 
 import dataclasses
 import json as jsonlib
