@@ -15,7 +15,7 @@ import pytest
 
 import console
 import sampling
-from chat import Conversation
+from conversation import Conversation
 from decoding import Generation
 from models.llama.chat_format import chat_format_for
 from models.llama.load import load_checkpoint
@@ -115,6 +115,16 @@ def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_rig
     assert ask(fresh, "one") == other
     chat.set_system("")
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_the_cache_starts_with_room_and_doubles():
+    chat = conversation(context=250)
+    ask(chat, "one")
+    assert chat._cache.capacity == 256  # as the context
+    chat = conversation(context=2048)
+    for said, slots in (("x", 1024), ("x" * 800, 1024), ("x" * 300, 2048)):
+        ask(chat, said)
+        assert chat._cache.capacity == slots
 
 
 def test_regenerate_draws_another_answer():

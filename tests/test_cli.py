@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -58,7 +59,7 @@ def check_error(done, code, pattern):
 
 
 def parse(monkeypatch, *argv):
-    def command(prompt: str | None = None, json: bool = False, n: int = 1):
+    def command(prompt: str | None = None, json: bool = False, n: int = 1, tie: bool | None = None):
         """A command."""
         raise AssertionError("parsing must not call the command")
 
@@ -67,13 +68,15 @@ def parse(monkeypatch, *argv):
 
 
 def test_arguments_reach_the_command_as_they_were_typed(monkeypatch):
-    default = {"prompt": None, "json": False, "n": 1}
+    default = {"prompt": None, "json": False, "n": 1, "tie": None}
     assert parse(monkeypatch) == default
     assert parse(monkeypatch, "--prompt", "12", "--n", "3") == default | {"prompt": "12", "n": 3}
     assert parse(monkeypatch, "--prompt=[1]", "--json") == default | {"prompt": "[1]", "json": True}
     assert parse(monkeypatch, "--prompt", "", "--nojson") == default | {"prompt": ""}
     assert parse(monkeypatch, "--prompt", "True") == default | {"prompt": "True"}
     assert parse(monkeypatch, "--prompt=--json") == default | {"prompt": "--json"}
+    assert parse(monkeypatch, "--tie") == default | {"tie": True}
+    assert parse(monkeypatch, "--notie") == default | {"tie": False}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,11 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
         "negative": ([*say, "--temperature", "-1"], 2, "temperature=-1, expected a finite"),
         "seed": ([*say, "--seed", str(2**64)], 2, f"seed={2**64}.* 0 to {2**32 - 1}"),
         "negative seed": ([*say, "--seed", "-1"], 2, "seed=-1"),
-        "lengths": ([*say, *lengths], 2, "=-1, expected .* at least 0; n=0.* stop .* be empty"),
+        "lengths": (
+            [*say, *lengths],
+            2,
+            r"=-1 \(--max_gen_len\), expected .* at least 0; n=0.* stop .* be empty",
+        ),
         "stop list": ([*say, "--stop", "[a"], 2, r"no JSON list .*\[\\\"\[a\\\"\]|\[\"\[a\"\]"),
         "logprobs": ([*say, "--logprobs"], 2, "add --json"),
         "system": ([*say, "--system", "Be brief."], 2, "need --chat"),
@@ -132,7 +139,12 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
         "latin": ([*TINY, "--prompts_file", str(tmp_path / "latin.txt")], 4, "0xe9 at offset 3"),
         "no prompts": ([*TINY, "--prompts_file", str(tmp_path / "none.txt")], 4, "no prompts"),
         "no file": ([*TINY, "--prompts_file", str(tmp_path / "absent")], 4, "absent"),
-        "too long": ([*TINY, "--prompt", "x" * 250], 2, "251 tokens.*263 exceed"),
+        "too long": (
+            [*TINY, "--prompt", "x" * 250],
+            2,
+            "251 tokens.*263 exceed.*256; shorten either$",
+        ),
+        "context": ([*say, "--max_seq_len", "257"], 2, "=257 exceeds the model's context of 256"),
     }
     for args, code, pattern in expected.values():
         check_error(inside(*args), code, pattern)
@@ -140,6 +152,36 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
     done = together({name: expected[name][0] for name in processes})
     for name in processes:
         check_error(done[name], *expected[name][1:])
+
+
+@pytest.mark.covers("A10", "A16", "A17")
+def test_what_the_checkpoint_may_hold_is_set_by_flags(tmp_path):
+    weights = safetensors.numpy.load_file(cli.checkpoint() / "model.safetensors")
+    say = ["--max_gen_len", "4", "--prompt", "hi", "--temperature", "0"]
+
+    def ask(name, *flags, **tensors):
+        folder = tmp_path / name
+        if not folder.exists():
+            shutil.copytree(cli.checkpoint(), folder)
+            safetensors.numpy.save_file(weights | tensors, folder / "model.safetensors")
+        return inside("--ckpt_dir", str(folder), *say, *flags)
+
+    plain = ask("plain").stdout
+    check_error(ask("extra", extra=np.zeros(3, np.float32)), 3, "unexpected: 'extra'")
+    done = ask("extra", "--allow_extra")
+    assert done.stdout == plain and "warning" in done.stderr and "'extra'" in done.stderr
+    huge = weights["lm_head.weight"].copy()
+    huge[3, 0] = np.nan
+    name = {"lm_head.weight": huge}
+    check_error(ask("nan", "--check_finite", **name), 3, "NaN or infinity in 1 tensors: 'lm_head")
+    check_error(ask("plain", "--tie"), 3, "1 unexpected: 'lm_head.weight'")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "plain" / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": True})
+    )
+    check_error(ask("plain"), 3, "tie_word_embeddings.*--tie.*--notie")
+    assert ask("plain", "--notie").stdout == plain
+    assert ask("plain", "--tie").returncode == 0
 
 
 @pytest.mark.covers("C6", "A16")
@@ -370,6 +412,24 @@ def test_interrupt_during_the_imports():
     time.sleep(0.5)
     code, out, error = interrupt(process)
     assert code in (-signal.SIGINT, 130) and (out, error) == (b"", b"")
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_while_the_default_model_is_fetched(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as index:  # it takes pip's call and never answers
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        environment = cli.environment() | {"XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": url}
+        process = start(["--prompt", "x"], env=environment)
+        index.settimeout(60)
+        connection, _ = index.accept()
+        with connection:
+            assert connection.recv(4) == b"GET "
+            code, out, error = interrupt(process)
+            assert (code, out, error) == (130, b"", b"")
+            connection.settimeout(2)
+            while connection.recv(4096):  # to its end: pip is gone too
+                pass
+    assert list((tmp_path / "altiplano" / "models" / "smollm2-135m-instruct").iterdir()) == []
 
 
 # The default model ------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def _open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     elif config.tie_embeddings and head in source.shapes and not _same(source, embed, head):
         raise ArtifactError(
             f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}; "
-            "pass tie=True to follow the config or tie=False to keep the file's head"
+            "pass tie=True (--tie) to follow the config, tie=False (--notie) to keep the file's head"
         )
     if config.tie_embeddings:
         source.shapes.pop(head, None)
