@@ -133,7 +133,7 @@ def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
     for name, value in found.items():
         if name in texts and value == "True" and not any(a.endswith("True") for a in sys.argv):
             raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
-        if kinds[name] in (bool, bool | None) and not isinstance(value, bool):
+        if kinds[name] in (bool, bool | None) and not isinstance(value, kinds[name]):
             raise ConfigError(f"--{name} is on or off, got {value!r}; --no{name} turns it off")
     return found
 
