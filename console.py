@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import os
@@ -23,7 +24,7 @@ import rich.progress
 
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint
-from models.llama.model import LLaMa, Params, for_decoding
+from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
 from utils import memory
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
@@ -61,6 +62,8 @@ def run(command: Callable[..., None]) -> None:
     `--debug` shows the traceback as well.
     """
     debug = "--debug" in sys.argv
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: say(str(message), "warning: ")
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
@@ -130,7 +133,7 @@ def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
     for name, value in found.items():
         if name in texts and value == "True" and not any(a.endswith("True") for a in sys.argv):
             raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
-        if kinds[name] is bool and not isinstance(value, bool):
+        if kinds[name] in (bool, bool | None) and not isinstance(value, kinds[name]):
             raise ConfigError(f"--{name} is on or off, got {value!r}; --no{name} turns it off")
     return found
 
@@ -235,7 +238,10 @@ def compute_dtype(dtype: str) -> Any:
 
 
 def load_model(
-    ckpt_dir: str = DEFAULT_MODEL, tokenizer_path: str | None = None, dtype: str = "auto"
+    ckpt_dir: str = DEFAULT_MODEL,
+    tokenizer_path: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
 ) -> Model:
     """Loads weights and tokenizer, with a progress bar on stderr.
 
@@ -243,15 +249,18 @@ def load_model(
         ckpt_dir: see `load_checkpoint`.
         tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        options: allow_extra, check_finite and tie of `load_checkpoint`.
     """
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
-        config, params = load_checkpoint(path, dtype=dtype, progress=report)
+        config, params = load_checkpoint(
+            path, dtype=dtype, decoding=True, progress=report, **options
+        )
     check_against_model(tokenizer, config.vocab_size)
-    return Model(LLaMa(config), for_decoding(params, donate=True), tokenizer)
+    return Model(LLaMa(config), params, tokenizer)
 
 
 def busy(what: str) -> contextlib.AbstractContextManager:

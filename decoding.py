@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
+from models.llama.config import ModelConfig
 from models.llama.model import LLaMa, Params, cache_shape, init_cache, for_decoding
 from utils import memory
 from utils.errors import SamplingError, is_int
@@ -53,7 +54,8 @@ class GenerationConfig:
         for name, least in dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1).items():
             value = getattr(self, name)
             if value is not None and (not is_int(value) or value < least):
-                bad.append(f"{name}={value!r}, expected an integer of at least {least}")
+                flag = " (--max_gen_len)" if name == "max_new_tokens" else ""
+                bad.append(f"{name}={value!r}{flag}, expected an integer of at least {least}")
         if self.n is None:
             bad.append("n=None, expected an integer of at least 1")
         if any(not isinstance(s, str) or not s for s in self.stop_strings):
@@ -103,28 +105,30 @@ class Generation:
         )
         self.state: DecodeState | None = None
 
-    def start(self, prompts, *, key: Array | None = None, cache: KVCache | None = None) -> None:
+    def start(
+        self, prompts, *, key: Array | None = None, cache: KVCache | None = None, room: int = 1
+    ) -> None:
         """Prefills the prompts and samples the first token of each row.
 
         Args:
             prompts: B lists of token ids, the ones that `cache` does not hold yet.
             key: see `generate`.
             cache: B rows already filled; it is donated. None: an empty one.
+            room: slots a row that the cache shall have at least, for what comes after these rows.
         """
         held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
         limits = self._check(prompts, held)
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         width = bucket(lengths.max(), 16)
-        capacity = bucket(max((held + lengths + limits).max(), held.max() + width), 64)
+        capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        if cache is None:
-            self._check_memory(len(prompts) * self.config.n, capacity)
-        elif self.config.n > 1:
+        if cache is not None and self.config.n > 1:
             raise SamplingError("a filled cache takes one sample a prompt: n=1")
-        elif cache.capacity < capacity:
-            cache = cache.resized(capacity)
+        if cache is None or cache.capacity < capacity:
+            self._check_memory(len(prompts) * self.config.n, capacity)
+            cache = cache and cache.resized(capacity)
         check_capacity(held, width, capacity if cache is None else cache.capacity)
         keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
         batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
@@ -184,7 +188,10 @@ class Generation:
     def _check(self, prompts, held: np.ndarray) -> np.ndarray:
         """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
         c, vocab = self.config, self.model.config.vocab_size
-        context = self.model.config.max_seq_len if c.max_seq_len is None else c.max_seq_len
+        context = context_length(self.model.config, c.max_seq_len)
+        more = lambda n: f" or pass --max_seq_len {n} or more" * (
+            n <= self.model.config.max_seq_len
+        )
         most = context if c.max_new_tokens is None else c.max_new_tokens
         if not len(prompts):
             raise SamplingError("no prompts; pass at least one list of token ids")
@@ -193,19 +200,18 @@ class Generation:
             where = f"prompt {row}" if len(prompts) > 1 else "prompt"
             if not len(prompt):
                 raise SamplingError(f"{where} is empty: it has no token to start from")
-            wrong = [t for t in prompt if not 0 <= t < vocab]
-            if wrong:
+            if wrong := [t for t in prompt if not 0 <= t < vocab]:
                 raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
             used = before + len(prompt)
             if used >= context and most > 0:
                 raise SamplingError(
                     f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
-                    f"shorten it or pass --max_seq_len {used + 1} or more"
+                    f"shorten it{more(used + 1)}"
                 )
             if most <= context and c.max_new_tokens is not None and used + most > context:
                 raise SamplingError(
                     f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
-                    f"max_seq_len={context}; pass --max_seq_len {used + most} or more"
+                    f"max_seq_len={context}; shorten either{more(used + most)}"
                 )
             limits.append(min(most, context - used))
         return np.asarray(limits, np.int32)
@@ -225,6 +231,16 @@ class Generation:
             )
             error.exit_code = 5
             raise error
+
+
+def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
+    """Tokens of a row at most. Raises SamplingError if more than the model's context are asked for."""
+    model = config.max_seq_len
+    if (max_seq_len or model) > model:
+        raise SamplingError(
+            f"max_seq_len={max_seq_len} exceeds the model's context of {model} tokens"
+        )
+    return max_seq_len or model
 
 
 def cache_dtype(params: Params) -> jnp.dtype:
@@ -359,7 +375,8 @@ def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array)
 
 def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
     """Draws the next token of every running row and records it; rows that ended stay as they are."""
-    finite_R = jnp.isfinite(jax.nn.logsumexp(logits_RV, axis=-1))
+    # A maximum is NaN where any logit is, and -inf only where all are.
+    finite_R = jnp.isfinite(jnp.max(logits_RV, axis=-1))
     logits_RV = jnp.where(jnp.arange(logits_RV.shape[-1]) < rules.vocab_limit, logits_RV, -jnp.inf)
     keys_R = jax.vmap(jax.random.fold_in)(state.keys_R, state.counts_R)
     tokens_R, logprobs_R = rules.sampler(logits_RV, keys_R, state.seen_RV)

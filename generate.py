@@ -3,10 +3,13 @@
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
+import gc
 import signal
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # until console.run: imports make much that stays, and looking at it takes time
 
 import dataclasses
 import json as jsonlib
@@ -18,7 +21,7 @@ import numpy as np
 
 import console
 import sampling
-from decoding import STOP, Completions, Generation, GenerationConfig
+from decoding import STOP, Completions, Generation, GenerationConfig, context_length
 from models.llama.chat_format import chat_format_for
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.model import LLaMa, Params
@@ -202,6 +205,9 @@ def main(
     n: int = 1,
     stop: str | None = None,
     dtype: str = "auto",
+    allow_extra: bool = False,
+    check_finite: bool = False,
+    tie: bool | None = None,
     logprobs: bool = False,
     json: bool = False,
     debug: bool = False,
@@ -227,6 +233,9 @@ def main(
         n: completions a prompt.
         stop: a text, or a JSON list of texts, that ends a completion and is left out of it.
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        allow_extra: ignore tensors of the checkpoint that the model does not have.
+        check_finite: refuse weights with NaN or infinity, instead of a warning.
+        tie: use the embedding as output head, whatever the file says; --notie: the file's own head.
         logprobs: each token's log-probability, in the JSON.
         json: one JSON object a completion.
         debug: show the traceback of an error.
@@ -245,19 +254,11 @@ def main(
     prompts, chat = console.read_prompts(prompt, prompts_file, chat)
     if not chat and (system is not None or chat_format is not None):
         raise ConfigError("--system and --chat_format need --chat")
-    model = console.load_model(ckpt_dir, tokenizer_path, dtype)
+    checks = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
+    model = console.load_model(ckpt_dir, tokenizer_path, dtype, **checks)
     ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
-    if max_gen_len is None:
-        room = (max_seq_len or model.llama.config.max_seq_len) - max(map(len, ids))
-        max_gen_len = max(1, min(256, room))
-    config = dataclasses.replace(
-        config,
-        max_new_tokens=max_gen_len,
-        stop_ids=model.tokenizer.stop_ids,
-        vocab_limit=model.vocab_limit,
-    )
     interrupts.set(raises=False, leave_at=1)
-    run = Generation(model.llama, model.params, sampler, config)
+    run = Generation(model.llama, model.params, sampler, _complete(config, model, ids))
     clock.lap()
     with console.busy("reading the prompt"):
         run.start(ids, key=key)
@@ -266,25 +267,40 @@ def main(
         for piece in stream_text(run, model.tokenizer):
             console.write(piece)
         console.write("\n")
-        done = run.completions()
     else:
-        total = int(np.asarray(run.state.limits_R).sum())
-        with console.progress() as report:
-            done = finish(run, model.tokenizer, lambda tokens: report("tokens", tokens, total))
+        done = _finish_with_progress(run, model.tokenizer)
         texts = _texts(done, model.tokenizer)
-        rows = _json_rows(prompts, ids, done, texts, logprobs) if json else texts
-        for row in rows:
+        for row in _json_rows(prompts, ids, done, texts, logprobs) if json else texts:
             console.write(row + "\n")
-    decode_seconds = clock.lap()
-    n_prompt, n_tokens = sum(map(len, ids)), int(done.lengths.sum())
+    n_prompt, n_tokens = sum(map(len, ids)), int(run.completions().lengths.sum())
     console.stderr.print(
         f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
-        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / decode_seconds:.1f} tok/s; "
+        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / clock.lap():.1f} tok/s; "
         f"weights {memory.human(memory.tree_bytes(model.params))}, "
         f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
         f"compiled in {clock.compile_seconds:.1f} s"
     )
+
+
+def _complete(config: GenerationConfig, model: console.Model, ids: list[list[int]]):
+    """The config with what the model knows: its stop ids, and the default of --max_gen_len."""
+    most = config.max_new_tokens
+    if most is None:
+        context = context_length(model.llama.config, config.max_seq_len)
+        most = max(1, min(256, context - max(map(len, ids))))
+    return dataclasses.replace(
+        config,
+        max_new_tokens=most,
+        stop_ids=model.tokenizer.stop_ids,
+        vocab_limit=model.vocab_limit,
+    )
+
+
+def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
+    total = int(np.asarray(run.state.limits_R).sum())
+    with console.progress() as report:
+        return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
 
 
 def random_key(seed: int) -> Array:

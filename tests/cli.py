@@ -1,16 +1,24 @@
 """Starts the command lines as a user does, on a tiny checkpoint whose tokenizer knows every byte."""
 
 import functools
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
+import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
+import pytest
 import tokenizers
 from transformers import LlamaConfig
 
+import console
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +91,35 @@ def run(program: str, *args: str, **options: Any) -> subprocess.CompletedProcess
     options.setdefault("text", True)
     options.setdefault("env", environment())
     return subprocess.run(command(program, *args), **options)
+
+
+def inside(program: str, *args: str, input: str | bytes = b"") -> subprocess.CompletedProcess:
+    """The same as `run`, in this process: nothing is imported or compiled a second time.
+
+    For what a program makes of its arguments and its input. What a process makes of pipes, signals
+    and its end needs `run`.
+    """
+    data = input if isinstance(input, bytes) else input.encode()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in range(2))
+    err.reconfigure(encoding="utf-8")
+    code, on_interrupt = 0, signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *args])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        # These two change the process for good.
+        patch.setattr(console, "keep_compilations", lambda: None)
+        idle = types.SimpleNamespace(count=0, set=lambda **_: None)
+        patch.setattr(console, "Interrupts", lambda: idle)
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            console.run(importlib.import_module(program.removesuffix(".py")).main)
+        except SystemExit as e:
+            code = e.code
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
+            jax.config.update("jax_disable_most_optimizations", False)
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess([program, *args], code, stdout, stderr)

@@ -1,6 +1,5 @@
 """chat.py: the conversation and its cache, in this process; the program, by pipe and by terminal."""
 
-import concurrent.futures
 import functools
 import json
 import os
@@ -16,7 +15,7 @@ import pytest
 
 import console
 import sampling
-from chat import Conversation
+from conversation import Conversation
 from decoding import Generation
 from models.llama.chat_format import chat_format_for
 from models.llama.load import load_checkpoint
@@ -28,6 +27,14 @@ from utils.errors import DataError, SamplingError
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperature", "0"]
 # Answers that do not end by themselves while a test waits.
 ENDLESS = ["--ckpt_dir", str(cli.checkpoint(32768)), "--max_gen_len", "15000", "--temperature", "0"]
+
+
+@pytest.fixture(autouse=True)
+def fast_compilations():
+    """XLA's optimisations cost a tiny model more time than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -56,10 +63,10 @@ def passes(monkeypatch):
     """The prompts given to Generation.start, and what the cache held at that time."""
     seen, start = [], Generation.start
 
-    def spy(self, prompts, *, key=None, cache=None):
+    def spy(self, prompts, *, cache=None, **options):
         held = 0 if cache is None else int(cache.lengths[0])
         seen.append((held, list(prompts[0])))
-        return start(self, prompts, key=key, cache=cache)
+        return start(self, prompts, cache=cache, **options)
 
     monkeypatch.setattr(Generation, "start", spy)
     return seen
@@ -70,9 +77,7 @@ def passes(monkeypatch):
 
 @pytest.mark.covers("C10")
 def test_only_new_tokens_are_read_and_the_answers_are_those_of_a_new_conversation(passes):
-    # So long a system message that all turns need a cache of one size: fewer compilations.
-    chat = conversation(context=400)
-    chat.set_system("Be brief. " * 25)
+    chat = conversation()
     known = 0
     for text in ("one", "two", "three"):
         before = list(chat.messages)
@@ -87,7 +92,7 @@ def test_only_new_tokens_are_read_and_the_answers_are_those_of_a_new_conversatio
             {"role": "user", "content": text},
             {"role": "assistant", "content": said},
         ]
-    fresh = conversation(context=400)
+    fresh = conversation()
     fresh.messages = before
     assert ask(fresh, "three") == said
     assert passes[-1] == (0, whole)
@@ -110,6 +115,16 @@ def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_rig
     assert ask(fresh, "one") == other
     chat.set_system("")
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+def test_the_cache_starts_with_room_and_doubles():
+    chat = conversation(context=250)
+    ask(chat, "one")
+    assert chat._cache.capacity == 256  # as the context
+    chat = conversation(context=2048)
+    for said, slots in (("x", 1024), ("x" * 800, 1024), ("x" * 300, 2048)):
+        ask(chat, said)
+        assert chat._cache.capacity == slots
 
 
 def test_regenerate_draws_another_answer():
@@ -234,15 +249,17 @@ def test_an_error_ends_a_piped_chat_with_its_code():
         ("x" * 300, 2, "exceeds the context of 256"),
         (b"\n\xff\n", 4, "line 2 of stdin is not UTF-8: byte 0xff at offset 0"),
     ]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for (_, code, reason), done in zip(cases, pool.map(run, [text for text, *_ in cases])):
-            assert (done.returncode, done.stderr.count("\n"), done.stdout) == (code, 1, "")
-            assert done.stderr.startswith("error: ") and reason in done.stderr
+    for text, code, reason in cases:
+        done = cli.inside("chat.py", *TINY, input=text)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (code, 1, "")
+        assert done.stderr.startswith("error: ") and reason in done.stderr
+    done = run(b"\n\xff\n")
+    assert (done.returncode, done.stderr) == (4, f"error: {reason}\n")
 
 
 def test_the_end_of_the_input_ends_a_message():
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        whole, block, empty = pool.map(run, ["one\n", '"""\none', ""])
+    texts = ("one\n", '"""\none', "")
+    whole, block, empty = (cli.inside("chat.py", *TINY, input=text) for text in texts)
     assert whole.stdout == block.stdout and len(whole.stdout) > 1
     assert (empty.stdout, empty.returncode) == ("", 0)
 
@@ -341,8 +358,8 @@ def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
 
 def test_three_turns_with_the_default_model(default_model_path):
     cli.share_default_model(default_model_path)
-    # So long that all turns need a cache of one size, and one compilation of the decode step.
-    args = ["--temperature", "0", "--max_gen_len", "230"]
+    # A cache of as many slots as generate.py takes for the first question: one compilation less.
+    args = ["--temperature", "0", "--max_seq_len", "384", "--max_gen_len", "120"]
     terminal = TerminalOf(*args, environment=cli.environment(optimized=True))
     assert "smollm2-135m-instruct · /help lists the commands" in terminal.wait_for("> $")
     used = []

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -32,9 +33,13 @@ def generate(*args, **options):
 
 
 def together(cases):
-    """Runs several command lines (name -> arguments), two at a time: most of a run is imports."""
+    """Runs several command lines (name -> arguments) as processes, two at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip(cases, pool.map(lambda args: generate(*args), cases.values())))
+
+
+def inside(*args, **options):
+    return cli.inside("generate.py", *args, **options)
 
 
 def rows(done):
@@ -54,7 +59,7 @@ def check_error(done, code, pattern):
 
 
 def parse(monkeypatch, *argv):
-    def command(prompt: str | None = None, json: bool = False, n: int = 1):
+    def command(prompt: str | None = None, json: bool = False, n: int = 1, tie: bool | None = None):
         """A command."""
         raise AssertionError("parsing must not call the command")
 
@@ -63,13 +68,15 @@ def parse(monkeypatch, *argv):
 
 
 def test_arguments_reach_the_command_as_they_were_typed(monkeypatch):
-    default = {"prompt": None, "json": False, "n": 1}
+    default = {"prompt": None, "json": False, "n": 1, "tie": None}
     assert parse(monkeypatch) == default
     assert parse(monkeypatch, "--prompt", "12", "--n", "3") == default | {"prompt": "12", "n": 3}
     assert parse(monkeypatch, "--prompt=[1]", "--json") == default | {"prompt": "[1]", "json": True}
     assert parse(monkeypatch, "--prompt", "", "--nojson") == default | {"prompt": ""}
     assert parse(monkeypatch, "--prompt", "True") == default | {"prompt": "True"}
     assert parse(monkeypatch, "--prompt=--json") == default | {"prompt": "--json"}
+    assert parse(monkeypatch, "--tie") == default | {"tie": True}
+    assert parse(monkeypatch, "--notie") == default | {"tie": False}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def test_arguments_reach_the_command_as_they_were_typed(monkeypatch):
     [
         (["--foo", "1"], "--foo; --help lists"),
         (["--foo"], "--foo; --help lists"),
-        (["a", "True", "1", "surplus"], "surplus; --help lists"),
+        (["a", "True", "1", "True", "surplus"], "surplus; --help lists"),
         (["--json", "false"], "--json is on or off, got 'false'"),
         (["--prompt", "--json"], "--prompt needs a value"),
         (["--json", "--prompt"], "--prompt needs a value"),
@@ -111,7 +118,11 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
         "negative": ([*say, "--temperature", "-1"], 2, "temperature=-1, expected a finite"),
         "seed": ([*say, "--seed", str(2**64)], 2, f"seed={2**64}.* 0 to {2**32 - 1}"),
         "negative seed": ([*say, "--seed", "-1"], 2, "seed=-1"),
-        "lengths": ([*say, *lengths], 2, "=-1, expected .* at least 0; n=0.* stop .* be empty"),
+        "lengths": (
+            [*say, *lengths],
+            2,
+            r"=-1 \(--max_gen_len\), expected .* at least 0; n=0.* stop .* be empty",
+        ),
         "stop list": ([*say, "--stop", "[a"], 2, r"no JSON list .*\[\\\"\[a\\\"\]|\[\"\[a\"\]"),
         "logprobs": ([*say, "--logprobs"], 2, "add --json"),
         "system": ([*say, "--system", "Be brief."], 2, "need --chat"),
@@ -128,11 +139,49 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
         "latin": ([*TINY, "--prompts_file", str(tmp_path / "latin.txt")], 4, "0xe9 at offset 3"),
         "no prompts": ([*TINY, "--prompts_file", str(tmp_path / "none.txt")], 4, "no prompts"),
         "no file": ([*TINY, "--prompts_file", str(tmp_path / "absent")], 4, "absent"),
-        "too long": ([*TINY, "--prompt", "x" * 250], 2, "251 tokens.*263 exceed"),
+        "too long": (
+            [*TINY, "--prompt", "x" * 250],
+            2,
+            "251 tokens.*263 exceed.*256; shorten either$",
+        ),
+        "context": ([*say, "--max_seq_len", "257"], 2, "=257 exceeds the model's context of 256"),
     }
-    done = together({name: case[0] for name, case in expected.items()})
-    for name, (_, code, pattern) in expected.items():
-        check_error(done[name], code, pattern)
+    for args, code, pattern in expected.values():
+        check_error(inside(*args), code, pattern)
+    processes = ("sampler", "missing", "latin")  # one of each exit code
+    done = together({name: expected[name][0] for name in processes})
+    for name in processes:
+        check_error(done[name], *expected[name][1:])
+
+
+@pytest.mark.covers("A10", "A16", "A17")
+def test_what_the_checkpoint_may_hold_is_set_by_flags(tmp_path):
+    weights = safetensors.numpy.load_file(cli.checkpoint() / "model.safetensors")
+    say = ["--max_gen_len", "4", "--prompt", "hi", "--temperature", "0"]
+
+    def ask(name, *flags, **tensors):
+        folder = tmp_path / name
+        if not folder.exists():
+            shutil.copytree(cli.checkpoint(), folder)
+            safetensors.numpy.save_file(weights | tensors, folder / "model.safetensors")
+        return inside("--ckpt_dir", str(folder), *say, *flags)
+
+    plain = ask("plain").stdout
+    check_error(ask("extra", extra=np.zeros(3, np.float32)), 3, "unexpected: 'extra'")
+    done = ask("extra", "--allow_extra")
+    assert done.stdout == plain and "warning" in done.stderr and "'extra'" in done.stderr
+    huge = weights["lm_head.weight"].copy()
+    huge[3, 0] = np.nan
+    name = {"lm_head.weight": huge}
+    check_error(ask("nan", "--check_finite", **name), 3, "NaN or infinity in 1 tensors: 'lm_head")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    (tmp_path / "plain" / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": True})
+    )
+    check_error(ask("plain"), 3, "tie_word_embeddings.*--tie.*--notie")
+    assert ask("plain", "--notie").stdout == plain
+    tied = ask("plain", "--tie")
+    assert tied.returncode == 0 and tied.stdout != plain
 
 
 @pytest.mark.covers("C6", "A16")
@@ -158,12 +207,14 @@ def test_stdout_carries_the_text_and_stderr_a_summary():
     cases = {"plain": base, "json": [*base, "--json"], "zero": [*base, "--max_gen_len", "0"]}
     cases["huge"] = [*base, "--max_gen_len", str(2**31)]
     cases["three"] = [*TINY, "--prompt", "hi", "--n", "3", "--json", "--seed", "7", "--logprobs"]
-    done = together(cases)
+    done = {name: inside(*args) for name, args in cases.items()}
+    process = generate(*base)
+    assert (process.stdout, process.returncode) == (done["plain"].stdout, 0)
     summary = (
         r"3 prompt tokens, \d+ tok/s; 12 tokens, [\d.]+ tok/s; weights [\d.]+ kB, "
         r"KV cache [\d.]+ kB; compiled in [\d.]+ s\n"
     )
-    assert re.fullmatch(summary, done["plain"].stderr)
+    assert re.fullmatch(summary, process.stderr)
     [row] = rows(done["json"])
     assert list(row) == ["prompt", "text", "prompt_tokens", "tokens", "finish_reason"]
     assert done["plain"].stdout == row["text"] + "\n"
@@ -193,7 +244,7 @@ def test_prompts_seeds_and_stops(tmp_path):
         "empty": [*base, "--prompt", ""],
         "greedy": greedy,
     }
-    done = together(cases)
+    done = {name: inside(*args) for name, args in cases.items()}
     lines = rows(done["txt"])
     assert [row["prompt"] for row in lines] == prompts
     assert rows(done["jsonl"])[::2] == lines  # sample 0 does not depend on n, nor on the file
@@ -203,19 +254,16 @@ def test_prompts_seeds_and_stops(tmp_path):
     text = rows(done["greedy"])[0]["text"]
     stop = text[4]
     plain = [word for word in greedy if word != "--json"]
-    cases = {"json": [*greedy, "--stop", json.dumps(["absent", stop])]}
-    cases["text"] = [*plain, f"--stop={stop}"]
-    done = together(cases)
-    [row] = rows(done["json"])
+    [row] = rows(inside(*greedy, "--stop", json.dumps(["absent", stop])))
     assert row["text"] == text[: text.index(stop)] and row["finish_reason"] == "stop"
-    assert done["text"].stdout == row["text"] + "\n"
+    assert inside(*plain, f"--stop={stop}").stdout == row["text"] + "\n"
 
 
 @pytest.mark.covers("C14")
 def test_a_cache_that_cannot_fit_is_refused_with_its_size():
     start = time.monotonic()
     long = ["--ckpt_dir", str(cli.checkpoint(32768)), "--prompt", "hi", "--max_gen_len", "30000"]
-    done = generate(*long, "--n", str(1 << 20))
+    done = inside(*long, "--n", str(1 << 20))
     check_error(done, 3, r"out of memory: [\d.]+ TB for the KV cache of 1048576 rows of 32768")
     assert time.monotonic() - start < 60
 
@@ -273,11 +321,10 @@ def test_stdin():
             generate, *TINY, "--json", input=data, text=False, env=ascii
         )
         text, bad = start("two\nlines é\n".encode()), start(b"ok \xff")
-        empty = pool.submit(generate, *TINY, "--json", stdin=subprocess.DEVNULL)
         assert json.loads(text.result().stdout)["prompt"] == "two\nlines é"
         assert bad.result().returncode == 4 and bad.result().stdout == b""
         assert bad.result().stderr == b"error: stdin is not UTF-8: byte 0xff at offset 3\n"
-        done = empty.result()
+    done = inside(*TINY, "--json")
     [row] = rows(done)
     assert row["prompt"] == console.DEFAULT_QUESTION and 2 in row["prompt_tokens"]  # a chat
     assert done.stderr.startswith(f"no --prompt: asking {console.DEFAULT_QUESTION!r} (--chat)\n")
@@ -318,7 +365,7 @@ def test_interrupt_while_text_is_streamed():
         seen += process.stdout.read(1)
     code, rest, error = interrupt(process)
     assert (code, error) == (130, b"")
-    expected = generate(*ENDLESS, "--max_gen_len", "40").stdout.encode()
+    expected = inside(*ENDLESS, "--max_gen_len", "40").stdout.encode()
     assert expected.startswith(seen) and (seen + rest).startswith(expected[:20])
 
 
@@ -365,6 +412,24 @@ def test_interrupt_during_the_imports():
     time.sleep(0.5)
     code, out, error = interrupt(process)
     assert code in (-signal.SIGINT, 130) and (out, error) == (b"", b"")
+
+
+@pytest.mark.covers("C11")
+def test_interrupt_while_the_default_model_is_fetched(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as index:  # it takes pip's call and never answers
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        environment = cli.environment() | {"XDG_CACHE_HOME": str(tmp_path), "PIP_INDEX_URL": url}
+        process = start(["--prompt", "x"], env=environment)
+        index.settimeout(60)
+        connection, _ = index.accept()
+        with connection:
+            assert connection.recv(4) == b"GET "
+            code, out, error = interrupt(process)
+            assert (code, out, error) == (130, b"", b"")
+            connection.settimeout(2)
+            while connection.recv(4096):  # to its end: pip is gone too
+                pass
+    assert list((tmp_path / "altiplano" / "models" / "smollm2-135m-instruct").iterdir()) == []
 
 
 # The default model ------------------------------------------------------------------------------

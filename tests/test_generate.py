@@ -15,7 +15,7 @@ from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from sampling import Greedy, TopP
 from tests import tiny
-from utils.errors import SamplingError
+from utils.errors import ArtifactError, SamplingError
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 160, n).tolist() for n in (7, 1, 23, 20, 16)]
@@ -202,12 +202,34 @@ def test_prompts_that_do_not_fit_are_refused_with_their_counts():
     whole = run([prompt], max_new_tokens=10).row(0)
     assert run([prompt], max_new_tokens=10, max_seq_len=40).row(0) == whole
     assert run([prompt], max_new_tokens=1, max_seq_len=31).row(0) == whole[:1]
-    message = "30 tokens and max_gen_len=10: 40 exceed max_seq_len=39; pass --max_seq_len 40"
+    message = "30 tokens and max_gen_len=10: 40 exceed max_seq_len=39; .* pass --max_seq_len 40"
     with pytest.raises(SamplingError, match=message):
         run([prompt], max_new_tokens=10, max_seq_len=39)
     for context in (30, 29):
         with pytest.raises(SamplingError, match="30 tokens: no room"):
             run([prompt], max_new_tokens=10, max_seq_len=context)
+
+
+@pytest.mark.covers("C1")
+def test_more_than_the_models_context_is_refused():
+    context = load()[0].config.max_seq_len
+    with pytest.raises(SamplingError, match=f"={context + 1} exceeds .* context of {context} "):
+        run([[5]], max_seq_len=context + 1)
+    with pytest.raises(SamplingError, match=f"={context}; shorten either$"):
+        run([[5]], max_new_tokens=context, max_seq_len=context)
+
+
+@pytest.mark.covers("C14")
+def test_a_cache_that_grows_must_fit(monkeypatch):
+    model, params = load()
+    first = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=4))
+    first.start([[5]])
+    monkeypatch.setattr("utils.memory.available_bytes", lambda: 1000)
+    longer = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=100))
+    with pytest.raises(ArtifactError, match="KV cache of 1 rows of 128 tokens"):
+        longer.start([[6]], cache=first.state.cache)
+    again = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=4))
+    again.start([[6]], cache=first.state.cache)  # it does not grow
 
 
 @pytest.mark.covers("C2")

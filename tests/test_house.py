@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RANKS = {"utils": 0, "models": 1, "sampling": 2, "decoding": 3, "console": 3, "generate": 4}
-RANKS |= {"trainers": 5, "train": 6, "chat": 6, "evaluate": 6, "plan": 6}
+RANKS |= {"conversation": 5, "trainers": 5, "train": 6, "chat": 6, "evaluate": 6, "plan": 6}
 LIBRARIES = ("utils", "models", "trainers", "sampling.py", "decoding.py")
 
 

@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from models.llama.config import ModelConfig
 from models.llama.layout import flatten
 from models.llama.load import load_checkpoint
+from models.llama.model import for_decoding
 from models.llama.stream import count_nonfinite
 from tests import tiny
 from tests.tiny_gguf import write_gguf
@@ -172,6 +173,25 @@ def test_progress_counts_to_the_end():
     done = [args[1] for args in told]
     assert done == sorted(done) and done[-1] == total and len(done) == 30
     assert {args[2] for args in told} == {total}
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("hf", "gqa"), ("hf", "biases"), ("hf", "bf16"), ("meta", "tied"), ("gguf", "biases")],
+)
+def test_the_layout_for_decoding_is_that_of_for_decoding(tmp_path, name, format):
+    folder, model = tiny.hf_model(name)
+    if format == "meta":
+        folder = tiny.write_meta(tmp_path / "meta", model, shards=2)
+    elif format == "gguf":
+        write_gguf(tmp_path / "model.gguf", model.config, model.state_dict())
+        folder = tmp_path
+    config, stacked = load_checkpoint(folder)
+    _, laid_out = load_checkpoint(folder, decoding=True)
+    expected = for_decoding(stacked)
+    assert jax.tree.structure(laid_out) == jax.tree.structure(expected)
+    assert len(laid_out["layers"]) == config.n_layers
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, laid_out, expected))
 
 
 def test_layers_lie_in_jax_without_a_copy(monkeypatch):

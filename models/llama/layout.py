@@ -72,6 +72,9 @@ _TABLE = {
 }
 _FORMATS = {"hf": 1, "meta": 2, "gguf": 3}
 
+# Matrices with the same input, which decoding multiplies as one: see `models.llama.model.for_decoding`.
+FUSED = {"attn": {"qkv": ("q", "k", "v")}, "mlp": {"_gate_up": ("_gate", "_up")}}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Leaf:
@@ -129,6 +132,23 @@ def _leaf(config: ModelConfig, path: str, fields: tuple[str, ...], name: str, fo
         stacked=stacked,
         heads=0 if format == "hf" else heads.get(key, 0),
     )
+
+
+def decoding_groups(parts: list[Leaf]) -> list[list[Leaf]]:
+    """Parameters that decoding multiplies as one, in the order of FUSED; the others alone."""
+    groups: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in parts:
+        groups.setdefault(fused_path(leaf.path), []).append(leaf)
+    return list(groups.values())
+
+
+def fused_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Where a parameter is in the layout for decoding: layers/attn/wq is part of wqkv."""
+    *parent, name = path
+    for fused, names in FUSED.get(parent[-1] if parent else "", {}).items():
+        if name[1:] in names:
+            return (*parent, name[0] + fused)
+    return path
 
 
 def to_half_split(x: np.ndarray, heads: int) -> np.ndarray:

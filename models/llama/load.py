@@ -47,6 +47,7 @@ def load_checkpoint(
     allow_extra: bool = False,
     check_finite: bool = False,
     tie: bool | None = None,
+    decoding: bool = False,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model.
@@ -62,6 +63,7 @@ def load_checkpoint(
         check_finite: NaN or infinity in a weight is an error, not a warning.
         tie: whether the output head is the embedding. None: as the config says, and the file must
             agree. True leaves out a head that the file has, False takes it against the config.
+        decoding: whether the params shall be as `for_decoding` lays them out: no second copy.
         progress: called with (what, bytes done, bytes in all).
 
     Returns:
@@ -77,7 +79,7 @@ def load_checkpoint(
     # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)
-    params, broken = read_params(source, parts, target, progress)
+    params, broken = read_params(source, parts, target, decoding=decoding, progress=progress)
     if broken:
         shown = ", ".join(f"{name!r} ({n})" for name, n in list(broken.items())[:10])
         message = f"{source.description}: NaN or infinity in {len(broken)} tensors: {shown}"
@@ -145,7 +147,7 @@ def _open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     elif config.tie_embeddings and head in source.shapes and not _same(source, embed, head):
         raise ArtifactError(
             f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}; "
-            "pass tie=True to follow the config or tie=False to keep the file's head"
+            "pass tie=True (--tie) to follow the config, tie=False (--notie) to keep the file's head"
         )
     if config.tie_embeddings:
         source.shapes.pop(head, None)

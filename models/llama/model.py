@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
+from models.llama.layout import FUSED
 from utils import kvcache, ops
 from utils.attention import attention, heads_first
 from utils.kvcache import KVCache
@@ -228,10 +229,6 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache
     return KVCache.create(cache_shape(config, batch, capacity), config.n_layers, dtype)
 
 
-# Matrices with the same input, which decoding multiplies as one.
-_FUSED = {"attn": {"qkv": ("q", "k", "v")}, "mlp": {"_gate_up": ("_gate", "_up")}}
-
-
 def for_decoding(params: Params, *, donate: bool = False) -> Params:
     """The same parameters laid out for decoding.
 
@@ -260,7 +257,7 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
 
     for name in ("attn_norm", "ffn_norm"):
         take([params["layers"][name]], lambda layer, x: layer.update({name: x}))
-    for part, groups in _FUSED.items():
+    for part, groups in FUSED.items():
         stacked = dict(params["layers"][part])
         for fused, names in groups.items():
             for kind in "wb":

@@ -38,7 +38,8 @@ def save_checkpoint(
         path: the folder; absent or empty, unless `overwrite`.
         config: the model.
         params: its parameters, as load_checkpoint returns them; they keep their dtypes.
-        format: "hf" (config.json and safetensors) or "meta" (params.json and consolidated.00.pth).
+        format: "hf" (config.json and safetensors) or "meta" (params.json and consolidated.00.pth;
+            one file of any size, since Meta's files are one a model-parallel rank).
         max_shard_bytes: safetensors are split into files of about this size at most, with an index.
         tokenizer: what load_tokenizer takes: a tokenizer file, a GGUF file or a checkpoint folder.
             Its files are written too, and generation_config.json with all ids that end an answer.

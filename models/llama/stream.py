@@ -4,13 +4,13 @@ import collections
 import concurrent.futures
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from models.llama.layout import Leaf, to_half_split
+from models.llama.layout import Leaf, decoding_groups, fused_path, to_half_split
 
 Params = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -36,7 +36,12 @@ class TensorSource(Protocol):
 
 
 def read_params(
-    source: TensorSource, parts: list[Leaf], dtype: np.dtype, progress: Progress | None
+    source: TensorSource,
+    parts: list[Leaf],
+    dtype: np.dtype,
+    *,
+    decoding: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Params, dict[str, int]]:
     """Reads, casts and places every parameter.
 
@@ -45,38 +50,59 @@ def read_params(
     keeps no thread waiting; never more than two, so that host memory stays bounded where the
     arrays go to another device.
 
+    Args:
+        source: the file.
+        parts: what to read.
+        dtype: of all parameters.
+        decoding: whether in the layout of `models.llama.model.for_decoding`.
+        progress: called with (what, bytes done, bytes in all).
+
     Returns:
         (params, broken): broken has the number of NaN and infinities by tensor name, where any.
     """
     total = sum(math.prod(leaf.shape) * len(leaf.names) for leaf in parts) * dtype.itemsize
     done, params, broken = 0, {}, {}
+    groups = decoding_groups(parts) if decoding else [[leaf] for leaf in parts]
     pending: collections.deque = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
     try:
-        for i in range(len(parts) + 1):
-            if i < len(parts):
-                pending.append(_begin(pool, source, parts[i], dtype))
-            if len(pending) < 2 and i < len(parts):
+        for i in range(len(groups) + 1):
+            if i < len(groups):
+                pending.append(_begin(pool, source, groups[i], dtype, decoding))
+            if len(pending) < 2 and i < len(groups):
                 continue
-            leaf, out, fills = pending.popleft()
-            for name, layer, fill in zip(leaf.names, out, fills):
+            group, arrays, fills = pending.popleft()
+            for name, n_bytes, fill in fills:
                 if bad := fill.result():
                     broken[name] = bad
-                done += layer.nbytes
+                done += n_bytes
                 if progress is not None:
                     progress("loading weights", done, total)
-            # On CPU this takes over the aligned buffer without a copy.
-            _insert(params, leaf.path, jax.device_put(out if leaf.stacked else out[0]))
+            _insert(params, group[0], arrays, decoding)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return params, broken
 
 
-def _begin(pool, source: TensorSource, leaf: Leaf, dtype: np.dtype):
-    """(leaf, its array with a layer axis, a future for each layer that fills it)."""
-    out = _aligned_empty((len(leaf.names), *leaf.shape), dtype)
-    fills = [pool.submit(_fill, source, leaf, *pair) for pair in zip(leaf.names, out)]
-    return leaf, out, fills
+def _begin(pool, source: TensorSource, group: list[Leaf], dtype: np.dtype, decoding: bool):
+    """(group, its arrays, what fills them: (tensor's name, bytes, a future) each).
+
+    The arrays are one with a layer axis, or for decoding one a layer, in which the parameters of the
+    group are rows below each other.
+    """
+    rows, layers = sum(leaf.shape[0] for leaf in group), len(group[0].names)
+    shape = (rows, *group[0].shape[1:])
+    if decoding:
+        arrays = [_aligned_empty(shape, dtype) for _ in range(layers)]
+    else:
+        arrays = _aligned_empty((layers, *shape), dtype)
+    fills, start = [], 0
+    for leaf in group:
+        for name, array in zip(leaf.names, arrays):
+            out = array[start : start + leaf.shape[0]]
+            fills.append((name, out.nbytes, pool.submit(_fill, source, leaf, name, out)))
+        start += leaf.shape[0]
+    return group, arrays, fills
 
 
 def _fill(source: TensorSource, leaf: Leaf, name: str, out: np.ndarray) -> int:
@@ -106,7 +132,17 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _insert(params: Params, path: tuple[str, ...], array: jax.Array) -> None:
-    for key in path[:-1]:
-        params = params.setdefault(key, {})
-    params[path[-1]] = array
+def _insert(params: Params, leaf: Leaf, arrays: Sequence[np.ndarray], decoding: bool) -> None:
+    """Hands the arrays of a group, `leaf` its first, to JAX. On CPU that copies nothing."""
+    *parents, name = fused_path(leaf.path) if decoding else leaf.path
+    if not leaf.stacked:
+        params[name] = jax.device_put(arrays[0])
+        return
+    if not decoding:
+        nodes, arrays = [params.setdefault("layers", {})], [arrays]
+    else:
+        nodes = params.setdefault("layers", tuple({} for _ in arrays))
+    for node, array in zip(nodes, arrays):
+        for key in parents[1:]:
+            node = node.setdefault(key, {})
+        node[name] = jax.device_put(array)
