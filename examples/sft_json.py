@@ -114,5 +114,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         start = time.monotonic()
         before, after = run(Path(temporary))
-        print(f"exact match {before:.0%} before, {after:.0%} after, {time.monotonic() - start:.0f} s")
+        print(
+            f"exact match {before:.0%} before, {after:.0%} after, {time.monotonic() - start:.0f} s"
+        )
         draw(Path(temporary), Path(__file__).with_suffix(".png"))

@@ -54,8 +54,9 @@ def test_every_command_exists_with_its_flags(name):
             assert all((ROOT / f).is_file() for f in files), command
             if files and words[0] == "python":
                 tree = ast.parse((ROOT / files[0]).read_text())
-                mains = [n for n in tree.body if getattr(n, "name", "") == "main"]
-                flags = {a.arg for a in mains[0].args.args}
+                named = words[2] if len(words) > 2 and words[2].isidentifier() else "main"
+                mains = [n for n in tree.body if getattr(n, "name", "") == named]
+                flags = {a.arg for main in mains for a in main.args.args}
                 assert {w[2:] for w in words if w.startswith("--")} <= flags, command
         elif words[0] == "pip":
             assert words[:3] == ["pip", "install", "-e"]
@@ -64,7 +65,7 @@ def test_every_command_exists_with_its_flags(name):
 
 
 def test_the_python_in_the_readme_runs(tmp_path):
-    (code,) = code_blocks("README.md", "python")
+    code = "\n".join(code_blocks("README.md", "python"))
     out = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
         cwd=tmp_path,
@@ -74,3 +75,4 @@ def test_the_python_in_the_readme_runs(tmp_path):
     assert out.returncode == 0, out.stderr
     assert "stop" in out.stdout or "length" in out.stdout
     assert (tmp_path / "exported" / "config.json").exists()
+    assert (tmp_path / "trained" / "tokenizer.json").exists()

@@ -1,0 +1,26 @@
+"""What examples/ has runs, and shows what it promises."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    notebook = nbformat.read(EXAMPLES / "sft.ipynb", as_version=4)
+    first = f"import sys; sys.path.insert(0, {str(EXAMPLES.parent)!r})"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+
+
+@pytest.mark.slow
+def test_the_default_model_learns_a_json_shape(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import sft_json
+
+    before, after = sft_json.run(tmp_path)
+    assert before < 0.1 and after > 0.9
