@@ -38,14 +38,15 @@ def fast_compilations():
 
 
 @functools.cache
-def model():
-    config, params = load_checkpoint(cli.checkpoint(), dtype="float32")
-    return console.Model(LLaMa(config), for_decoding(params), load_tokenizer(cli.checkpoint()))
+def model(context=256):
+    folder = cli.checkpoint(context)
+    config, params = load_checkpoint(folder, dtype="float32")
+    return console.Model(LLaMa(config), for_decoding(params), load_tokenizer(folder))
 
 
-def conversation(context=256, max_gen_len=10, sampler=sampling.TopP(0.0)):
-    form = chat_format_for(model().tokenizer)
-    chat = Conversation(model(), form, context, jax.random.key(0))
+def conversation(context=256, max_gen_len=10, sampler=sampling.TopP(0.0), long=False):
+    of = model(32768) if long else model()
+    chat = Conversation(of, chat_format_for(of.tokenizer), context, jax.random.key(0))
     chat.sampler, chat.max_gen_len = sampler, max_gen_len
     return chat
 
@@ -121,8 +122,8 @@ def test_the_cache_starts_with_room_and_doubles():
     chat = conversation(context=250)
     ask(chat, "one")
     assert chat._cache.capacity == 256  # as the context
-    chat = conversation(context=2048)
-    for said, slots in (("x", 1024), ("x" * 800, 1024), ("x" * 300, 2048)):
+    chat = conversation(context=2048, long=True)
+    for said, slots in (("x", 1024), ("x" * 400, 1024), ("x" * 600, 2048)):
         ask(chat, said)
         assert chat._cache.capacity == slots
 
