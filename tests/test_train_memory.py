@@ -12,7 +12,6 @@ from models.llama.presets import PRESETS
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import train_memory
 from utils.errors import ConfigError
-from utils.memory import tree_bytes
 from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 SMOL = "smollm2-135m"
@@ -69,10 +68,17 @@ class Case:
 
     def compiled_peak(self):
         trainer, *arguments = self.shapes()
-        compiled = SFTTrainer.train_step.lower(trainer, *arguments).compile()
-        xla = compiled.memory_analysis()
+        # No pass of LLVM changes a buffer.
+        options = {"xla_backend_optimization_level": 0}
+        lowered = SFTTrainer.train_step.lower(trainer, *arguments)
+        xla = lowered.compile(compiler_options=options).memory_analysis()
         kept = xla.argument_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
         return kept + xla.temp_size_in_bytes
+
+
+def shape_bytes(tree):
+    """Bytes of a tree of shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 FAST = [
@@ -119,10 +125,10 @@ def test_parameters_and_moments_are_exact(optimizer, rank, tied):
     case = Case(rank=rank, train=dict(optimizer=optimizer), model=dict(tie_embeddings=tied))
     _, state, frozen, _ = case.shapes()
     parts = case.predicted()
-    assert parts["parameters"] == tree_bytes(state.params)
-    assert parts.get("frozen parameters", 0) == tree_bytes(frozen)
+    assert parts["parameters"] == shape_bytes(state.params)
+    assert parts.get("frozen parameters", 0) == shape_bytes(frozen)
     # Counters and placeholders, and Adafactor's moments of norms, are left out.
-    assert parts["optimizer"] == pytest.approx(tree_bytes(state.opt_state), rel=0.05, abs=1e3)
+    assert parts["optimizer"] == pytest.approx(shape_bytes(state.opt_state), rel=0.05, abs=1e3)
 
 
 @pytest.mark.parametrize(
