@@ -83,7 +83,6 @@ def shape_bytes(tree):
 
 FAST = [
     Case(remat="dots"),
-    Case(rank=16, rows=2, dtype="bfloat16"),
     Case(rows=2, train=dict(micro_batch_size=1), model=dict(tie_embeddings=False)),
 ]
 SLOW = [
@@ -98,6 +97,7 @@ SLOW = [
     Case(rows=1, seq_len=1024, packed=True),
     Case(rows=8, remat="dots", train=dict(micro_batch_size=2)),
     Case(vocab_times=4),
+    Case(rank=16, rows=2, dtype="bfloat16"),
     Case(rank=16, remat="none"),
     Case(rows=8, seq_len=512, rank=16, remat="dots"),
     *(Case(train=dict(optimizer=name)) for name in ("lion", "adafactor", "muon")),
@@ -127,8 +127,8 @@ def test_parameters_and_moments_are_exact(optimizer, rank, tied):
     parts = case.predicted()
     assert parts["parameters"] == shape_bytes(state.params)
     assert parts.get("frozen parameters", 0) == shape_bytes(frozen)
-    # Counters and placeholders, and Adafactor's moments of norms, are left out.
-    assert parts["optimizer"] == pytest.approx(shape_bytes(state.opt_state), rel=0.05, abs=1e3)
+    # Counters and placeholders are left out.
+    assert parts["optimizer"] == pytest.approx(shape_bytes(state.opt_state), rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,6 @@ def _moments(
 ) -> int:
     """Numbers of optimizer state."""
     if optimizer == "adafactor":
-        # Sums over rows and over columns of each large matrix: little beside anything else.
         return _factored(shapes, model, lora)
     if optimizer == "muon":  # one for the layers' matrices, AdamW's two for all others
         return matrices + 2 * (trained - matrices)
@@ -162,6 +161,7 @@ def _factored(shapes: dict, model: Any, lora: Any) -> int:
     """Adafactor's: a matrix has one number a row and a column if both sides have 128 or more."""
     stacks = [(model.n_layers, *shape) for shape in shapes.values()]
     stacks += [(model.vocab_size, model.dim)] * (1 if model.tie_embeddings else 2)
+    stacks += [(model.n_layers, model.dim)] * 2  # norms
     if lora is not None:
         pairs = [(lora.rank, n) for name in lora.targets for n in shapes[name]]
         stacks = [(model.n_layers, *pair) for pair in pairs]
