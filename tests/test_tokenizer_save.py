@@ -114,6 +114,7 @@ def test_gguf_with_each_way_to_split(tmp_path, default_model_path, pre):
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     tokens += ["the end", "<tag>", "   ", "123"]
     types += [4, 4, 4, 4]
+    metadata["tokenizer.ggml.merges"].pop()  # token 1499 can only be had whole
     metadata |= {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.padding_token_id": 0}
     template = metadata["tokenizer.chat_template"]
     source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
@@ -122,6 +123,7 @@ def test_gguf_with_each_way_to_split(tmp_path, default_model_path, pre):
     ours = load_tokenizer(folder)
     assert ours.stop_ids == {2, 5} and ours.pad_id == 0 and ours.adds_bos
     assert ours.special_tokens["<tag>"] == 1501 and ours.chat_template == template
+    assert (ours.encode(ours.decode([1499])) == [1499]) == (pre == "llama-bpe")
     assert 1500 in ours.encode("the end") and 1501 not in ours.encode("<tag>")
 
 
@@ -280,3 +282,16 @@ def test_sentencepiece_itself_reads_the_model_from_a_gguf_file(tmp_path):
     original = sentencepiece.SentencePieceProcessor(model_proto=oracle.sentencepiece_model())
     for text in TEXTS:
         assert theirs.encode(text) == original.encode(text)
+
+
+@pytest.mark.covers("D31", "B7")
+def test_control_tokens_of_a_sentencepiece_gguf(tmp_path):
+    """A tag is a control token here, whatever its type in the file, and stays one."""
+    metadata = oracle.sentencepiece_metadata(oracle.sentencepiece_model(markup=True))
+    tag = metadata["tokenizer.ggml.tokens"].index("<|im_end|>")
+    metadata["tokenizer.ggml.token_type"][tag] = 4
+    source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
+    folder = exported(source, tmp_path / "out")
+    assert_same(load_tokenizer(source), load_tokenizer(folder))
+    assert parse_model((folder / "tokenizer.model").read_bytes()).pieces[tag].type == 3
+    assert AutoTokenizer.from_pretrained(folder).encode("<|im_end|>") == [1, tag]

@@ -231,13 +231,10 @@ def _sentencepiece_config(
     tokenizer: Tokenizer, pieces: Sequence[Piece], chat: Mapping[str, Any]
 ) -> bytes:
     # `legacy` is what Meta's models are made for: a space is put before a text only, and not
-    # behind each control token. transformers knows of control tokens only what is listed here.
+    # behind each control token. Which tokens are control tokens, transformers reads in the model.
     unknown = next(piece.text for piece in pieces if piece.type == UNKNOWN)
-    control = {i: p.text for i, p in enumerate(pieces) if p.text in tokenizer.special_tokens}
-    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    added = {str(i): {"content": t, **flags, "special": True} for i, t in control.items()}
     names = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": unknown}
-    return _json(names | _roles(tokenizer) | {"added_tokens_decoder": added} | chat)
+    return _json(names | _roles(tokenizer) | chat)
 
 
 def _roles(tokenizer: Tokenizer) -> dict[str, Any]:
