@@ -10,25 +10,24 @@ import pytest
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from tests.test_lora import adapters
-from tests.test_sft_trainer import compare, dataset, fast, gradients, variant, without_empty_rows
+from tests.test_sft_trainer import LENGTHS, compare, dataset, fast, gradients, variant
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import cross_entropy
 
-LENGTHS = [40, 9, 25, 33, 2, 17, 40, 11]
 RTOL = 2e-5
 STEP = dict(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, schedule="constant")
-
-
-def rows(packing=False):
-    return without_empty_rows(dataset(LENGTHS, 48, packing=True)) if packing else padded()
 
 
 def padded():
     return dataset(LENGTHS, 48, packing=False)
 
 
+def packed():
+    return dataset(LENGTHS, 48, packing=True)
+
+
 def trainer(remat="none", **config):
-    return SFTTrainer(LLaMa(variant("biases")[1], remat=remat), SFTConfig(**STEP | config))
+    return SFTTrainer(LLaMa(variant("biases")[1], remat=remat), SFTConfig(**config))
 
 
 @functools.cache
@@ -47,24 +46,16 @@ def same(found):
 
 
 @pytest.mark.covers("D9")
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_micro_batches(size):
+@pytest.mark.parametrize("size, remat", [(1, "none"), (2, "dots"), (3, "block")])
+def test_micro_batches_and_recomputation(size, remat):
     """8 × 1, 4 × 2, and 3 × 3 with a row of nothing; the reference is 1 × 8."""
-    same(gradients(trainer(micro_batch_size=size), variant("biases")[2], padded()))
+    same(gradients(trainer(remat, micro_batch_size=size), variant("biases")[2], padded()))
 
 
 @pytest.mark.covers("D8")
 def test_packing():
-    packed = without_empty_rows(dataset(LENGTHS, 48, packing=True))
-    assert len(packed["tokens"]) < len(LENGTHS) and packed["segment_ids"].max() > 1
-    same(gradients(trainer(), variant("biases")[2], packed))
-
-
-@pytest.mark.covers("D8", "D9")
-def test_packing_in_micro_batches_with_empty_rows():
-    packed = dataset(LENGTHS, 48, packing=True)
-    assert not packed["segment_ids"].any(1).all()
-    same(gradients(trainer(micro_batch_size=3), variant("biases")[2], packed))
+    assert packed()["segment_ids"].max() > 1 and not packed()["segment_ids"][-1].any()
+    same(gradients(trainer(), variant("biases")[2], packed()))
 
 
 def test_padding_on_the_left_in_any_order():
@@ -81,15 +72,11 @@ def test_padding_on_the_left_in_any_order():
     same(gradients(trainer(), variant("biases")[2], left))
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_recomputation(remat):
-    same(gradients(trainer(remat=remat), variant("biases")[2], padded()))
-
-
 def test_chunks_of_the_cross_entropy(monkeypatch):
     monkeypatch.setattr(cross_entropy, "_CHUNK_LOGITS", 1)
     assert cross_entropy.chunk_size(8 * 48, 160) == 32 and padded()["target_mask"].sum() > 64
-    same(gradients(trainer(), variant("biases")[2], padded()))
+    compute = lambda params: trainer().gradients(params, {}, padded(), jax.random.key(0))
+    same(fast(compute)(variant("biases")[2]))
 
 
 def test_one_dict_a_layer_instead_of_a_stack():
@@ -107,7 +94,7 @@ def test_an_update_of_adapters():
     _, config, params = variant("biases")
     lora = LoRAConfig(rank=3, alpha=4.5)
     states = []
-    for batch, size in ((padded(), None), (dataset(LENGTHS, 48, packing=True), 2)):
+    for batch, size in ((padded(), None), (packed(), 2)):
         model = LLaMa(config, remat="none" if size is None else "block")
         run = SFTTrainer(model, SFTConfig(micro_batch_size=size, **STEP), lora)
         state, frozen = run.init(params, jax.random.key(0))
