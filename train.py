@@ -34,6 +34,8 @@ from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Trainer, TrainState
 from utils.errors import CheckpointError, is_int
 from utils.files import atomic_file
+from utils.memory import human
+from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 # What trains on two cores and 8 GB with the default model; see `sft` for their meaning.
 _LEARNING_RATE, _LORA_LEARNING_RATE = 2e-5, 2e-4
@@ -272,6 +274,11 @@ class Run:
         """(trainer, parameters): only what fits in memory is loaded."""
         trainer = trainer_of(load_config(source.path))
         check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+        parts = predicted_bytes(trainer, dataset)
+        listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
+        console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
+        if jax.default_backend() == "cpu":
+            check_training_fits(parts)
         # A frozen model is only read: it has the dtype in which it is used.
         frozen_dtype = trainer.model.dtype
         dtype = trainer.config.param_dtype if trainer.lora is None else frozen_dtype
@@ -318,6 +325,20 @@ class Run:
                 overwrite=True,
             )
         console.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+
+
+def predicted_bytes(trainer: Trainer, dataset: Dataset) -> dict[str, int]:
+    """What the largest step will hold in memory, by parts."""
+    return training_bytes(
+        trainer.model.config,
+        trainer.config,
+        rows=dataset.config.batch_size,
+        seq_len=dataset.buckets[-1],
+        dtype=trainer.model.dtype,
+        remat=trainer.model.remat,
+        lora=trainer.lora,
+        frozen_dtype=trainer.model.dtype,
+    )
 
 
 def describe(trainer: Trainer, source: Source, dataset: Dataset) -> dict[str, Any]:
