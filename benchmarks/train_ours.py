@@ -45,9 +45,13 @@ class Altiplano:
         )
         self._state, self._frozen = self._trainer.init(params, jax.random.key(0), donate=True)
 
-    def step(self, tokens: list, segment_ids: list | None = None) -> tuple[float, float]:
-        """(seconds, loss) of one optimizer step."""
+    def step(
+        self, tokens: list, segment_ids: list | None = None, lengths: list | None = None
+    ) -> tuple[float, float]:
+        """(seconds, loss) of one optimizer step; rows are packed, or padded behind their lengths."""
         batch = _batch(tokens, segment_ids)
+        if lengths is not None:
+            batch["target_mask"] &= np.arange(len(tokens[0])) < np.array(lengths)[:, None]
         start = time.perf_counter()
         self._state, values = self._trainer.train_step(self._state, self._frozen, batch)
         loss = float(jax.block_until_ready((self._state, values))[1]["loss"])
