@@ -295,3 +295,21 @@ def test_control_tokens_of_a_sentencepiece_gguf(tmp_path):
     assert_same(load_tokenizer(source), load_tokenizer(folder))
     assert parse_model((folder / "tokenizer.model").read_bytes()).pieces[tag].type == 3
     assert AutoTokenizer.from_pretrained(folder).encode("<|im_end|>") == [1, tag]
+
+
+def test_roles_of_a_sentencepiece_gguf(tmp_path):
+    """A chat model's: another end of text, no BOS before prompts."""
+    metadata = oracle.sentencepiece_metadata(oracle.sentencepiece_model(markup=True))
+    tokens = metadata["tokenizer.ggml.tokens"]
+    end = tokens.index("<|im_end|>")
+    metadata |= {"tokenizer.ggml.eos_token_id": end, "tokenizer.ggml.padding_token_id": 2}
+    metadata["tokenizer.ggml.token_type"][end] = 3
+    metadata["tokenizer.ggml.add_bos_token"] = False
+    source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
+    folder = exported(source, tmp_path / "out")
+    ours = load_tokenizer(source)
+    assert (ours.eos_id, ours.stop_ids, ours.pad_id, ours.adds_bos) == (end, {end}, 2, False)
+    assert_same(ours, load_tokenizer(folder))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (end, 2)
+    assert theirs.encode("the<|im_end|>") == ours.encode("the<|im_end|>", allow_special=True)

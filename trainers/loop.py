@@ -118,6 +118,7 @@ class _Run:
             with self.clock("step"):
                 metrics = {name: value.item() for name, value in metrics.items()}
             compiling = self._note_compilations()
+            attempt = step + 1  # what a resumed run would do again
             step += metrics["updated"]
             self._account(metrics, position)
             last = step == self.config.max_steps
@@ -128,7 +129,7 @@ class _Run:
             if metrics["updated"] and self._due(step, self.config.save_every, last):
                 self._save(step, state, evaluation.get("eval_loss"))
                 saved = step
-            self._record(step, metrics, evaluation, done, compiling)
+            self._record(attempt, metrics, evaluation, done, compiling)
         if saved < step:
             self._save(step, state, None)
         if self.checkpointer is not None:
@@ -198,7 +199,7 @@ class _Run:
             meta = self.meta | {"progress": dataclasses.asdict(self.progress)}
             self.checkpointer.save(step, state, meta, score=score)
 
-    def _record(self, step, metrics, evaluation, batch: Batch, compiling: float) -> None:
+    def _record(self, attempt, metrics, evaluation, batch: Batch, compiling: float) -> None:
         """Writes one line of metrics."""
         self._note_compilations()
         seconds, compiled, self.compiled = self.clock.take(), self.compiled, []
@@ -216,7 +217,7 @@ class _Run:
         means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
         self.log.write(
             {
-                "step": step,
+                "step": attempt,
                 **self.trainer.derive(means),
                 "targets": int(metrics["weight"]),
                 "tokens": int(n_tokens),

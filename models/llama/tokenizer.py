@@ -18,7 +18,7 @@ from models.llama.tokenizer_files import (
     read_tiktoken,
 )
 from models.llama.tokenizer_gguf import read_gguf
-from models.llama.tokenizer_json import chat_templates_of, read_tokenizer_json
+from models.llama.tokenizer_json import chat_templates_of, read_tokenizer_json, token_name
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
 
@@ -181,7 +181,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    file = _find(path) if path.is_dir() else path
+    file = find_tokenizer(path) if path.is_dir() else path
     try:
         vocabulary = _read(file, folder)
         if not vocabulary.stop_ids:
@@ -238,7 +238,8 @@ def decode_utf8(data: bytes, where: str, error: type[AltiplanoError] = DataError
         raise error(f"{where} is not UTF-8: byte {data[e.start]:#04x} at offset {e.start}") from e
 
 
-def _find(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer file of a checkpoint folder; see load_tokenizer. Raises ArtifactError."""
     names = list_folder(folder)
     for name in ("tokenizer.json", "tokenizer.model"):
         if name in names:
@@ -283,6 +284,7 @@ def _read(path: Path, folder: Path) -> Vocabulary:
                 "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
                 "not hold; save a tokenizer.json with transformers, beside it"
             )
+        vocabulary = _with_roles(vocabulary, config)
     else:
         raise ArtifactError(
             f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
@@ -320,6 +322,20 @@ def _listed_stops(folder: Path) -> set[int]:
                 raise ArtifactError(f"{name}: eos_token_id {listed!r:.80}, expected token ids")
             return set(listed)
     return set()
+
+
+def _with_roles(vocabulary: Vocabulary, config: dict) -> Vocabulary:
+    """A sentencepiece vocabulary with the roles that tokenizer_config.json gives its tokens."""
+    roles = {}
+    for role in ("bos", "eos", "pad"):
+        name = token_name(config, f"{role}_token")
+        if name is not None and name in vocabulary.special_tokens:
+            roles[f"{role}_id"] = vocabulary.special_tokens[name]
+    if "eos_id" in roles:
+        roles["stop_ids"] = frozenset({roles["eos_id"]})
+    adds_bos = config.get("add_bos_token")
+    roles |= {"adds_bos": adds_bos} if isinstance(adds_bos, bool) else {}
+    return replace(vocabulary, **roles)
 
 
 def _with_llama3(vocabulary: Vocabulary) -> Vocabulary:

@@ -22,7 +22,7 @@ from models.llama.sentencepiece_model import (
     parse_model,
     serialize_model,
 )
-from models.llama.tokenizer import Tokenizer, _find, load_tokenizer
+from models.llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from models.llama.tokenizer_codecs import BYTE_OF
 from models.llama.tokenizer_files import LLAMA3_PATTERN, parse_ranks
 from models.llama.tokenizer_gguf import GGUF_PATTERNS
@@ -64,7 +64,7 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
     """
     source, folder = Path(source), Path(folder)
     tokenizer = load_tokenizer(source)
-    file = _find(source) if source.is_dir() else source
+    file = find_tokenizer(source) if source.is_dir() else source
     data = InputFile(file)
     if data.read(0, min(data.size, 4)) == b"GGUF":
         files = _from_gguf(tokenizer, open_gguf(file).metadata)
