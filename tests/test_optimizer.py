@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from models.llama.lora import LoRAConfig
@@ -238,3 +239,15 @@ def test_a_lora_config_names_all_that_is_wrong():
 def test_a_config_that_is_right_is_hashable_and_takes_integers():
     config = SFTConfig(learning_rate=1, clip_norm=None, warmup_steps=100, weight_decay=0, beta1=0)
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_a_second_moment_falls_again():
+    """In bfloat16 it would stay: at beta2 = 0.999 a step takes off less than half its last bit."""
+    tx = make_optimizer(OptimizerConfig(state_dtype="bfloat16", clip_norm=None))
+    params = {"w": jnp.ones(4)}
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for grad in [1.0] + [0.0] * 700:
+        _, state = update({"w": jnp.full(4, grad)}, state, params)
+    second = optax.tree.get(state, "nu")["w"]
+    np.testing.assert_allclose(second, 0.001 * 0.999**700, rtol=1e-3)

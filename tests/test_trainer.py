@@ -249,4 +249,6 @@ def test_a_step_keeps_every_dtype_and_shape(optimizer):
             assert after == state and metrics["loss"].dtype == jnp.float32
             assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(param_dtype)}
             large = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim and x.size > 20}
-            assert large == {jnp.dtype(state_dtype)}
+            first = set() if optimizer == "adafactor" else {jnp.dtype(state_dtype)}
+            second = set() if optimizer == "lion" else {jnp.dtype("float32")}
+            assert large == first | second

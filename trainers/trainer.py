@@ -162,7 +162,7 @@ class Trainer(abc.ABC):
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start(self, params: Params, key: Array) -> TrainState:
-        moments = make_optimizer(self.config).init(cast_floats(params, self.config.state_dtype))
+        moments = make_optimizer(self.config).init(cast_floats(params, jnp.float32))
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
 
     def model_params(self, params: Params, frozen: Params) -> Params:

@@ -56,9 +56,7 @@ def training_bytes(
     parts = {"parameters": trained * param_size}
     if lora is not None:
         parts["frozen parameters"] = model.n_params * size(frozen_dtype or train.param_dtype)
-    parts["optimizer"] = _moments(train.optimizer, trained, matrices, shapes, model, lora) * size(
-        train.state_dtype
-    )
+    parts["optimizer"] = _moment_bytes(train, trained, matrices, shapes, model, lora)
     parts["gradients"] = trained * param_size
     if train.micro_batch_size and train.micro_batch_size < rows:
         parts["sums of gradients"] = trained * _F32
@@ -146,15 +144,15 @@ def _logits_bytes(model: Any, tokens: int, size: int, head_trained: bool) -> int
     return chunk + narrow + max(product, chunk)
 
 
-def _moments(
-    optimizer: str, trained: int, matrices: int, shapes: dict, model: Any, lora: Any
+def _moment_bytes(
+    train: Any, trained: int, matrices: int, shapes: dict, model: Any, lora: Any
 ) -> int:
-    """Numbers of optimizer state."""
-    if optimizer == "adafactor":
-        return _factored(shapes, model, lora)
-    if optimizer == "muon":  # one for the layers' matrices, AdamW's two for all others
-        return matrices + 2 * (trained - matrices)
-    return {"adamw": 2, "lion": 1}[optimizer] * trained
+    """Bytes of optimizer state: first moments of state_dtype, second ones in float32."""
+    first = jnp.dtype(train.state_dtype).itemsize
+    if train.optimizer == "adafactor":
+        return _factored(shapes, model, lora) * _F32
+    second = {"adamw": trained, "lion": 0, "muon": trained - matrices}[train.optimizer]
+    return trained * first + second * _F32
 
 
 def _factored(shapes: dict, model: Any, lora: Any) -> int:
