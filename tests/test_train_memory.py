@@ -27,6 +27,7 @@ class Case:
     remat: str = "block"
     dtype: str = "float32"
     rank: int = 0
+    frozen_dtype: str | None = None
     packed: bool = False
     train: dict = dataclasses.field(default_factory=dict)
     model: dict = dataclasses.field(default_factory=dict)
@@ -51,13 +52,16 @@ class Case:
 
     def predicted(self):
         kind = dict(dtype=self.dtype, remat=self.remat, lora=self.lora)
+        kind |= dict(frozen_dtype=self.frozen_dtype)
         return training_bytes(self.config, self.sft, rows=self.rows, seq_len=self.seq_len, **kind)
 
     def shapes(self):
         """(trainer, shapes of train_step's arguments)."""
         model = LLaMa(self.config, dtype=jnp.dtype(self.dtype), remat=self.remat)
         trainer = SFTTrainer(model=model, config=self.sft, lora=self.lora)
-        init = lambda key: init_params(self.config, key, dtype=self.sft.param_dtype)
+        init = lambda key: init_params(
+            self.config, key, dtype=self.frozen_dtype or self.sft.param_dtype
+        )
         params = jax.eval_shape(init, jax.random.key(0))
         state, frozen = jax.eval_shape(trainer.init, params, jax.random.key(0))
         array = lambda dtype: jax.ShapeDtypeStruct((self.rows, self.seq_len), dtype)
@@ -98,6 +102,7 @@ SLOW = [
     Case(rows=8, remat="dots", train=dict(micro_batch_size=2)),
     Case(vocab_times=4),
     Case(rank=16, rows=2, dtype="bfloat16"),
+    Case(rank=16, rows=2, dtype="bfloat16", frozen_dtype="bfloat16"),
     Case(rank=16, remat="none"),
     Case(rows=8, seq_len=512, rank=16, remat="dots"),
     *(Case(train=dict(optimizer=name)) for name in ("lion", "adafactor", "muon")),

@@ -60,8 +60,6 @@ def training_bytes(
     parts["gradients"] = trained * param_size
     if train.micro_batch_size and train.micro_batch_size < rows:
         parts["sums of gradients"] = trained * _F32
-    elif param_size < _F32:  # the update is computed in float32
-        parts["gradients in float32"] = trained * _F32
 
     # What is alive on top of that, in each phase: the largest phase makes the peak.
     backward = {
@@ -77,10 +75,17 @@ def training_bytes(
             copies = model.n_layers * sum(a * b for a, b in shapes.values()) * _F32
             backward["cast weights"] += copies
             logits["cast weights"] += copies
+    frozen_size = size(frozen_dtype or train.param_dtype) if lora is not None else param_size
+    if (
+        frozen_size < _F32
+    ):  # XLA on CPU multiplies in float32, and widens all layers before the loop
+        backward["widened weights"] = logits["widened weights"] = model.n_params * _F32
     # A block that is computed again is whole for a moment.
     block = tokens * _saved_floats(model, seq_len, "none") * _F32
     recomputed = dict(backward, **{"one layer": block})
-    update = {"update": _update_floats(train.optimizer, trained, matrices, head) * _F32}
+    update = {"update": _update_floats(train.optimizer, trained, matrices) * _F32}
+    if param_size < _F32 and "sums of gradients" not in parts:  # the update is in float32
+        update["update"] += trained * _F32
     return parts | max((logits, recomputed, update), key=lambda phase: sum(phase.values()))
 
 
@@ -171,7 +176,7 @@ def _factored(shapes: dict, model: Any, lora: Any) -> int:
     return total
 
 
-def _update_floats(optimizer: str, trained: int, matrices: int, head: int) -> int:
+def _update_floats(optimizer: str, trained: int, matrices: int) -> int:
     """Numbers held while parameters are updated, beside gradients and moments."""
     if optimizer == "adafactor":  # updates wait for their root mean square
         return trained
