@@ -104,7 +104,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The transformation from gradients (float32) to updates."""
+    """The transformation from gradients (float32), clipped already, to updates."""
     rate, decay = learning_rate(config), config.weight_decay
     adam = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": config.state_dtype}
     if config.optimizer == "adamw":
@@ -131,9 +131,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         # Its own AdamW for the rest is Nesterov's, and decays norms and biases.
         adamw = optax.adamw(rate, eps=config.eps, weight_decay=decay, mask=decayed, **adam)
         chosen = optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
-    if config.clip_norm is None:
-        return chosen
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+    return chosen
 
 
 def decayed(params: Any) -> Any:

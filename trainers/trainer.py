@@ -189,15 +189,13 @@ class Trainer(abc.ABC):
             clipping), `lr`, and `updated`, whether the update was done.
         """
         key, loss_key = jax.random.split(state.key)
-        grads, loss = self.gradients(state.params, frozen, batch, loss_key)
-        norm = optax.tree.norm(grads)
+        sums, loss = self._gradient_sums(state.params, frozen, batch, loss_key)
+        # Of the sums: of their quotients, XLA would keep a copy for the norm alone.
+        inverse = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
+        norm = optax.tree.norm(sums) * inverse
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
-        updates, moments = make_optimizer(self.config).update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # In float32 where the gradients are, whatever the moments' own dtype.
-        moments = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state.opt_state)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(updated, n, o), new, old)
+        params, moments = self._update(sums, norm, inverse, updated, state)
         metrics = loss.means() | {
             "weight": loss.weight,
             "grad_norm": norm,
@@ -207,16 +205,46 @@ class Trainer(abc.ABC):
         }
         state = TrainState(
             step=state.step + updated.astype(jnp.int32),
-            params=keep(params, state.params),
-            opt_state=keep(moments, state.opt_state),
+            params=params,
+            opt_state=moments,
             key=key,
         )
         return state, metrics
+
+    def _update(self, sums: Params, norm: Array, scale: Array, updated: Array, state: TrainState):
+        """(parameters, moments) after the update, where `updated`.
+
+        Moments are updated after the parameters, which read the old ones, and XLA is made to see
+        it: on CPU it copied all moments otherwise, before the forward pass.
+        """
+        if self.config.clip_norm is not None:
+            scale *= jnp.minimum(1, self.config.clip_norm / norm)
+        grads = jax.tree.map(lambda x: x * scale, sums)
+        optimizer = make_optimizer(self.config)
+        keep = lambda new, old: jax.tree.map(
+            lambda n, o: jnp.where(updated, n.astype(o.dtype), o), new, old
+        )
+        updates, _ = optimizer.update(grads, state.opt_state, state.params)
+        params = keep(optax.apply_updates(state.params, updates), state.params)
+        params, grads, updated = jax.lax.optimization_barrier((params, grads, updated))
+        # Always true, but not for XLA. (A barrier alone is gone before copies are decided on.)
+        first = sum(x.reshape(-1)[0] for x in jax.tree.leaves(params))
+        updated = updated & ((first < jnp.inf) | ~(first < 0))
+        _, moments = optimizer.update(grads, state.opt_state, state.params)
+        return params, keep(moments, state.opt_state)
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[Params, Loss]:
         """(float32 gradients of total / weight over the whole batch, the Loss of the whole batch)."""
+        sums, loss = self._gradient_sums(params, frozen, batch, key)
+        weight = jnp.where(loss.weight > 0, loss.weight, 1)
+        return jax.tree.map(lambda x: x / weight, sums), loss
+
+    def _gradient_sums(
+        self, params: Params, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[Params, Loss]:
+        """(float32 gradients of the total over the whole batch, its Loss)."""
 
         def of_rows(rows: Batch, key: Array) -> tuple[Params, Loss]:
             def total(params):
@@ -231,8 +259,7 @@ class Trainer(abc.ABC):
             grads, loss = of_rows(batch, key)
         else:
             grads, loss = _accumulate(of_rows, _split(batch, size), key)
-        weight = jnp.where(loss.weight > 0, loss.weight, 1)
-        return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads), loss
+        return cast_floats(grads, jnp.float32), loss
 
     @functools.partial(jax.jit, static_argnums=0)
     def eval_step(self, params: Params, frozen: Params, batch: Batch) -> Loss:
