@@ -2,11 +2,12 @@
 
     python examples/sft_json.py
 
-A sentence comes in, an object with four fields goes out. People, places and things of the held-out
-sentences are in no training sentence. Prints the share of exactly right answers before and after, and
+A sentence comes in, an object with four fields goes out. Who, what and where of a held-out sentence
+are together in no training sentence. Prints the share of exactly right answers before and after, and
 draws the loss to sft_json.png (matplotlib).
 """
 
+import itertools
 import json
 import random
 import sys
@@ -31,15 +32,10 @@ from trainers.loop import fit
 from trainers.metrics import MetricsLog, ProgressBar
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
-TRAIN = (
+WORDS = (
     "Ada Ben Carla David Emma Felix Grace Henry Ines Jonas Karin Liam Mona Noah".split(),
     "apples boats candles drums eggs forks gloves hats jars keys lamps maps nails".split(),
     "Lima Oslo Cairo Paris Delhi Quito Rome Tokyo Berlin Accra Dublin Hanoi".split(),
-)
-HELD_OUT = (
-    "Olga Peter Rosa Simon Tara Victor".split(),
-    "onions pens ropes shoes tables windows".split(),
-    "Madrid Sydney Nairobi Vienna Havana Seoul".split(),
 )
 SENTENCES = (
     "{who} bought {count} {what} in {where}.",
@@ -49,17 +45,18 @@ SENTENCES = (
 )
 
 
-def conversations(words, count: int, seed: int) -> list[dict]:
-    """Sentences and what is to be answered."""
-    draw = random.Random(seed)
+def conversations(n_train: int, n_held_out: int) -> tuple[list[dict], list[dict]]:
+    """Sentences and what is to be answered: (for training, held out)."""
+    draw = random.Random(0)
+    triples = list(itertools.product(*WORDS))
+    draw.shuffle(triples)
     rows = []
-    for _ in range(count):
-        who, what, where = (draw.choice(part) for part in words)
+    for who, what, where in triples[: n_train + n_held_out]:
         facts = {"who": who, "count": draw.randint(2, 99), "what": what, "where": where}
-        sentence = draw.choice(SENTENCES).format(**facts)
+        question = {"role": "user", "content": draw.choice(SENTENCES).format(**facts)}
         answer = {"role": "assistant", "content": json.dumps(facts)}
-        rows.append({"messages": [{"role": "user", "content": sentence}, answer]})
-    return rows
+        rows.append({"messages": [question, answer]})
+    return rows[:n_train], rows[n_train:]
 
 
 def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
@@ -72,21 +69,20 @@ def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
     return sum(a == r["messages"][1]["content"] for a, r in zip(answers, rows)) / len(rows)
 
 
-def run(folder: Path, max_steps: int = 60, seed: int = 0) -> tuple[float, float]:
+def run(folder: Path, max_steps: int = 40, seed: int = 0) -> tuple[float, float]:
     """(exact match before, after) training; metrics.jsonl is left in the folder."""
     path = resolve("smollm2-135m-instruct")
     model_config, params = load_checkpoint(path, dtype="float32")
     tokenizer, llama = load_tokenizer(path), LLaMa(model_config)
-    held_out = conversations(HELD_OUT, 50, seed=1)
+    rows, held_out = conversations(600, 50)
     before = exact_match(llama, params, tokenizer, held_out)
 
-    rows = conversations(TRAIN, 600, seed=0)
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load_dataset(data, tokenizer, DataConfig(seq_len=128, batch_size=8, seed=seed))
     trainer = SFTTrainer(
         LLaMa(model_config, remat="dots"),
-        SFTConfig(learning_rate=1e-3, warmup_steps=5, max_steps=max_steps),
+        SFTConfig(learning_rate=5e-4, warmup_steps=4, max_steps=max_steps),
         LoRAConfig(rank=16),
     )
     state, frozen = trainer.init(params, jax.random.key(seed))

@@ -61,16 +61,14 @@ def compare(found, wanted, tolerance=1e-5):
     jax.tree.map_with_path(leaf, found, wanted)
 
 
-def test_adamw_is_its_formula_with_warm_up_clipping_and_decay():
-    settings = dict(learning_rate=0.02, warmup_steps=4, weight_decay=0.3, clip_norm=0.7)
+def test_adamw_is_its_formula_with_warm_up_and_decay():
+    settings = dict(learning_rate=0.02, warmup_steps=4, weight_decay=0.3)
     config = OptimizerConfig(beta1=0.8, beta2=0.9, eps=1e-4, schedule="constant", **settings)
     params, grads = tree(0), [tree(1), tree(2, 1e-5), tree(3)]
     m = v = jax.tree.map(lambda x: np.zeros_like(x, np.float64), params)
     wanted = []
     for t, g in enumerate(grads, start=1):
         g = jax.tree.map(np.float64, g)
-        norm = math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
-        g = jax.tree.map(lambda x: x * min(1, 0.7 / norm), g)
         m = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, m, g)
         v = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g**2, v, g)
 
@@ -79,7 +77,6 @@ def test_adamw_is_its_formula_with_warm_up_clipping_and_decay():
             return -0.02 * t / 4 * (step + 0.3 * p * is_matrix(path))
 
         wanted.append(jax.tree.map_with_path(update, params, m, v))
-    assert math.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads[1]))) < 0.7 < 10
     for found, right in zip(updates_of(config, params, grads), wanted, strict=True):
         compare(found, right)
 
@@ -243,7 +240,7 @@ def test_a_config_that_is_right_is_hashable_and_takes_integers():
 
 def test_a_second_moment_falls_again():
     """In bfloat16 it would stay: at beta2 = 0.999 a step takes off less than half its last bit."""
-    tx = make_optimizer(OptimizerConfig(state_dtype="bfloat16", clip_norm=None))
+    tx = make_optimizer(OptimizerConfig(state_dtype="bfloat16"))
     params = {"w": jnp.ones(4)}
     state = tx.init(params)
     update = jax.jit(tx.update)

@@ -107,6 +107,6 @@ def test_an_update_of_adapters():
         np.testing.assert_allclose(first[name], second[name], rtol=RTOL, err_msg=name)
     compare(other.params, one.params, RTOL)
     # Adam's first step is ±lr wherever a gradient is not 0 to rounding: moments tell more.
-    moments = lambda state: state.opt_state[1][0]
+    moments = lambda state: state.opt_state[0]
     compare(moments(other).mu, moments(one).mu, RTOL)
     compare(moments(other).nu, moments(one).nu, RTOL)
