@@ -138,6 +138,19 @@ def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
     return found
 
 
+def all_of(*make: Callable[[], Any]) -> list[Any]:
+    """What each returns, or one ConfigError with the problems of all."""
+    made, problems = [], []
+    for one in make:
+        try:
+            made.append(one())
+        except ConfigError as e:
+            problems.append(str(e))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return made
+
+
 def _report(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
@@ -195,18 +208,18 @@ class Interrupts:
 class StopSignals:
     """SIGTERM and Ctrl-C for a training run: the first ends it after its step, the second at once.
 
-    Before there is a step to finish, the first ends it at once too. As with `Interrupts`, a thread
-    waits for the signal, since Python may be within a compilation.
+    As with `Interrupts`, a thread waits for the signal, since Python may be within a compilation.
 
     Attributes:
         code: None, or the exit code of the signal that came: 75 for SIGTERM, 130 for Ctrl-C.
+        at_once: whether the first ends it at once too, as there is no step to finish: at first so.
     """
 
     CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
     def __init__(self):
         self.code: int | None = None
-        self._at_once = True
+        self.at_once = True
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -214,14 +227,10 @@ class StopSignals:
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
-    def wait_for_step(self) -> None:
-        """From now on the first signal only sets `code`."""
-        self._at_once = False
-
     def _watch(self, reader: int) -> None:
         while True:
             code = self.CODES[signal.Signals(os.read(reader, 1)[0])]
-            if self._at_once or self.code is not None:
+            if self.at_once or self.code is not None:
                 stderr.show_cursor(True)
                 os._exit(code)
             self.code = code

@@ -23,7 +23,7 @@ from models.llama.config import ModelConfig
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, Params
+from models.llama.model import LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
 from trainers.checkpoint import Checkpointer
 from trainers.data import DataConfig, Dataset, load_dataset, tokenizer_digest
@@ -32,13 +32,15 @@ from trainers.metrics import MetricsLog, ProgressBar
 from trainers.resume import check_resume
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Trainer, TrainState
-from utils.errors import CheckpointError, is_int
+from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
 from utils.memory import human
 from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 # What trains on two cores and 8 GB with the default model; see `sft` for their meaning.
 _LEARNING_RATE, _LORA_LEARNING_RATE = 2e-5, 2e-4
+
+_REMATS = ("none", "dots", "block")
 
 
 def sft(
@@ -125,10 +127,10 @@ def sft(
     stop = console.StopSignals()
     console.keep_compilations()
     # All flags before anything is fetched and loaded: a wrong one should not cost that time.
-    key = random_key(seed)
-    lora = LoRAConfig(rank=lora_rank, alpha=lora_alpha) if lora_rank != 0 else None
-    default_lr = _LEARNING_RATE if lora is None else _LORA_LEARNING_RATE
-    config = SFTConfig(
+    lora_of = functools.partial(LoRAConfig, rank=lora_rank, alpha=lora_alpha)
+    default_lr = _LEARNING_RATE if lora_rank == 0 else _LORA_LEARNING_RATE
+    config_of = functools.partial(
+        SFTConfig,
         optimizer=optimizer,
         learning_rate=default_lr if lr is None else lr,
         schedule=schedule,
@@ -142,7 +144,8 @@ def sft(
         save_every=save_every,
         eval_every=eval_every,
     )
-    data_config = DataConfig(
+    data_of = functools.partial(
+        DataConfig,
         seq_len=seq_len,
         batch_size=batch_size,
         packing=packing,
@@ -151,7 +154,8 @@ def sft(
         seed=seed,
         chat_format=chat_format,
     )
-    run = Run(
+    run_of = functools.partial(
+        Run,
         out_dir=Path(out_dir),
         keep=keep,
         resume=resume or resume_step is not None,
@@ -161,7 +165,14 @@ def sft(
         tensorboard=tensorboard,
         export=export,
     )
-    model_of = functools.partial(LLaMa, dtype=console.compute_dtype(dtype), remat=remat)
+    config, data_config, lora, run, model_of = console.all_of(
+        config_of,
+        data_of,
+        lora_of if lora_rank != 0 else lambda: None,
+        run_of,
+        lambda: _model_of(dtype, remat),
+    )
+    key = random_key(seed)
     source = load_source(ckpt_dir, tokenizer_path)
     dataset = load_dataset(data, source.tokenizer, data_config, skip_bad=skip_bad)
     dataset.check_full_batch()
@@ -207,6 +218,16 @@ class Run:
     tensorboard: bool
     export: bool
 
+    def __post_init__(self):
+        problems = []
+        if not is_int(self.keep) or self.keep < 1:
+            problems.append(f"keep={self.keep!r}, expected an integer from 1")
+        if self.resume_step is not None and not (
+            is_int(self.resume_step) and self.resume_step >= 0
+        ):
+            problems.append(f"resume_step={self.resume_step!r}, expected an integer from 0")
+        raise_all("Run", problems)
+
     def train(
         self,
         trainer_of: Callable[[ModelConfig], Trainer],
@@ -217,15 +238,25 @@ class Run:
         stop: console.StopSignals,
     ) -> None:
         """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
+        trainer = trainer_of(load_config(source.path))
+        check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+        check_memory(trainer, dataset)
+        like = jax.eval_shape(
+            lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
+        )
+        need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+        meta = describe(trainer, source, dataset)
         with contextlib.ExitStack() as stack:
             checkpointer = stack.enter_context(
-                Checkpointer(self.out_dir / "checkpoints", keep=self.keep)
+                Checkpointer(self.out_dir / "checkpoints", keep=self.keep, need_bytes=need_bytes)
             )
             self._check_start(checkpointer)
-            trainer, params = self._load_model(trainer_of, source, dataset)
-            meta = describe(trainer, source, dataset)
-            state, frozen, progress = self._start(trainer, params, key, checkpointer, meta)
-            del params  # the state holds them, or its copy
+            if self.resume:
+                state, progress = self._restore(checkpointer, like, meta)
+                frozen = load_params(trainer, source) if trainer.lora is not None else {}
+            else:
+                state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
+                progress = Progress()
             self._write_run(meta)
             first = int(state.step)
             bar = stack.enter_context(ProgressBar(trainer.config.max_steps))
@@ -237,7 +268,7 @@ class Run:
                     sinks=[bar],
                 )
             )
-            stop.wait_for_step()
+            stop.at_once = False
             state, _ = fit(
                 trainer,
                 state,
@@ -250,8 +281,9 @@ class Run:
                 progress=progress,
                 should_stop=lambda: stop.code is not None,
             )
+        stop.at_once = True  # nothing is left to finish: the export is written whole or not at all
         step = int(state.step)
-        if stop.code is not None and step < trainer.config.max_steps:
+        if stop.code is not None and (self.export or step < trainer.config.max_steps):
             console.say(f"stopped after step {step}, which is saved; --resume goes on", "")
             sys.exit(stop.code)
         if self.export:
@@ -270,29 +302,10 @@ class Run:
                 f"--resume: {self.out_dir} holds no checkpoint; leave it out to start"
             )
 
-    def _load_model(self, trainer_of, source: Source, dataset: Dataset) -> tuple[Trainer, Params]:
-        """(trainer, parameters): only what fits in memory is loaded."""
-        trainer = trainer_of(load_config(source.path))
-        check_against_model(source.tokenizer, trainer.model.config.vocab_size)
-        parts = predicted_bytes(trainer, dataset)
-        listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
-        console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
-        if jax.default_backend() == "cpu":
-            check_training_fits(parts)
-        # A frozen model is only read: it has the dtype in which it is used.
-        frozen_dtype = trainer.model.dtype
-        dtype = trainer.config.param_dtype if trainer.lora is None else frozen_dtype
-        with console.progress() as report:
-            _, params = load_checkpoint(source.path, dtype=dtype, progress=report)
-        return trainer, params
-
-    def _start(
-        self, trainer: Trainer, params: Params, key, checkpointer: Checkpointer, meta: dict
-    ) -> tuple[TrainState, Params, Progress]:
-        if not self.resume:
-            return *trainer.init(params, key, donate=True), Progress()
-        like, frozen = jax.eval_shape(trainer.init, params, key)
-        frozen = params if trainer.lora is not None else frozen
+    def _restore(
+        self, checkpointer: Checkpointer, like: TrainState, meta: dict[str, Any]
+    ) -> tuple[TrainState, Progress]:
+        """What a checkpoint holds, if it is of this run, and says what is not the same."""
         restored = checkpointer.restore(like, step=self.resume_step)
         progress = Progress(**restored.meta.pop("progress"))
         changes = check_resume(
@@ -306,7 +319,7 @@ class Run:
         console.say(f"going on after step {restored.step}", "")
         if restored.meta["data"] != meta["data"]:
             progress = dataclasses.replace(progress, position=None)
-        return restored.state, frozen, progress
+        return restored.state, progress
 
     def _write_run(self, meta: dict) -> None:
         with atomic_file(self.out_dir / "run.json") as file:
@@ -327,9 +340,9 @@ class Run:
         console.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
 
 
-def predicted_bytes(trainer: Trainer, dataset: Dataset) -> dict[str, int]:
-    """What the largest step will hold in memory, by parts."""
-    return training_bytes(
+def check_memory(trainer: Trainer, dataset: Dataset) -> None:
+    """Says what the largest step will hold in memory, and that it fits, before anything is loaded."""
+    parts = training_bytes(
         trainer.model.config,
         trainer.config,
         rows=dataset.config.batch_size,
@@ -339,6 +352,18 @@ def predicted_bytes(trainer: Trainer, dataset: Dataset) -> dict[str, int]:
         lora=trainer.lora,
         frozen_dtype=trainer.model.dtype,
     )
+    listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
+    console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
+    if jax.default_backend() == "cpu":
+        check_training_fits(parts)
+
+
+def load_params(trainer: Trainer, source: Source) -> Params:
+    """The model's parameters; a frozen model is only read, and has the dtype in which it is used."""
+    frozen = trainer.lora is not None
+    dtype = trainer.model.dtype if frozen else trainer.config.param_dtype
+    with console.progress() as report:
+        return load_checkpoint(source.path, dtype=dtype, progress=report)[1]
 
 
 def describe(trainer: Trainer, source: Source, dataset: Dataset) -> dict[str, Any]:
@@ -359,6 +384,12 @@ def say_counts(name: str, dataset: Dataset) -> None:
     """One line of what became of the rows."""
     told = ", ".join(f"{value:,} {key}" for key, value in dataset.counts.items() if value)
     console.say(f"{name}: {told.replace('_', ' ')}", "")
+
+
+def _model_of(dtype: str, remat: str) -> Callable[[ModelConfig], LLaMa]:
+    if remat not in _REMATS:
+        raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(_REMATS)}")
+    return functools.partial(LLaMa, dtype=console.compute_dtype(dtype), remat=remat)
 
 
 def _warmup(max_steps: Any) -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -67,18 +67,18 @@ def fit(
     """Trains until `max_steps`, or until `should_stop` says so between two steps.
 
     The largest batch goes first, with nothing to learn in it: where memory does not suffice, that is
-    seen at once. The last state is always saved.
+    seen at once. The last state is always saved, be it that of step 0.
 
     Args:
         state, frozen: from `Trainer.init`, or a checkpoint's; `state` is donated.
         data: see Data.
         eval_data: evaluated as the config says and at the end; the lowest loss makes a checkpoint
             the best one.
-        log: gets a record a step.
+        log: gets a record a step, and one a skipped update, with the step that it would have been.
         checkpointer: gets the state as the config says and at the end.
         meta: goes into each checkpoint, with `progress`.
         progress: of the checkpoint that is gone on from.
-        should_stop: asked after each step.
+        should_stop: asked before each step.
 
     Raises:
         TrainError: more than `max_skipped` updates in a row were not finite.
@@ -97,19 +97,22 @@ class _Run:
         self.trainer, self.config, self.frozen = trainer, trainer.config, frozen
         self.data, self.eval_data, self.log = data, eval_data, log
         self.checkpointer, self.meta, self.progress = checkpointer, meta, progress
-        self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
+        # Measured before compilations are counted: it compiles too.
         self.peak = matmul_peak(trainer.model.dtype or self.config.param_dtype)
+        self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
         self.skipped_in_a_row: list[Any] = []
 
     def fit(self, state: TrainState, should_stop) -> tuple[TrainState, Progress]:
         batches = self.data.batches()
         if self.progress.position is not None:
             batches.set_state(self.progress.position)
-        step, saved, score = int(state.step), int(state.step), None
+        step, saved = int(state.step), None
         if step < self.config.max_steps:
             state = self._preflight(state)
             batch = self._next(batches)
-        while step < self.config.max_steps and not should_stop():
+        # A run stops behind an update, never between one and the skipped ones that follow it: what is
+        # redone after a resume is then exactly what the checkpoint does not hold.
+        while step < self.config.max_steps and (self.skipped_in_a_row or not should_stop()):
             position = batches.get_state()
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
             with self.clock("step"):
@@ -118,19 +121,21 @@ class _Run:
             with self.clock("step"):
                 metrics = {name: value.item() for name, value in metrics.items()}
             compiling = self._note_compilations()
-            attempt = step + 1  # what a resumed run would do again
-            step += metrics["updated"]
+            attempted, step = step + 1, step + metrics["updated"]
             self._account(metrics, position)
             last = step == self.config.max_steps
             evaluation = {}
             if metrics["updated"] and self._due(step, self.config.eval_every, last):
                 evaluation = self._evaluate(state)
-                score = evaluation.get("eval_loss", score)
+            # Before the checkpoint: a run that is killed in between writes the line again, while one
+            # that went on from the checkpoint would never write it.
+            self._record(attempted, metrics, evaluation, done, compiling)
             if metrics["updated"] and self._due(step, self.config.save_every, last):
                 self._save(step, state, evaluation.get("eval_loss"))
                 saved = step
-            self._record(attempt, metrics, evaluation, done, compiling)
-        if saved < step:
+        if (
+            saved != step
+        ):  # of what was restored and not changed, the checkpointer keeps the old one
             self._save(step, state, None)
         if self.checkpointer is not None:
             self.checkpointer.wait()
@@ -188,9 +193,13 @@ class _Run:
         if self.eval_data is None:
             return {}
         with self.clock("eval"):
-            batches = self.eval_data.epoch_batches()
-            means = self.trainer.evaluate(state.params, self.frozen, batches)
+            means = self.trainer.evaluate(state.params, self.frozen, self._eval_batches())
         return {f"eval_{name}": value for name, value in self.trainer.derive(means).items()}
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        for batch in self.eval_data.epoch_batches():
+            self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (eval)")
+            yield batch
 
     def _save(self, step: int, state: TrainState, score: float | None) -> None:
         if self.checkpointer is None:
@@ -199,8 +208,8 @@ class _Run:
             meta = self.meta | {"progress": dataclasses.asdict(self.progress)}
             self.checkpointer.save(step, state, meta, score=score)
 
-    def _record(self, attempt, metrics, evaluation, batch: Batch, compiling: float) -> None:
-        """Writes one line of metrics."""
+    def _record(self, step, metrics, evaluation, batch: Batch, compiling: float) -> None:
+        """Writes one line of metrics; a skipped update has the step that it would have been."""
         self._note_compilations()
         seconds, compiled, self.compiled = self.clock.take(), self.compiled, []
         if self.log is None:
@@ -217,7 +226,7 @@ class _Run:
         means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
         self.log.write(
             {
-                "step": attempt,
+                "step": step,
                 **self.trainer.derive(means),
                 "targets": int(metrics["weight"]),
                 "tokens": int(n_tokens),
@@ -225,6 +234,7 @@ class _Run:
                 "model_flops_per_s": flops / busy,
                 "mfu": flops / busy / self.peak,
                 "memory": peak_memory_bytes(),
+                "updated": metrics["updated"],
                 "skipped": self.progress.skipped,
                 **evaluation,
                 "seconds": seconds,

@@ -1,0 +1,502 @@
+"""train.py and evaluate.py as programs: flags, files, exit codes, signals, kills, and going on."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+
+from tests import cli
+from tests.small_runs import curve
+from trainers.checkpoint import CheckpointReader
+
+STEPS = 5
+SMALL = dict(batch_size=4, micro_batch_size=2, seq_len=64, max_steps=STEPS, lr=0.01)
+SMALL |= dict(save_every=1, eval_every=2)
+
+
+class Done(NamedTuple):
+    """A program that ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Programs:
+    """Starts train.py and evaluate.py, one after the other; see train_script.py."""
+
+    def __init__(self, folder: Path):
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.train_script"],
+            cwd=cli.ROOT,
+            env=cli.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._folder, self._number = folder, 0
+
+    def start(self, program: str, *args: object, patch: str = "", **options: object):
+        """(process id, a function that waits for the end and returns Done)."""
+        self._number += 1
+        out, err = (self._folder / f"{self._number}.{kind}" for kind in ("out", "err"))
+        out = options.pop("stdout", out)
+        argv = [program, *map(str, args), *flags(options)]
+        order = dict(argv=argv, stdout=str(out), stderr=str(err), patch=patch)
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._server.stdout.readline())
+
+        def wait() -> Done:
+            code = int(self._server.stdout.readline())
+            text = out.read_text() if isinstance(out, Path) else ""
+            return Done(code, text, err.read_text())
+
+        return pid, wait
+
+    def run(self, *args: object, **options: object) -> Done:
+        """A program to its end."""
+        return self.start(*args, **options)[1]()
+
+    def close(self) -> None:
+        """Ends the server, which waits for nothing."""
+        self._server.stdin.close()
+        self._server.wait(30)
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    """As on a command line; True is a flag alone, False one with `no` before it, None none."""
+    out = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            out.append(f"--{name}" if value else f"--no{name}")
+        elif value is not None:
+            out.append(f"--{name}={value}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
+        yield started
+
+
+def rows(seed: int, count: int = 14) -> str:
+    rng = random.Random(seed)
+    words = lambda: "".join(rng.choices("abcdefgh ", k=rng.randint(1, 14)))
+    chat = lambda: [dict(role=role, content=words()) for role in ("user", "assistant")]
+    return "".join(json.dumps({"messages": chat()}) + "\n" for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with data sets, good and bad ones, and checkpoints that lack something."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "train.jsonl").write_text(rows(0))
+    (folder / "eval.jsonl").write_text(rows(1, 6))
+    (folder / "few.jsonl").write_text(rows(2, 3))
+    (folder / "empty.jsonl").write_text("")
+    (folder / "binary.jsonl").write_bytes(bytes(range(256)) * 9)
+    (folder / "broken.jsonl").write_text(rows(3) + '{"messages": [}\n')
+    question = json.dumps({"messages": [dict(role="user", content="?")]}) + "\n"
+    (folder / "untaught.jsonl").write_text(question * 9)
+    shutil.copytree(cli.checkpoint(), folder / "nan")
+    weights = safetensors.numpy.load_file(folder / "nan" / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32("nan")
+    safetensors.numpy.save_file(
+        weights, folder / "nan" / "model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+def training(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
+    """Options of a small run."""
+    known = dict(data=files / "train.jsonl", eval_data=files / "eval.jsonl", out_dir=out_dir)
+    return known | dict(ckpt_dir=cli.checkpoint(), export=False) | SMALL | options
+
+
+@pytest.fixture(scope="module")
+def whole(programs, files, tmp_path_factory):
+    """The folder of a run that nothing disturbed. Copied, never written."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = programs.run("train.py", "sft", **training(files, folder))
+    assert done.code == 0, done.stderr
+    assert [line["step"] for line in curve(folder)] == list(range(1, STEPS + 1))
+    return folder
+
+
+def arrays(folder: Path, step: int = STEPS) -> tuple[dict[str, tuple], object]:
+    """A checkpoint's (dtype, shape, bits) by the array's name, read by Orbax alone; and its meta."""
+    reader = CheckpointReader(folder / "checkpoints")
+    state = reader.folder / f"step-{step:08d}" / "state"
+    tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(state)
+    found = {name: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for name, x in tree.items()}
+    return found, reader.read_meta(step)
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Both runs ended with the same bits and the same curve."""
+    got, expected = arrays(folder), arrays(whole)
+    assert got[1] == expected[1]
+    assert got[0].keys() == expected[0].keys()
+    assert [name for name in got[0] if got[0][name] != expected[0][name]] == []
+    assert curve(folder) == curve(whole)
+
+
+def check_error(done: Done, code: int, *patterns: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.code == code, done.stderr
+    assert len(lines) == 1 and lines[0] == done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), (pattern, lines[0])
+
+
+# What is wrong is said at once ------------------------------------------------------------------
+
+
+@pytest.mark.covers("D10")
+def test_all_wrong_flags_are_named_before_anything_is_loaded(programs, files, tmp_path):
+    wrong = dict(lr="nan", seq_len=0, lora_rank=-1, keep=0, dtype="float8", remat="all")
+    wrong |= dict(resume_step="new", optimizer="sgd", mask="some", micro_batch_size=0)
+    nothing = dict(ckpt_dir=tmp_path / "none", data=tmp_path / "none.jsonl")
+    done = programs.run("train.py", "sft", **training(files, tmp_path / "run", **wrong, **nothing))
+    names = "learning_rate='nan' seq_len.0 rank=-1 keep=0 float8 remat.*all resume_step='new'"
+    names += " optimizer='sgd' mask.*some micro_batch_size=0"
+    check_error(done, 2, *(name.replace("seq_len.0", "seq_len is 0") for name in names.split(" ")))
+    assert not (tmp_path / "run").exists()
+    for wrong, pattern in (
+        (dict(seed=-1), "seed"),
+        (dict(seed=2**32), "seed"),
+        (dict(skip_bad=-1), "skip_bad"),
+        (dict(steps=3), "--steps"),
+        (dict(packing="yes"), "packing is on or off"),
+    ):
+        options = training(files, tmp_path / "run", **wrong)
+        check_error(programs.run("train.py", "sft", **options), 2, pattern)
+
+
+@pytest.mark.parametrize("program, command", [("train.py", "sft"), ("evaluate.py", "ppl")])
+def test_a_command_is_needed_and_help_lists_it(programs, program, command):
+    for args in ([], ["tune"]):
+        check_error(programs.run(program, *args), 2, f"expected a command: {command}")
+    assert command in programs.run(program, "--help").stderr
+    assert "--data" in programs.run(program, command, "--help").stdout
+
+
+# A patch: weights that are asked for are a failure.
+NOT_LOADED = """
+import train, evaluate
+def load_checkpoint(*args, **options):
+    raise AssertionError("loaded")
+train.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
+"""
+
+BAD_DATA = {
+    "none.jsonl": "none.jsonl",
+    "empty.jsonl": "empty.jsonl: no row",
+    "binary.jsonl": "binary.jsonl:1: ",
+    "broken.jsonl": "broken.jsonl:15: ",
+    "untaught.jsonl": "no row is left.*dropped_no_target 9",
+    "few.jsonl": "3 rows, fewer than batch_size=4",
+}
+
+
+@pytest.mark.covers("D3")
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_an_error_before_the_weights_are_looked_at(programs, files, tmp_path, name):
+    options = training(files, tmp_path / "run", data=files / name, patch=NOT_LOADED)
+    check_error(programs.run("train.py", "sft", **options), 4, BAD_DATA[name])
+    assert not (tmp_path / "run").exists()
+    if name != "few.jsonl":
+        options = training(files, tmp_path, eval_data=files / name, patch=NOT_LOADED)
+        check_error(programs.run("train.py", "sft", **options), 4, BAD_DATA[name])
+        only = dict(ckpt_dir=cli.checkpoint(), data=files / name, patch=NOT_LOADED)
+        check_error(programs.run("evaluate.py", "ppl", **only), 4, BAD_DATA[name])
+
+
+@pytest.mark.covers("D28")
+def test_a_folder_that_cannot_be_used_is_an_error_before_the_weights(programs, files, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("n" * 300)):
+        done = programs.run("train.py", "sft", **training(files, folder), patch=NOT_LOADED)
+        check_error(done, 6, "cannot write into")
+    # The state is 3 float32 a parameter, and there are over 40,000.
+    full = "import shutil; shutil.disk_usage = lambda _: type('', (), dict(free=500_000))"
+    options = training(files, tmp_path / "full")
+    done = programs.run("train.py", "sft", patch=NOT_LOADED + full, **options)
+    check_error(done, 6, "500000 bytes free, a checkpoint needs")
+
+
+@pytest.mark.covers("D21")
+def test_there_must_be_something_to_go_on_from_and_nothing_to_overwrite(
+    programs, files, whole, tmp_path
+):
+    options = training(files, tmp_path / "run", resume=True)
+    check_error(programs.run("train.py", "sft", **options), 6, "holds no checkpoint")
+    run = Path(shutil.copytree(whole, tmp_path / "old"))
+    options = training(files, run)
+    check_error(programs.run("train.py", "sft", **options), 6, "got to step 5; pass --resume")
+    check_error(
+        programs.run("train.py", "sft", resume_step=1, **options), 6, "cannot use step 1.*are"
+    )
+    for manifest in run.glob("checkpoints/step-*/manifest.json"):
+        manifest.unlink()
+    for resume in (True, False):
+        done = programs.run("train.py", "sft", **options, resume=resume)
+        check_error(done, 6, "no complete checkpoint")
+    assert curve(run) == curve(whole)
+
+
+@pytest.mark.covers("D20")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(programs, files, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    damaged = run / "checkpoints" / f"step-{STEPS:08d}" / "meta.json"
+    damaged.write_bytes(damaged.read_bytes().replace(b"1", b"2", 1))
+    options = training(files, run)
+    done = programs.run("train.py", "sft", **options, resume_step=STEPS)
+    check_error(done, 6, "meta.json is damaged")
+    done = programs.run("train.py", "sft", **options, resume=True)
+    assert done.code == 0 and "step-00000005 is broken, an older one is tried" in done.stderr
+    assert_same_run(run, whole)
+
+
+@pytest.mark.covers("D7")
+def test_other_data_is_refused_unless_it_is_allowed(programs, files, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    text = (files / "train.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    data = tmp_path / "train.jsonl"
+    options = training(files, run, data=data, max_steps=STEPS + 1, warmup_steps=0)
+    options |= dict(lr=SMALL["lr"], resume=True)
+    for changed in ("".join(lines[1:] + lines[:1]), text + lines[0], text.replace("a", "b", 1)):
+        data.write_text(changed)
+        done = programs.run("train.py", "sft", **options)
+        check_error(done, 2, r"data.digest: \"\w+\" → \"\w+\" \(pass --allow_data_change")
+    done = programs.run("train.py", "sft", **options, allow_data_change=True)
+    assert done.code == 0, done.stderr
+    assert "changed: data.digest" in done.stderr and "going on after step 5" in done.stderr
+    assert [line["step"] for line in curve(run)] == list(range(1, STEPS + 2))
+    # The new data is gone through from its start.
+    assert CheckpointReader(run / "checkpoints").read_meta()["progress"]["position"] == {
+        "next_index": 1
+    }
+
+
+@pytest.mark.covers("D22")
+def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    options = training(files, run, lr=0.02, batch_size=5, optimizer="lion", state_dtype="bfloat16")
+    options |= dict(seq_len=60, seed=3, schedule="linear", clip_norm=0.5, dtype="bfloat16")
+    done = programs.run("train.py", "sft", **options, resume=True)
+    never, flag = r"\(never allowed", r"\(pass --allow_config_change"
+    check_error(
+        done,
+        2,
+        rf"train.learning_rate: 0.01 → 0.02 {flag}",
+        rf"train.batch_size: 4 → 5 {flag}",
+        rf"train.seq_len: 64 → 60 {flag}",
+        rf"train.seed: 0 → 3 {flag}",
+        rf'train.schedule: "cosine" → "linear" {flag}',
+        rf"train.clip_norm: 1.0 → 0.5 {flag}",
+        rf'train.optimizer: "adamw" → "lion" {never}',
+        rf'train.state_dtype: "float32" → "bfloat16" {never}',
+        rf'train.dtype: "float32" → "bfloat16" {never}',
+        r"data.digest: .*\(pass --allow_data_change",
+    )
+    assert curve(run) == curve(whole)
+
+
+# What goes wrong on the way ---------------------------------------------------------------------
+
+
+@pytest.mark.covers("D1")
+def test_a_run_that_diverges_ends_with_the_batches_numbers(programs, files, tmp_path):
+    options = training(files, tmp_path, ckpt_dir=files / "nan", max_steps=9)
+    done = programs.run("train.py", "sft", **options)
+    check_error(done, 5, r"6 updates in a row.*loss nan.*\[1, 2, 3, 4, 5, 6\]")
+    lines = curve(tmp_path)
+    assert [(line["step"], line["updated"]) for line in lines] == [(1, False)] * 6
+    assert [line["skipped"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.covers("D29")
+def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole, tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    done = programs.run("train.py", "sft", **training(files, tmp_path))
+    assert done.code == 0, done.stderr
+    assert done.stderr.count("warning: ") == 1 and "No space left" in done.stderr
+    assert arrays(tmp_path)[0] == arrays(whole)[0]
+
+
+@pytest.mark.covers("D30")
+def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
+    full = """
+import train
+def save_checkpoint(*args, **options):
+    raise OSError(28, "No space left on device", str(args[0]))
+train.save_checkpoint = save_checkpoint
+"""
+    options = training(files, tmp_path, export=True)
+    done = programs.run("train.py", "sft", patch=full, **options)
+    check_error(done, 1, "No space left on device")
+    assert not (tmp_path / "export").exists()
+    assert_same_run(tmp_path, whole)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    exporting = """
+import train
+train.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
+"""
+    done = programs.run("train.py", "sft", patch=exporting, **options, resume=True)
+    assert done.code == 0 and "exported to" in done.stderr
+    assert (tmp_path / "export").is_dir()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert_same_run(tmp_path, whole)
+
+
+# Signals ----------------------------------------------------------------------------------------
+
+TERM, INT = "signal.SIGTERM", "signal.SIGINT"
+CODES = {TERM: 75, INT: 130}
+
+# Where a signal comes: what is wrapped, and which call of it. Of the five steps two and four are
+# evaluated behind, all are saved behind.
+PLACES = {
+    "preflight and its compilation": ("trainers.loop._Run, '_preflight', 1", 0),
+    "stepping": ("trainers.loop._Run, '_account', 2", 2),
+    "in evaluation": ("trainers.loop._Run, '_evaluate', 1", 2),
+    "saving": ("trainers.checkpoint, 'write_arrays', 3", None),
+    "the last step": ("trainers.loop._Run, '_account', 5", 5),
+}
+
+
+def signals_at(place: str, *signals: str) -> str:
+    """A patch."""
+    where = PLACES[place][0] if place in PLACES else place
+    sent = ", ".join(signals)
+    return (
+        "import signal, train, trainers.loop, trainers.checkpoint\n"
+        f"at({where}, lambda: send({sent}))\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D19")
+@pytest.mark.parametrize("number", [TERM, INT])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path, place, number):
+    # With an export to come, even the last step is not the end.
+    options = training(files, tmp_path, export=True)
+    done = programs.run("train.py", "sft", patch=signals_at(place, number), **options)
+    assert done.code == CODES[number], done.stderr
+    (told,) = re.findall(r"stopped after step (\d+), which is saved; --resume goes on", done.stderr)
+    assert CheckpointReader(tmp_path / "checkpoints").steps[-1] == int(told)
+    assert PLACES[place][1] in (None, int(told)) and "Traceback" not in done.stderr
+    assert not (tmp_path / "export").exists()
+    done = programs.run("train.py", "sft", **options | dict(export=False), resume=True)
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D19")
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "the last step"])
+def test_a_second_signal_leaves_at_once(programs, files, whole, tmp_path, place):
+    patch = signals_at(place, TERM, INT)
+    # The action does not return: what it interrupts is not finished.
+    done = programs.run("train.py", "sft", patch=patch, **training(files, tmp_path))
+    assert done.code == 130 and "stopped after" not in done.stderr
+    resume = place != "preflight and its compilation"
+    assert resume == bool(CheckpointReader(tmp_path / "checkpoints").steps)
+    done = programs.run("train.py", "sft", **training(files, tmp_path), resume=resume)
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.covers("D19")
+def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
+    programs, files, whole, tmp_path
+):
+    for number, code in CODES.items():
+        patch = signals_at("train, 'load_checkpoint', 1", number)
+        done = programs.run("train.py", "sft", patch=patch, **training(files, tmp_path / "a"))
+        assert done.code == code and "stopp" not in done.stderr
+        assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    options = training(files, run, export=True, resume=True)
+    patch = signals_at("train, 'save_checkpoint', 1", TERM)
+    assert programs.run("train.py", "sft", patch=patch, **options).code == 75
+    assert not (run / "export").exists()
+    assert_same_run(run, whole)
+
+
+# Kills ------------------------------------------------------------------------------------------
+
+
+def wait_for_lines(folder: Path, count: int, pid: int) -> None:
+    """Returns once metrics.jsonl has that many lines, or the process has ended."""
+    path = folder / "metrics.jsonl"
+    while Path(f"/proc/{pid}").exists():
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D16", "D24")
+@pytest.mark.parametrize("step", range(STEPS + 1))
+def test_killed_at_a_step_and_gone_on_with(programs, files, whole, tmp_path, step):
+    options = training(files, tmp_path)
+    # A step takes a millisecond: without a pause the run would be over before it is killed.
+    slow = "import time, trainers.loop\nfor n in range(1, 9):\n"
+    slow += "    at(trainers.loop._Run, '_save', n, lambda: time.sleep(0.2))\n"
+    pid, wait = programs.start("train.py", "sft", patch=slow, **options)
+    wait_for_lines(tmp_path, step, pid)
+    time.sleep(0.05 * step)
+    os.kill(pid, signal.SIGKILL)
+    assert wait().code == -signal.SIGKILL
+    saved = list((tmp_path / "checkpoints").glob("step-*"))
+    assert len(saved) > 0 or step < 3
+    if not saved and list((tmp_path / "checkpoints").glob(".step-*")):
+        # Killed in the very first save: nothing is there, and that is not passed over in silence.
+        check_error(programs.run("train.py", "sft", **options), 6, "no complete checkpoint, only")
+        shutil.rmtree(tmp_path / "checkpoints")
+    done = programs.run("train.py", "sft", **options, resume=bool(saved))
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D16")
+def test_killed_at_random_times_again_and_again(programs, files, whole, tmp_path):
+    options, rng, kills = training(files, tmp_path), random.Random(0), 0
+    while kills < 6:
+        saved = bool(list((tmp_path / "checkpoints").glob("step-*")))
+        before = len(curve(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
+        pid, wait = programs.start("train.py", "sft", **options, resume=saved)
+        wait_for_lines(tmp_path, before + 1, pid)
+        time.sleep(rng.expovariate(50))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if wait().code == 0:
+            break
+        kills += 1
+        if not list((tmp_path / "checkpoints").glob("step-*")):
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    saved = bool(list((tmp_path / "checkpoints").glob("step-*")))
+    done = programs.run("train.py", "sft", **options, resume=saved)
+    assert kills and done.code == 0, done.stderr
+    assert_same_run(tmp_path, whole)
