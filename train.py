@@ -165,12 +165,13 @@ def sft(
         tensorboard=tensorboard,
         export=export,
     )
-    config, data_config, lora, run, model_of = console.all_of(
+    config, data_config, lora, run, compute, remat = console.all_of(
         config_of,
         data_of,
         lora_of if lora_rank != 0 else lambda: None,
         run_of,
-        lambda: _model_of(dtype, remat),
+        functools.partial(console.compute_dtype, dtype),
+        functools.partial(_known_remat, remat),
     )
     key = random_key(seed)
     source = load_source(ckpt_dir, tokenizer_path)
@@ -181,7 +182,7 @@ def sft(
     if eval_data is not None:
         evaluated = load_dataset(eval_data, source.tokenizer, data_config)
         say_counts("eval_data", evaluated)
-    trainer_of = lambda model_config: SFTTrainer(model_of(model_config), config, lora)
+    trainer_of = lambda model: SFTTrainer(LLaMa(model, compute, remat), config, lora)
     run.train(trainer_of, source, dataset, evaluated, key, stop)
 
 
@@ -386,10 +387,10 @@ def say_counts(name: str, dataset: Dataset) -> None:
     console.say(f"{name}: {told.replace('_', ' ')}", "")
 
 
-def _model_of(dtype: str, remat: str) -> Callable[[ModelConfig], LLaMa]:
+def _known_remat(remat: str) -> str:
     if remat not in _REMATS:
         raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(_REMATS)}")
-    return functools.partial(LLaMa, dtype=console.compute_dtype(dtype), remat=remat)
+    return remat
 
 
 def _warmup(max_steps: Any) -> int:

@@ -1,6 +1,7 @@
 """Trainings of a model so small that a step takes a millisecond, for the tests of the loop around it."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -59,9 +60,14 @@ def trainer(cls=PoisonedTrainer, lora=None, **config: Any) -> SFTTrainer:
     return cls(LLaMa(MODEL), SFTConfig(**defaults | config), lora)
 
 
+@functools.cache
+def _params():
+    return init_params(MODEL, jax.random.key(0))
+
+
 def start(of: SFTTrainer):
     """(state, frozen), always the same."""
-    return of.init(init_params(MODEL, jax.random.key(0)), jax.random.key(1))
+    return of.init(_params(), jax.random.key(1))
 
 
 def dataset(

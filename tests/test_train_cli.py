@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import cli
 from tests.small_runs import curve
@@ -500,3 +503,86 @@ def test_killed_at_random_times_again_and_again(programs, files, whole, tmp_path
     done = programs.run("train.py", "sft", **options, resume=saved)
     assert kills and done.code == 0, done.stderr
     assert_same_run(tmp_path, whole)
+
+
+# evaluate.py ------------------------------------------------------------------------------------
+
+
+def perplexity(data: Path) -> tuple[float, int]:
+    """(perplexity, targets) of the answers of a conversation's file, by transformers' own model."""
+    model = AutoModelForCausalLM.from_pretrained(cli.checkpoint(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(cli.checkpoint())
+    total, count = 0.0, 0
+    for line in data.read_text().splitlines():
+        question, answer = (m["content"] for m in json.loads(line)["messages"])
+        head = f"<s><|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        head, tail = (
+            tokenizer(text, add_special_tokens=False).input_ids
+            for text in (head, answer + "<|im_end|>")
+        )
+        with torch.no_grad():
+            logits = model(torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
+        chosen = logits.double().log_softmax(-1)[range(len(tail)), tail]
+        total, count = total - chosen.sum().item(), count + len(tail)
+    return math.exp(total / count), count
+
+
+def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, files):
+    expected, count = perplexity(files / "train.jsonl")
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint(), json=True)
+    for more in (
+        dict(),
+        dict(batch_size=1),
+        dict(batch_size=5, seq_len=100),
+        dict(packing=True, seq_len=200),
+        dict(packing=True, seq_len=130, batch_size=3),
+    ):
+        done = programs.run("evaluate.py", "ppl", **options, **more)
+        assert done.code == 0 and done.stderr == "", done.stderr
+        found = json.loads(done.stdout)
+        assert found["targets"] == found["counts"]["targets"] == count
+        assert abs(found["perplexity"] / expected - 1) < 1e-4, more
+        assert abs(found["loss"] - math.log(expected)) < 1e-4, more
+    done = programs.run("evaluate.py", "ppl", **options | dict(json=False))
+    assert re.fullmatch(
+        rf"perplexity {expected:.3f}\d, loss {math.log(expected):.3f}\d nats, "
+        rf"accuracy [\d.]+%, over {count} tokens of 14 examples\n",
+        done.stdout,
+    )
+
+
+@pytest.mark.covers("C5", "A34")
+def test_what_is_wrong_with_an_evaluation_is_one_line(programs, files, tmp_path):
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint())
+    for more, code, pattern in (
+        (dict(seq_len=1, batch_size=0, mask="some"), 2, "seq_len is 1.*batch_size is 0.*mask"),
+        (dict(dtype="int8"), 2, "int8"),
+        (dict(chat_format="alpaca"), 3, "alpaca"),
+        (dict(ckpt_dir=tmp_path / "none"), 3, "none"),
+        (dict(ckpt_dir=tmp_path), 3, "checkpoint"),
+        (dict(tokenizer_path=tmp_path / "none"), 3, "none"),
+    ):
+        done = programs.run("evaluate.py", "ppl", **options | more)
+        check_error(done, code, pattern)
+        assert done.stdout == ""
+
+
+@pytest.mark.covers("C12")
+def test_an_evaluation_whose_reader_is_gone_or_whose_disk_is_full(programs, files):
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint())
+    reader, writer = os.pipe()
+    os.close(reader)
+    args = flags(options)
+    done = cli.run("evaluate.py", "ppl", *args, stdout=writer, timeout=600)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+    done = programs.run("evaluate.py", "ppl", **options, stdout="/dev/full")
+    check_error(done, 1, "No space left on device")
+
+
+@pytest.mark.covers("C11")
+def test_ctrl_c_ends_an_evaluation_at_once(programs, files):
+    patch = "import signal, evaluate\nat(evaluate, '_reported', 1, lambda: send(signal.SIGINT))\n"
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint())
+    done = programs.run("evaluate.py", "ppl", patch=patch, **options)
+    assert (done.code, done.stdout, done.stderr) == (130, "", "")
