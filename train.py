@@ -223,10 +223,9 @@ class Run:
         problems = []
         if not is_int(self.keep) or self.keep < 1:
             problems.append(f"keep={self.keep!r}, expected an integer from 1")
-        if self.resume_step is not None and not (
-            is_int(self.resume_step) and self.resume_step >= 0
-        ):
-            problems.append(f"resume_step={self.resume_step!r}, expected an integer from 0")
+        step = self.resume_step
+        if step is not None and not (is_int(step) and step >= 0):
+            problems.append(f"resume_step={step!r}, expected an integer from 0")
         raise_all("Run", problems)
 
     def train(
@@ -259,16 +258,9 @@ class Run:
                 state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
                 progress = Progress()
             self._write_run(meta)
-            first = int(state.step)
             bar = stack.enter_context(ProgressBar(trainer.config.max_steps))
-            log = stack.enter_context(
-                MetricsLog(
-                    self.out_dir,
-                    tensorboard=self.tensorboard,
-                    start_step=first + 1,
-                    sinks=[bar],
-                )
-            )
+            logged = dict(tensorboard=self.tensorboard, start_step=int(state.step) + 1, sinks=[bar])
+            log = stack.enter_context(MetricsLog(self.out_dir, **logged))
             stop.at_once = False
             state, _ = fit(
                 trainer,
