@@ -299,18 +299,22 @@ class Run:
         self, checkpointer: Checkpointer, like: TrainState, meta: dict[str, Any]
     ) -> tuple[TrainState, Progress]:
         """What a checkpoint holds, if it is of this run, and says what is not the same."""
-        restored = checkpointer.restore(like, step=self.resume_step)
-        progress = Progress(**restored.meta.pop("progress"))
-        changes = check_resume(
-            restored.meta,
-            meta,
+        check = functools.partial(
+            check_resume,
+            now=meta,
             allow_data_change=self.allow_data_change,
             allow_config_change=self.allow_config_change,
         )
+        # First of all, as the arrays of another optimizer cannot be read; and of what was read, which
+        # may be an older one.
+        check(_without_progress(checkpointer.read_meta(self.resume_step))[0])
+        restored = checkpointer.restore(like, step=self.resume_step)
+        saved, progress = _without_progress(restored.meta)
+        changes = check(saved)
         for change in changes:
             console.say(f"changed: {change}", "")
         console.say(f"going on after step {restored.step}", "")
-        if restored.meta["data"] != meta["data"]:
+        if saved["data"] != meta["data"]:
             progress = dataclasses.replace(progress, position=None)
         return restored.state, progress
 
@@ -349,6 +353,10 @@ def check_memory(trainer: Trainer, dataset: Dataset) -> None:
     console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
     if jax.default_backend() == "cpu":
         check_training_fits(parts)
+
+
+def _without_progress(meta: dict[str, Any]) -> tuple[dict[str, Any], Progress]:
+    return {k: v for k, v in meta.items() if k != "progress"}, Progress(**meta["progress"])
 
 
 def load_params(trainer: Trainer, source: Source) -> Params:

@@ -197,7 +197,7 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
     for args in ([], ["tune"]):
         check_error(programs.run(program, *args), 2, f"expected a command: {command}")
     assert command in programs.run(program, "--help").stderr
-    assert "--data" in programs.run(program, command, "--help").stdout
+    assert "DATA" in programs.run(program, command, "--help").stdout
 
 
 # A patch: weights that are asked for are a failure.
@@ -211,8 +211,8 @@ train.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
 BAD_DATA = {
     "none.jsonl": "none.jsonl",
     "empty.jsonl": "empty.jsonl: no row",
-    "binary.jsonl": "binary.jsonl:1: ",
-    "broken.jsonl": "broken.jsonl:15: ",
+    "binary.jsonl": "binary.jsonl:1 is not",
+    "broken.jsonl": "broken.jsonl:15 is not",
     "untaught.jsonl": "no row is left.*dropped_no_target 9",
     "few.jsonl": "3 rows, fewer than batch_size=4",
 }
@@ -285,7 +285,8 @@ def test_other_data_is_refused_unless_it_is_allowed(programs, files, whole, tmp_
     data = tmp_path / "train.jsonl"
     options = training(files, run, data=data, max_steps=STEPS + 1, warmup_steps=0)
     options |= dict(lr=SMALL["lr"], resume=True)
-    for changed in ("".join(lines[1:] + lines[:1]), text + lines[0], text.replace("a", "b", 1)):
+    other_word = re.sub('"assistant", "content": "', r"\g<0>x", text, count=1)
+    for changed in ("".join(lines[1:] + lines[:1]), text + lines[0], other_word):
         data.write_text(changed)
         done = programs.run("train.py", "sft", **options)
         check_error(done, 2, r"data.digest: \"\w+\" → \"\w+\" \(pass --allow_data_change")
@@ -544,10 +545,12 @@ def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, 
         assert abs(found["perplexity"] / expected - 1) < 1e-4, more
         assert abs(found["loss"] - math.log(expected)) < 1e-4, more
     done = programs.run("evaluate.py", "ppl", **options | dict(json=False))
-    assert re.fullmatch(
-        rf"perplexity {expected:.3f}\d, loss {math.log(expected):.3f}\d nats, "
-        rf"accuracy [\d.]+%, over {count} tokens of 14 examples\n",
+    said = re.fullmatch(
+        r"perplexity ([\d.]+), loss ([\d.]+) nats, accuracy [\d.]+%, over (\d+) tokens of 14 examples\n",
         done.stdout,
+    )
+    np.testing.assert_allclose(
+        [float(x) for x in said.groups()], [expected, math.log(expected), count], 1e-4
     )
 
 
@@ -557,7 +560,7 @@ def test_what_is_wrong_with_an_evaluation_is_one_line(programs, files, tmp_path)
     for more, code, pattern in (
         (dict(seq_len=1, batch_size=0, mask="some"), 2, "seq_len is 1.*batch_size is 0.*mask"),
         (dict(dtype="int8"), 2, "int8"),
-        (dict(chat_format="alpaca"), 3, "alpaca"),
+        (dict(chat_format="alpaca"), 2, "alpaca"),
         (dict(ckpt_dir=tmp_path / "none"), 3, "none"),
         (dict(ckpt_dir=tmp_path), 3, "checkpoint"),
         (dict(tokenizer_path=tmp_path / "none"), 3, "none"),

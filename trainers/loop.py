@@ -130,6 +130,7 @@ class _Run:
             # Before the checkpoint: a run that is killed in between writes the line again, while one
             # that went on from the checkpoint would never write it.
             self._record(attempted, metrics, evaluation, done, compiling)
+            self._check_skipped(metrics)
             if metrics["updated"] and self._due(step, self.config.save_every, last):
                 self._save(step, state, evaluation.get("eval_loss"))
                 saved = step
@@ -168,7 +169,7 @@ class _Run:
         return last or (every > 0 and step % every == 0)
 
     def _account(self, metrics: dict[str, Any], position: dict) -> None:
-        """Moves on in the data; ends the run if too many updates in a row were skipped."""
+        """Moves on in the data, and counts."""
         self.progress = dataclasses.replace(
             self.progress,
             position=position,
@@ -177,16 +178,16 @@ class _Run:
         )
         if metrics["finite"]:
             self.skipped_in_a_row = []
-            return
-        self.skipped_in_a_row.append(position.get("next_index", position))
+        else:
+            self.skipped_in_a_row.append(position.get("next_index", position))
+
+    def _check_skipped(self, metrics: dict[str, Any]) -> None:
         if len(self.skipped_in_a_row) > self.config.max_skipped:
-            if self.checkpointer is not None:
-                self.checkpointer.wait()
             raise TrainError(
                 f"{len(self.skipped_in_a_row)} updates in a row were not finite (loss "
                 f"{metrics['loss']}, gradient norm {metrics['grad_norm']}), those of the batches "
-                f"{self.skipped_in_a_row}; the last checkpoint is from before: lower the learning "
-                "rate, or look at that data"
+                f"{self.skipped_in_a_row}; what was saved is from before: lower the learning rate, "
+                "or look at that data"
             )
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
