@@ -298,15 +298,14 @@ class Run:
     def _restore(
         self, checkpointer: Checkpointer, like: TrainState, meta: dict[str, Any]
     ) -> tuple[TrainState, Progress]:
-        """What a checkpoint holds, if it is of this run, and says what is not the same."""
+        """What a checkpoint of this run holds; says what is not the same."""
         check = functools.partial(
             check_resume,
             now=meta,
             allow_data_change=self.allow_data_change,
             allow_config_change=self.allow_config_change,
         )
-        # First of all, as the arrays of another optimizer cannot be read; and of what was read, which
-        # may be an older one.
+        # Before the arrays, as another optimizer's cannot be read; then of what was read in the end.
         check(_without_progress(checkpointer.read_meta(self.resume_step))[0])
         restored = checkpointer.restore(like, step=self.resume_step)
         saved, progress = _without_progress(restored.meta)

@@ -134,9 +134,7 @@ class _Run:
             if metrics["updated"] and self._due(step, self.config.save_every, last):
                 self._save(step, state, evaluation.get("eval_loss"))
                 saved = step
-        if (
-            saved != step
-        ):  # of what was restored and not changed, the checkpointer keeps the old one
+        if saved != step:  # the checkpointer leaves alone what was restored and did not change
             self._save(step, state, None)
         if self.checkpointer is not None:
             self.checkpointer.wait()
