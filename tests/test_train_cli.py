@@ -264,6 +264,7 @@ def test_there_must_be_something_to_go_on_from_and_nothing_to_overwrite(
     assert curve(run) == curve(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D20")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(programs, files, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -337,6 +338,7 @@ def test_a_run_that_diverges_ends_with_the_batches_numbers(programs, files, tmp_
     assert [line["skipped"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D29")
 def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
