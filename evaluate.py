@@ -70,6 +70,7 @@ def ppl(
         dataset = load_dataset(data, tokenizer, config, skip_bad=skip_bad)
         model_config, params = load_checkpoint(path, dtype=dtype, progress=report)
         check_against_model(tokenizer, model_config.vocab_size)
+        dataset.check_context(model_config.max_seq_len)
         trainer = SFTTrainer(LLaMa(model_config), SFTConfig())
         means = trainer.derive(trainer.evaluate(params, {}, _reported(dataset, report)))
     means["targets"] = int(means.pop("weight"))

@@ -240,6 +240,7 @@ class Run:
         """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
         trainer = trainer_of(load_config(source.path))
         check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+        dataset.check_context(trainer.model.config.max_seq_len)
         check_memory(trainer, dataset)
         like = jax.eval_shape(
             lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
@@ -257,7 +258,8 @@ class Run:
             else:
                 state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
                 progress = Progress()
-            self._write_run(meta)
+            with atomic_file(self.out_dir / "run.json") as file:
+                file.write(json.dumps(meta, indent=1).encode())
             bar = stack.enter_context(ProgressBar(trainer.config.max_steps))
             logged = dict(tensorboard=self.tensorboard, start_step=int(state.step) + 1, sinks=[bar])
             log = stack.enter_context(MetricsLog(self.out_dir, **logged))
@@ -316,10 +318,6 @@ class Run:
         if saved["data"] != meta["data"]:
             progress = dataclasses.replace(progress, position=None)
         return restored.state, progress
-
-    def _write_run(self, meta: dict) -> None:
-        with atomic_file(self.out_dir / "run.json") as file:
-            file.write(json.dumps(meta, indent=1).encode())
 
     def _export(self, trainer: Trainer, state: TrainState, frozen: Params, source: Source) -> None:
         params = trainer.export_params(state, frozen)

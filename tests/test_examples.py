@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from examples import sft_json
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -18,9 +20,6 @@ def test_the_notebook_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_default_model_learns_a_json_shape(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import sft_json
-
+def test_the_default_model_learns_a_json_shape(tmp_path):
     before, after = sft_json.run(tmp_path)
     assert before < 0.1 and after > 0.9

@@ -76,6 +76,14 @@ def test_a_skipped_update_leaves_all_but_the_key_and_is_counted(tmp_path):
     assert Progress(**meta["progress"]) == progress
 
 
+@pytest.mark.covers("D4")
+def test_batches_without_a_target_end_the_run_too():
+    of, data = trainer(max_skipped=2), dataset(**IN_ORDER)
+    data._targets[:] = False
+    with pytest.raises(TrainError, match=r"3 updates in a row.*weight 0"):
+        fit(of, *start(of), data)
+
+
 @pytest.mark.covers("D1")
 def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path):
     # The third, fourth and fifth batch; two in a row are allowed.

@@ -166,6 +166,14 @@ class Dataset:
                 " lower batch_size, or add data"
             )
 
+    def check_context(self, max_seq_len: int) -> None:
+        """Raises ConfigError if rows are longer than what the model knows positions for."""
+        if self.config.seq_len > max_seq_len:
+            raise ConfigError(
+                f"seq_len={self.config.seq_len} exceeds the model's context of {max_seq_len} tokens; "
+                f"pass --seq_len {max_seq_len} or less"
+            )
+
     def _share(self, process_index: int, process_count: int) -> slice:
         size = self.config.batch_size
         if size % process_count:

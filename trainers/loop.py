@@ -81,7 +81,7 @@ def fit(
         should_stop: asked before each step.
 
     Raises:
-        TrainError: more than `max_skipped` updates in a row were not finite.
+        TrainError: more than `max_skipped` updates in a row were not finite, or had no target.
         CheckpointError: a checkpoint could not be written.
     """
     with contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ class _Run:
             skipped=self.progress.skipped + (not metrics["updated"]),
             tokens=self.progress.tokens + int(metrics["weight"] * metrics["updated"]),
         )
-        if metrics["finite"]:
+        if metrics["updated"]:
             self.skipped_in_a_row = []
         else:
             self.skipped_in_a_row.append(position.get("next_index", position))
@@ -182,9 +182,9 @@ class _Run:
     def _check_skipped(self, metrics: dict[str, Any]) -> None:
         if len(self.skipped_in_a_row) > self.config.max_skipped:
             raise TrainError(
-                f"{len(self.skipped_in_a_row)} updates in a row were not finite (loss "
-                f"{metrics['loss']}, gradient norm {metrics['grad_norm']}), those of the batches "
-                f"{self.skipped_in_a_row}; what was saved is from before: lower the learning rate, "
+                f"{len(self.skipped_in_a_row)} updates in a row were skipped, not finite or without a "
+                f"target (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, weight "
+                f"{metrics['weight']}), those of the batches {self.skipped_in_a_row}; what was saved is from before: lower the learning rate, "
                 "or look at that data"
             )
 

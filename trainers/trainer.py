@@ -82,8 +82,8 @@ class TrainConfig(OptimizerConfig):
     Attributes:
         micro_batch_size: rows of which gradients are computed at once; None: the whole batch.
         param_dtype: of the trained parameters. Activations have the model's `dtype`.
-        max_skipped: as many updates in a row may be skipped for gradients that are not finite; one
-            more ends the run.
+        max_skipped: as many updates in a row may be skipped, not finite or without a target; one more
+            ends the run.
         save_every: steps from checkpoint to checkpoint; the last step is always saved. 0: only it.
         eval_every: steps from evaluation to evaluation; 0: only at the end.
     """
