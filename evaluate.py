@@ -5,13 +5,14 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import dataclasses
 import json as jsonlib
 import math
 from collections.abc import Iterator
 
 import console
 from models.llama.hub import DEFAULT_MODEL, resolve
-from models.llama.load import load_checkpoint
+from models.llama.load import load_checkpoint, load_config
 from models.llama.model import LLaMa
 from models.llama.tokenizer import check_against_model, load_tokenizer
 from trainers.data import DataConfig, Dataset, load_dataset
@@ -23,7 +24,7 @@ def ppl(
     data: str,
     ckpt_dir: str = DEFAULT_MODEL,
     tokenizer_path: str | None = None,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     batch_size: int = 4,
     packing: bool = False,
     mask: str = "auto",
@@ -41,7 +42,7 @@ def ppl(
             {"prompt": …, "completion": …} or {"text": …}.
         ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
         tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
-        seq_len: tokens of the longest row.
+        seq_len: tokens of the longest row; default: 512, or the model's context if that is less.
         batch_size: rows at once.
         packing: several examples share a row: the same numbers, sooner.
         mask: what is predicted: auto, assistant, last, completion or all.
@@ -55,7 +56,7 @@ def ppl(
     console.Interrupts().set(raises=False, leave_at=1)
     console.keep_compilations()
     config = DataConfig(
-        seq_len=seq_len,
+        seq_len=512 if seq_len is None else seq_len,
         batch_size=batch_size,
         packing=packing,
         mask=mask,
@@ -67,10 +68,13 @@ def ppl(
     with console.progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
+        context = load_config(path).max_seq_len
+        if seq_len is None:
+            config = dataclasses.replace(config, seq_len=min(config.seq_len, context))
         dataset = load_dataset(data, tokenizer, config, skip_bad=skip_bad)
+        dataset.check_context(context)
         model_config, params = load_checkpoint(path, dtype=dtype, progress=report)
         check_against_model(tokenizer, model_config.vocab_size)
-        dataset.check_context(model_config.max_seq_len)
         trainer = SFTTrainer(LLaMa(model_config), SFTConfig())
         means = trainer.derive(trainer.evaluate(params, {}, _reported(dataset, report)))
     means["targets"] = int(means.pop("weight"))

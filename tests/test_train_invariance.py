@@ -88,6 +88,7 @@ def test_one_dict_a_layer_instead_of_a_stack():
     same((grads | {"layers": stack}, loss))
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D8", "D9")
 def test_an_update_of_adapters():
     """Steps, not gradients alone: unpacked in one piece, and packed in micro-batches."""
