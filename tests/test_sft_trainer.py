@@ -173,6 +173,7 @@ def test_accuracy_and_entropy_are_those_of_the_logits():
     np.testing.assert_allclose(found["accuracy"], accuracy, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_give_float32_gradients_close_to_those_of_float32():
     model, config, params = variant("biases")
     batch = dataset(LENGTHS, 48, packing=True)

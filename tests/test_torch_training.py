@@ -74,6 +74,7 @@ def test_packed_rows_and_micro_batches_are_the_same_sum():
             np.testing.assert_allclose(other.grads[path], grad, atol=1e-5 * np.abs(grad).max())
 
 
+@pytest.mark.slow
 def test_adamw_learns_by_its_settings_and_leaves_the_model_alone():
     _, model = tiny.hf_model("biases")
     before = {name: p.clone() for name, p in model.named_parameters()}

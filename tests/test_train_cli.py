@@ -278,6 +278,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(programs, files,
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D7")
 def test_other_data_is_refused_unless_it_is_allowed(programs, files, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -328,6 +329,7 @@ def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole
 # What goes wrong on the way ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D1")
 def test_a_run_that_diverges_ends_with_the_batches_numbers(programs, files, tmp_path):
     options = training(files, tmp_path, ckpt_dir=files / "nan", max_steps=9)
@@ -348,6 +350,7 @@ def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole,
     assert arrays(tmp_path)[0] == arrays(whole)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D30")
 def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
     full = """
