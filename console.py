@@ -168,6 +168,14 @@ def write(text: str) -> None:
     print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def _watch_signals(watch: Callable[[int], None]) -> None:
+    """Runs `watch(file descriptor)` in a thread; each signal writes its number as a byte there."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=watch, args=(reader,), daemon=True).start()
+
+
 class Interrupts:
     """What Ctrl-C does from now on: raise KeyboardInterrupt, and the second time end the process.
 
@@ -179,11 +187,8 @@ class Interrupts:
     """
 
     def __init__(self):
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.set(raises=True, leave_at=2)
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        _watch_signals(self._watch)
 
     def set(self, *, raises: bool, leave_at: int | None) -> None:
         """Starts to count anew.
@@ -220,12 +225,9 @@ class StopSignals:
     def __init__(self):
         self.code: int | None = None
         self.at_once = True
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in self.CODES:
             signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        _watch_signals(self._watch)
 
     def _watch(self, reader: int) -> None:
         while True:
@@ -237,10 +239,16 @@ class StopSignals:
             say("stopping after this step; once more leaves at once", "")
 
 
+def _auto(dtype: str) -> str:
+    """What `--dtype auto` stands for; another dtype as it is."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def compute_dtype(dtype: str) -> Any:
     """The dtype of a `--dtype` flag: float32, bfloat16, or auto: float32 on a CPU, else bfloat16."""
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = _auto(dtype)
     if dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"--dtype {dtype!r:.40}, expected float32, bfloat16 or auto")
     return jax.numpy.dtype(dtype)
@@ -260,8 +268,7 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
         options: allow_extra, check_finite and tie of `load_checkpoint`.
     """
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = _auto(dtype)
     with progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import tqdm
 
 from models.llama.chat_format import check_messages
+from models.llama.hub import reason_of
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int
 from utils.files import InputFile, parse_json
@@ -258,10 +259,8 @@ def _fetch(repo: str, name: str | None) -> list[tuple[str, Path]]:
     except errors.RemoteEntryNotFoundError as e:
         raise DataError(f"the dataset {repo} has no file {name!r}; see {page}/tree/main") from e
     except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
-        cause = e.__cause__ or e.__context__ or e  # the client's own words: check the connection
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise DataError(
-            f"cannot fetch the dataset {repo} from Hugging Face: {reason}; try again with a "
+            f"cannot fetch the dataset {repo} from Hugging Face: {reason_of(e)}; try again with a "
             "network, or name a local file"
         ) from e
 

@@ -45,7 +45,7 @@ def training_bytes(
     size = lambda kind: jnp.dtype(kind).itemsize
     param_size = size(train.param_dtype)
     tokens = min(train.micro_batch_size or rows, rows) * seq_len
-    shapes = _matrix_shapes(model)
+    shapes = model.matrix_shapes
     head = model.vocab_size * model.dim
     if lora is None:
         trained, matrices = model.n_params, model.n_layers * sum(a * b for a, b in shapes.values())
@@ -108,14 +108,6 @@ def check_training_fits(parts: dict[str, int]) -> None:
         f"out of memory: a step needs {human(peak_bytes(parts))} ({listed}), {human(available)} are "
         "available; use a smaller micro_batch_size or seq_len, remat=block, or LoRA"
     )
-
-
-def _matrix_shapes(model: Any) -> dict[str, tuple[int, int]]:
-    """(out, in) of each matrix of a layer."""
-    q_dim, kv_dim = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    shapes = {"wq": (q_dim, model.dim), "wk": (kv_dim, model.dim), "wv": (kv_dim, model.dim)}
-    shapes |= {"wo": (model.dim, q_dim), "w_down": (model.dim, model.ffn_dim)}
-    return shapes | {"w_gate": (model.ffn_dim, model.dim), "w_up": (model.ffn_dim, model.dim)}
 
 
 def _saved_floats(model: Any, seq_len: int, remat: str) -> int:

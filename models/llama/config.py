@@ -80,6 +80,14 @@ class ModelConfig:
         raise_all("model config", bad)
 
     @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix of a layer, by its name."""
+        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        shapes = {"wq": (q_dim, self.dim), "wk": (kv_dim, self.dim), "wv": (kv_dim, self.dim)}
+        shapes |= {"wo": (self.dim, q_dim), "w_gate": (self.ffn_dim, self.dim)}
+        return shapes | {"w_up": (self.ffn_dim, self.dim), "w_down": (self.dim, self.ffn_dim)}
+
+    @property
     def n_params(self) -> int:
         """Number of parameters, a tied head counted once."""
         attn = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)

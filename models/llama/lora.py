@@ -68,12 +68,11 @@ def init_lora(config: ModelConfig, lora: LoRAConfig, key: Array, dtype=jnp.float
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
     """(part, out, in) of each matrix of a layer."""
-    c = config
-    q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    sizes = {"wq": (q_dim, c.dim), "wk": (kv_dim, c.dim), "wv": (kv_dim, c.dim)}
-    sizes |= {"wo": (c.dim, q_dim), "w_gate": (c.ffn_dim, c.dim), "w_up": (c.ffn_dim, c.dim)}
-    sizes |= {"w_down": (c.dim, c.ffn_dim)}
-    return {name: (part, *sizes[name]) for part, names in _PARTS.items() for name in names}
+    return {
+        name: (part, *config.matrix_shapes[name])
+        for part, names in _PARTS.items()
+        for name in names
+    }
 
 
 def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
