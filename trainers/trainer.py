@@ -133,6 +133,11 @@ class Trainer(abc.ABC):
             key: for what is random in the loss.
         """
 
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether there are frozen parameters beside the state."""
+        return self.lora is not None
+
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, from the means of a step or of an evaluation."""
         return means
@@ -258,7 +263,7 @@ class Trainer(abc.ABC):
         if size == n_rows:
             grads, loss = of_rows(batch, key)
         else:
-            grads, loss = _accumulate(of_rows, _split(batch, size), key)
+            grads, loss = _accumulate(of_rows, split_rows(batch, size), key)
         return cast_floats(grads, jnp.float32), loss
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -268,7 +273,7 @@ class Trainer(abc.ABC):
         size = self.config.micro_batch_size
         if size is None or size >= len(jax.tree.leaves(batch)[0]):
             return self.loss(params, batch, key)
-        losses = jax.lax.map(lambda rows: self.loss(params, rows, key), _split(batch, size))
+        losses = jax.lax.map(lambda rows: self.loss(params, rows, key), split_rows(batch, size))
         total = lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
         maxima = jax.tree.map(lambda x: jnp.max(x, axis=0), losses.maxima)
         return Loss(total(losses.total), total(losses.weight), total(losses.sums), maxima)
@@ -286,8 +291,8 @@ class Trainer(abc.ABC):
         return {k: float(v) for k, v in (total.means() | {"weight": total.weight}).items()}
 
 
-def _split(batch: Batch, size: int) -> Batch:
-    """[rows, …] -> [n, size, …], filled up with rows of zeros."""
+def split_rows(batch: Batch, size: int) -> Batch:
+    """A batch's micro-batches: [rows, …] -> [n, size, …], filled up with rows of zeros."""
 
     def split(x):
         missing = -x.shape[0] % size

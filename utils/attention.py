@@ -33,6 +33,7 @@ def attention(
     slots_BT: Array | None = None,
     key_mask_BS: Array | None = None,
     segment_ids_BT: Array | None = None,
+    branches: tuple[Array, Array] | None = None,
 ) -> Array:
     """Causal grouped-query attention; softmax in float32.
 
@@ -45,10 +46,15 @@ def attention(
             queries are the keys (S = T), each sees those up to itself.
         key_mask_BS: [B, S] bool, False hides a key. None: all are seen.
         segment_ids_BT: [B, T] int32, only where S = T: a query sees keys of its own segment.
+        branches: ([B, P] bool, [B, G, C] bool), only where S = T = P + G · C and alone: each row is a
+            prefix and G ways to go on from it, which see the prefix and themselves. False is padding
+            on the right.
 
     Returns:
         [B, T, N, H], of q's dtype; a query that sees no key gives zeros.
     """
+    if branches is not None:
+        return _branched(q_BTNH, k_XHS, v_XSH, *branches)
     B, T, N, H = q_BTNH.shape
     S, K = k_XHS.shape[2], k_XHS.shape[0] // B
     q_XGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(-1, N // K, T, H)
@@ -71,6 +77,30 @@ def attention(
     out_XGTH = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
     out_BTKGH = out_XGTH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _branched(
+    q_BTNH: Array, k_XHS: Array, v_XSH: Array, prefix_mask_BP: Array, branch_mask_BGC: Array
+) -> Array:
+    """The prefixes as rows of their own, then the branches, each after its prefix's keys."""
+    (B, P), (_, G, C) = prefix_mask_BP.shape, branch_mask_BGC.shape
+    N, H = q_BTNH.shape[2:]
+    K = k_XHS.shape[0] // B
+    prefix_BPNH = attention(q_BTNH[:, :P], k_XHS[:, :, :P], v_XSH[:, :P])
+    shared = lambda x: jnp.broadcast_to(x.reshape(B, 1, K, *x.shape[1:]), (B, G, K, *x.shape[1:]))
+    k_own = k_XHS[:, :, P:].reshape(B, K, H, G, C).transpose(0, 3, 1, 2, 4)
+    v_own = v_XSH[:, P:].reshape(B, K, G, C, H).transpose(0, 2, 1, 3, 4)
+    k = jnp.concatenate([shared(k_XHS[:, :, :P]), k_own], axis=-1)
+    v = jnp.concatenate([shared(v_XSH[:, :P]), v_own], axis=-2)
+    seen_BGP = jnp.broadcast_to(prefix_mask_BP[:, None], (B, G, P))
+    out = attention(
+        q_BTNH[:, P:].reshape(B * G, C, N, H),
+        k.reshape(B * G * K, H, P + C),
+        v.reshape(B * G * K, P + C, H),
+        slots_BT=jnp.broadcast_to(P + jnp.arange(C), (B * G, C)),
+        key_mask_BS=jnp.concatenate([seen_BGP, branch_mask_BGC], axis=-1).reshape(B * G, P + C),
+    )
+    return jnp.concatenate([prefix_BPNH, out.reshape(B, G * C, N, H)], axis=1)
 
 
 def _softmax_attention(q_XGTH: Array, k_XHS: Array, v_XSH: Array, seen_BTS: Array) -> Array:

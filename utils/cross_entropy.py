@@ -1,11 +1,14 @@
-"""Cross-entropy of an output head without the logits of all tokens at once.
+"""Cross-entropy and log-probs of an output head without the logits of all tokens at once.
 
 Dimension key: N tokens, C tokens of a chunk, D model dim, V vocab.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from utils.ops import matmul
 
@@ -45,21 +48,88 @@ def cross_entropy(x_ND: Array, head_VD: Array, targets_N: Array, weights_N: Arra
     return _cross_entropy(x_ND, head_VD, targets_N, weights_N)
 
 
+def token_logprobs(
+    x_ND: Array, head_VD: Array, targets_N: Array, wanted_N: Array, temperature: float
+) -> tuple[Array, Array]:
+    """log softmax(logits / temperature) at each token's target, computed a chunk of tokens at a time.
+
+    What each log-prob's gradient is worth is known only in the backward pass, which computes a
+    chunk's logits again. Tokens that are not wanted cost nothing.
+
+    Args:
+        x_ND: [N, D] what the head multiplies.
+        head_VD: [V, D], cast to x's dtype.
+        targets_N: [N] int32.
+        wanted_N: [N] bool.
+        temperature: divides the logits, as it did in sampling.
+
+    Returns:
+        (log-probs [N] float32, the predicted distributions' entropies [N] float32 in nats), 0 where
+        not wanted. Only log-probs have a gradient.
+    """
+    return _token_logprobs(float(temperature), x_ND, head_VD, targets_N, wanted_N)
+
+
 def chunk_size(n_tokens: int, vocab_size: int) -> int:
     """Tokens of a chunk."""
     fit = max(_CHUNK_LOGITS // vocab_size, 32)
     return min(1 << (fit.bit_length() - 1), n_tokens)
 
 
+class _Chunks:
+    """The tokens that count, a chunk at a time; the loop ends with the last of them."""
+
+    def __init__(self, counts_N: Array, vocab_size: int):
+        n_tokens = counts_N.shape[0]
+        self._size = chunk_size(n_tokens, vocab_size)
+        order_N = jnp.argsort(~counts_N, stable=True)
+        self._order_N = jnp.pad(order_N, (0, -n_tokens % self._size), constant_values=n_tokens)
+        self._number = -(-jnp.sum(counts_N) // self._size)
+
+    def loop(self, body, start):
+        """body(take, put, carry) -> carry; `take` reads a chunk's rows of an array, `put` writes."""
+
+        def chunk(i, carry):
+            at_C = jax.lax.dynamic_slice(self._order_N, (i * self._size,), (self._size,))
+            take = lambda array: jnp.asarray(array).at[at_C].get(mode="fill", fill_value=0)
+            put = lambda array, rows: array.at[at_C].set(
+                rows.astype(array.dtype), mode="drop", unique_indices=True
+            )
+            return body(take, put, carry)
+
+        return jax.lax.fori_loop(0, self._number, chunk, start)
+
+
+class _Softmax:
+    """Of a chunk's logits [C, V]: all that the losses need, in float32."""
+
+    def __init__(self, x_CD: Array, head_VD: Array, targets_C: Array, scale: float = 1.0):
+        logits_CV = matmul(x_CD, head_VD, 1, 1) * np.float32(scale)
+        self.top_C = jnp.max(logits_CV, axis=-1)
+        self._exp_CV = jnp.exp(logits_CV - self.top_C[:, None])
+        self._total_C = jnp.sum(self._exp_CV, axis=-1)
+        mean_logit_C = jnp.sum(self._exp_CV * logits_CV, axis=-1) / self._total_C
+        lse_C = self.top_C + jnp.log(self._total_C)
+        self.target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+        self._targets_C, self._scale = targets_C, np.float32(scale)
+        self.nll_C, self.entropy_C = lse_C - self.target_logit_C, lse_C - mean_logit_C
+
+    def dlogits(self, weights_C: Array) -> Array:
+        """The gradient of Σ weight · nll by the head's products [C, V]."""
+        hit_CV = self._targets_C[:, None] == jnp.arange(self._exp_CV.shape[1])
+        weights_C1 = (weights_C * self._scale)[:, None]
+        return (self._exp_CV / self._total_C[:, None] - hit_CV) * weights_C1
+
+
 @jax.custom_vjp
 def _cross_entropy(x_ND, head_VD, targets_N, weights_N):
-    return _chunks(x_ND, head_VD, targets_N, weights_N, False, False)[0]
+    return _sums(x_ND, head_VD, targets_N, weights_N, False, False)[0]
 
 
 def _forward(x_ND, head_VD, targets_N, weights_N):
     wanted = x_ND.perturbed, head_VD.perturbed  # a frozen head needs no gradient
     values = (x.value for x in (x_ND, head_VD, targets_N, weights_N))
-    return _chunks(*values, *wanted)
+    return _sums(*values, *wanted)
 
 
 def _backward(gradients, cotangents):
@@ -71,52 +141,88 @@ def _backward(gradients, cotangents):
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunks(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool):
+def _sums(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool):
     """(TokenSums, (gradient by x, gradient by head)); a gradient is None where it is not wanted."""
-    n_tokens = x_ND.shape[0]
-    size = chunk_size(n_tokens, head_VD.shape[0])
     head = head_VD.astype(x_ND.dtype)
-    # Tokens that count come first, so that the loop can end with the last of them.
-    order_N = jnp.argsort(weights_N == 0, stable=True)
-    order_N = jnp.pad(order_N, (0, -n_tokens % size), constant_values=n_tokens)
-    count = jnp.sum(weights_N != 0)
 
-    def chunk(i, carry):
-        sums, dx_ND, dhead_VD = carry
-        at_C = jax.lax.dynamic_slice(order_N, (i * size,), (size,))
-        take = lambda array: array.at[at_C].get(mode="fill", fill_value=0)
-        x_CD, targets_C, weights_C = take(x_ND), take(targets_N), take(weights_N)
-        logits_CV = matmul(x_CD, head, 1, 1)
-        top_C = jnp.max(logits_CV, axis=-1)
-        exp_CV = jnp.exp(logits_CV - top_C[:, None])
-        total_C = jnp.sum(exp_CV, axis=-1)
-        mean_logit_C = jnp.sum(exp_CV * logits_CV, axis=-1) / total_C
-        lse_C = top_C + jnp.log(total_C)
-        target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+    def chunk(take, put, carry):
+        sums, gradients = carry
+        x_CD, weights_C = take(x_ND), take(weights_N)
+        softmax = _Softmax(x_CD, head, take(targets_N))
         values = TokenSums(
-            nll=lse_C - target_logit_C,
-            entropy=lse_C - mean_logit_C,
-            correct=target_logit_C >= top_C,
+            nll=softmax.nll_C,
+            entropy=softmax.entropy_C,
+            correct=softmax.target_logit_C >= softmax.top_C,
         )
         sums = jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
-        if dx_ND is not None or dhead_VD is not None:
-            hit_CV = targets_C[:, None] == jnp.arange(head.shape[0])
-            dlogits_CV = (exp_CV / total_C[:, None] - hit_CV) * weights_C[:, None]
-            dlogits_CV = dlogits_CV.astype(x_ND.dtype)
-        if dx_ND is not None:
-            dx_CD = matmul(dlogits_CV, head, 1, 0).astype(dx_ND.dtype)
-            dx_ND = dx_ND.at[at_C].set(dx_CD, mode="drop", unique_indices=True)
-        if dhead_VD is not None:
-            dhead_VD = dhead_VD + matmul(dlogits_CV, x_CD, 0, 0)
-        return sums, dx_ND, dhead_VD
+        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
 
     zero = jnp.zeros((), jnp.float32)
-    start = (
-        TokenSums(zero, zero, zero),
-        jnp.zeros_like(x_ND) if want_dx else None,
-        jnp.zeros(head_VD.shape, jnp.float32) if want_dhead else None,
-    )
-    sums, dx_ND, dhead_VD = jax.lax.fori_loop(0, -(-count // size), chunk, start)
+    start = TokenSums(zero, zero, zero), _no_gradients(x_ND, head_VD, want_dx, want_dhead)
+    sums, gradients = _Chunks(weights_N != 0, len(head)).loop(chunk, start)
+    return sums, _cast_gradients(gradients, head_VD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logprobs(temperature, x_ND, head_VD, targets_N, wanted_N):
+    head = head_VD.astype(x_ND.dtype)
+
+    def chunk(take, put, carry):
+        logprobs_N, entropy_N = carry
+        softmax = _Softmax(take(x_ND), head, take(targets_N), 1 / temperature)
+        return put(logprobs_N, -softmax.nll_C), put(entropy_N, softmax.entropy_C)
+
+    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
+    logprobs_N, entropy_N = _Chunks(wanted_N, len(head)).loop(chunk, (zeros_N, zeros_N))
+    # The last chunk may be filled up with tokens that are not wanted.
+    only = lambda values_N: jnp.where(wanted_N, values_N, 0)
+    return only(logprobs_N), only(entropy_N)
+
+
+def _logprobs_forward(temperature, x_ND, head_VD, targets_N, wanted_N):
+    perturbed = x_ND.perturbed, head_VD.perturbed
+    values = tuple(x.value for x in (x_ND, head_VD, targets_N, wanted_N))
+    # Flags as shapes: what is saved for the backward pass has to be arrays.
+    flags = tuple(jnp.zeros((int(flag), 0)) for flag in perturbed)
+    return _token_logprobs(temperature, *values), (values, flags)
+
+
+def _logprobs_backward(temperature, saved, cotangents):
+    (x_ND, head_VD, targets_N, wanted_N), flags = saved
+    head = head_VD.astype(x_ND.dtype)
+    weights_N = jnp.where(wanted_N, -cotangents[0], 0)
+
+    def chunk(take, put, gradients):
+        x_CD, weights_C = take(x_ND), take(weights_N)
+        softmax = _Softmax(x_CD, head, take(targets_N), 1 / temperature)
+        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
+
+    start = _no_gradients(x_ND, head_VD, *(len(flag) > 0 for flag in flags))
+    gradients = _Chunks(weights_N != 0, len(head)).loop(chunk, start)
+    return (*_cast_gradients(gradients, head_VD), None, None)
+
+
+_token_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
+
+
+def _no_gradients(x_ND, head_VD, want_dx: bool, want_dhead: bool):
+    dx_ND = jnp.zeros_like(x_ND) if want_dx else None
+    return dx_ND, jnp.zeros(head_VD.shape, jnp.float32) if want_dhead else None
+
+
+def _add_gradients(gradients, softmax: _Softmax, weights_C, x_CD, head, put):
+    """Adds a chunk's to (gradient by x, gradient by head)."""
+    dx_ND, dhead_VD = gradients
+    if dx_ND is None and dhead_VD is None:
+        return gradients
+    dlogits_CV = softmax.dlogits(weights_C).astype(x_CD.dtype)
+    if dx_ND is not None:
+        dx_ND = put(dx_ND, matmul(dlogits_CV, head, 1, 0))
     if dhead_VD is not None:
-        dhead_VD = dhead_VD.astype(head_VD.dtype)
-    return sums, (dx_ND, dhead_VD)
+        dhead_VD = dhead_VD + matmul(dlogits_CV, x_CD, 0, 0)
+    return dx_ND, dhead_VD
+
+
+def _cast_gradients(gradients, head_VD):
+    dx_ND, dhead_VD = gradients
+    return dx_ND, None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)

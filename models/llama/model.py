@@ -112,6 +112,7 @@ class LLaMa(nn.Module):
         positions_BT: Array | None = None,
         segment_ids_BT: Array | None = None,
         key_mask_BS: Array | None = None,
+        branches: tuple[Array, Array] | None = None,
         cache: KVCache | None = None,
         logits_at_BM: Array | None = None,
         hidden: bool = False,
@@ -124,6 +125,8 @@ class LLaMa(nn.Module):
             segment_ids_BT: [B, T] int32, packed documents; attention stays inside one. No cache.
             key_mask_BS: [B, S] bool, False hides a key, for example left padding. S is T, or the
                 cache's capacity where it already holds tokens.
+            branches: ([B, P] bool, [B, G, C] bool) where T = P + G · C: a prefix and G ways to go on
+                from it, see `utils.attention`; positions must be given. No cache.
             cache: a row's T new tokens take the slots after its `lengths`, which must fit
                 (`kvcache.check_capacity`); the new cache's lengths count all T.
             logits_at_BM: [B, M] int32, the tokens whose logits are wanted; default: all T.
@@ -144,6 +147,7 @@ class LLaMa(nn.Module):
             "slots_BT": None if fresh else index_BT,
             "key_mask_BS": key_mask_BS,
             "segment_ids_BT": segment_ids_BT,
+            "branches": branches,
         }
         inv_freq = jnp.asarray(inv_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         rope = ops.rope_angles(index_BT if positions_BT is None else positions_BT, inv_freq)

@@ -1,0 +1,347 @@
+"""GRPO: group-relative advantages, a clipped surrogate, and a KL penalty, as small pure functions.
+
+Groups are an explicit axis: every array of a batch is [B, …] by prompts or [B, G, …] by completions.
+Dimension key: B prompts, G completions of each (group_size), P prompt tokens, C completion tokens, D
+model dim. A `mask` is 1 at the tokens that count. `docs/grpo.md` has a table of what each loss's
+gradient is.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from models.llama.model import Params, head_matrix
+from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, split_rows
+from utils.cross_entropy import token_logprobs
+from utils.errors import is_int, is_number
+
+Array = jax.Array
+
+LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
+KLS = ("ratio_k3", "k1", "k2", "k3")
+RATIO_LEVELS = ("token", "sequence")
+SCALES = ("group", "batch", "none")
+
+# exp of it is finite, and so are its products: beyond, a log-ratio has no gradient.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOConfig(TrainConfig):
+    """The numbers of the loss.
+
+    Attributes:
+        loss: how token losses are averaged, see `aggregate`.
+        beta: weight of the KL penalty; at 0 no reference is kept.
+        kl: its estimator, see `kl_penalty`.
+        epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high].
+        dual_clip: the ratio is also cut at this number, above 1 + epsilon_high; None: never.
+        ratio_level: one ratio a token, or one a sequence (GSPO).
+        tis_cap: truncated importance sampling: a token weighs min(p_trainer / p_sampler, cap); None:
+            it weighs 1.
+        mask_truncated: a completion without a stop token has no loss (DAPO's overlong filtering).
+        temperature: of sampling, and so of every log-prob.
+        max_completion_len: tokens of a completion at most, what `dr_grpo` divides by.
+    """
+
+    learning_rate: float = 1e-6
+    loss: str = "dapo"
+    beta: float = 0.0
+    kl: str = "ratio_k3"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    dual_clip: float | None = None
+    ratio_level: str = "token"
+    tis_cap: float | None = None
+    mask_truncated: bool = False
+    temperature: float = 1.0
+    max_completion_len: int = 512
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                out.append(f"{name}={getattr(self, name)!r}, expected {expected}")
+
+        number = lambda x: is_number(x) and math.isfinite(x)
+        for name, known in (("loss", LOSSES), ("kl", KLS), ("ratio_level", RATIO_LEVELS)):
+            need(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        need("beta", number(self.beta) and self.beta >= 0, "a number from 0")
+        low, high = self.epsilon_low, self.epsilon_high
+        need("epsilon_low", number(low) and 0 <= low < 1, "a number in [0, 1)")
+        need("epsilon_high", number(high) and high >= 0, "a number from 0")
+        cut, least = self.dual_clip, 1 + high if number(high) else 1
+        fits = cut is None or (number(cut) and cut > least)
+        need("dual_clip", fits, f"a number above 1 + epsilon_high ({least}), or None")
+        cap = self.tis_cap
+        need("tis_cap", cap is None or (number(cap) and cap > 0), "a number above 0, or None")
+        need("mask_truncated", isinstance(self.mask_truncated, bool), "true or false")
+        t = self.temperature
+        need("temperature", number(t) and t > 0, "a number above 0: greedy samples have no ratio")
+        length = self.max_completion_len
+        need("max_completion_len", is_int(length) and length >= 1, "an integer from 1")
+        return out
+
+
+def group_advantages(rewards_BG: Array, valid_BG: Array, scale: str = "group") -> Array:
+    """How much better than its group each completion is; 0 for one that is not valid.
+
+    Source: DeepSeekMath (2402.03300) section 4.1.2; undivided: Dr. GRPO (2503.20783) section 3.2.
+
+    Args:
+        rewards_BG: [B, G] float32, anything where not valid.
+        valid_BG: [B, G] bool, False at completions that could not be scored: they are left out of
+            mean and deviation.
+        scale: "group": (R - mean) / (std + 1e-4), std of the group with n - 1; "batch": std of all
+            valid rewards; "none": R - mean.
+
+    Returns:
+        [B, G] float32; exactly 0 in a group whose rewards are equal.
+    """
+    count = lambda axis: jnp.sum(valid_BG, axis=axis, keepdims=True).astype(jnp.float32)
+
+    def mean_and_std(axis):
+        n = count(axis)
+        total = jnp.sum(jnp.where(valid_BG, rewards_BG, 0), axis=axis, keepdims=True)
+        mean = total / jnp.maximum(n, 1)
+        off = jnp.where(valid_BG, rewards_BG - mean, 0)
+        variance = jnp.sum(off**2, axis=axis, keepdims=True) / jnp.maximum(n - 1, 1)
+        return mean, off, jnp.sqrt(variance)
+
+    _, off_BG, std_B1 = mean_and_std(1)
+    largest_B1 = jnp.max(jnp.where(valid_BG, jnp.abs(rewards_BG), 0), axis=1, keepdims=True)
+    # What rounding leaves of equal rewards would be divided by itself.
+    differs_B1 = std_B1 > 1e-6 * jnp.maximum(1, largest_B1)
+    divisor = {"group": std_B1, "batch": mean_and_std((0, 1))[2]}.get(scale)
+    advantages_BG = off_BG if divisor is None else off_BG / (divisor + 1e-4)
+    return jnp.where(valid_BG & differs_B1, advantages_BG, 0)
+
+
+def importance_ratio(logprobs: Array, old: Array, mask: Array, level: str = "token") -> Array:
+    """How much more probable than when it was sampled: exp(new - old), 1 where masked.
+
+    Source: per token PPO (1707.06347) eq. 6; per sequence GSPO (2507.18071) eq. 7: exp of the mean
+    log-ratio of its tokens.
+
+    Args:
+        logprobs, old, mask: [..., C].
+        level: "token" or "sequence".
+
+    Returns:
+        [..., C], the same for all tokens of a sequence at level "sequence". Finite: log-ratios are
+        cut at ±20.
+    """
+    log_ratio = jnp.where(mask > 0, logprobs - old, 0)
+    if level == "sequence":
+        length = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
+        log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True) / length
+        log_ratio = jnp.where(mask > 0, log_ratio, 0)
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def clipped_surrogate(
+    ratio: Array,
+    advantages: Array,
+    epsilon_low: float,
+    epsilon_high: float,
+    dual_clip: float | None = None,
+) -> Array:
+    """The loss a token: -min(r·A, clip(r, 1 - low, 1 + high)·A).
+
+    Source: PPO (1707.06347) eq. 7; two bounds: DAPO (2503.14476) eq. 10; dual clip: r is cut at
+    dual_clip first, which bounds the loss where A < 0 (1912.09729, eq. 8).
+
+    Args:
+        ratio: [..., C].
+        advantages: [...], one a sequence.
+        epsilon_low, epsilon_high: how far the ratio may be from 1.
+        dual_clip: above 1 + epsilon_high, or None.
+    """
+    advantages = advantages[..., None]
+    clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
+    if dual_clip is not None:
+        ratio = jnp.minimum(ratio, dual_clip)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def kl_penalty(logprobs: Array, ref: Array, ratio: Array, kind: str = "ratio_k3") -> Array:
+    """An estimate a token of KL(policy ‖ reference), with d = ref - new.
+
+    k1 = -d; k2 = d²/2; k3 = e^d - d - 1 (Schulman, "Approximating KL divergence"); ratio_k3 = r·k3.
+    As a loss on samples of the policy, k1 has zero expected gradient, k3 that of KL(reference ‖
+    policy), k2 and ratio_k3 that of KL(policy ‖ reference).
+
+    Args:
+        logprobs, ref: [..., C].
+        ratio: [..., C] of tokens, also where the surrogate's is of sequences.
+        kind: one of KLS.
+    """
+    d = jnp.clip(ref - logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return d**2 / 2
+    k3 = jnp.expm1(d) - d
+    return k3 if kind == "k3" else ratio * k3
+
+
+def sampler_weight(old: Array, sampler: Array, mask: Array, cap: float) -> Array:
+    """Truncated importance sampling: min(p_old / p_sampler, cap) a token, without a gradient.
+
+    Corrects samples of an engine whose numbers are not the trainer's. Source: Ionides 2008; Yao et
+    al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    log_ratio = jnp.where(mask > 0, old - sampler, 0)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO)), cap))
+
+
+def aggregate(
+    values: Array, mask: Array, counts: Array, kind: str, max_completion_len: int
+) -> tuple[Array, Array]:
+    """Token losses as (total, weight), of which micro-batches add up before the one division.
+
+    Args:
+        values, mask: [..., C].
+        counts: [...], 1 for completions that count, also those without a token that does.
+        kind: "grpo": mean over completions of their tokens' mean (DeepSeekMath eq. 3); "dapo": mean
+            over all tokens of the optimizer step (DAPO eq. 8); "bnpo": mean over micro-batches of
+            the mean over their tokens; "dr_grpo": sum over completions · max_completion_len.
+        max_completion_len: for "dr_grpo".
+    """
+    values = jnp.where(mask > 0, values, 0)
+    tokens, completions = jnp.sum(mask), jnp.sum(counts)
+    if kind == "grpo":
+        lengths = jnp.maximum(jnp.sum(mask, axis=-1), 1)
+        return jnp.sum(jnp.sum(values, axis=-1) / lengths), completions
+    if kind == "dapo":
+        return jnp.sum(values), tokens
+    if kind == "bnpo":
+        return jnp.sum(values) / jnp.maximum(tokens, 1), (tokens > 0).astype(jnp.float32)
+    return jnp.sum(values), completions * max_completion_len
+
+
+# What a token adds to the metrics; divided by the number of tokens when logged.
+_PER_TOKEN = ("entropy", "kl", "clip_low", "clip_high", "gap_mean", "advantage")
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOTrainer(Trainer):
+    """Trains on groups of completions, see `trainers.rollout`.
+
+    A batch holds `prompts` [B, P] int32, padded on the right, with `prompt_lengths` [B]; `tokens` [B,
+    G, C] int32; `target_mask` [B, G, C] bool, the tokens that count; `counts` [B, G] float32, 1 for
+    a completion that was scored; `advantages` [B, G]; `sampler_logprobs` [B, G, C]; where the
+    policy is no longer the sampler's, `old_logprobs`; with beta > 0 `ref_logprobs`.
+
+    A prompt is computed once for its group: completions are branches of it (`utils.attention`).
+    Frozen parameters are the reference: the base model with LoRA, else a copy where beta > 0.
+    """
+
+    config: GRPOConfig
+
+    @property
+    def keeps_frozen(self) -> bool:
+        return self.lora is not None or self.config.beta > 0
+
+    def init(
+        self, params: Params, key: Array, *, donate: bool = False
+    ) -> tuple[TrainState, Params]:
+        """As Trainer.init; the reference is a real copy, since the policy's buffers are donated."""
+        frozen = {}
+        if self.lora is None and self.config.beta > 0:
+            dtype = self.model.dtype or jnp.dtype(self.config.param_dtype)
+            frozen = jax.tree.map(lambda x: jnp.array(x, dtype), params)
+        state, base = super().init(params, key, donate=donate)
+        return state, base or frozen
+
+    def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
+        """Sums over a micro-batch's completions; the metrics' names are in `derive`."""
+        c = self.config
+        mask = batch["target_mask"].astype(jnp.float32)
+        logprobs, entropy = self.logprobs(params, batch)
+        old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
+        advantages = batch["advantages"]
+        ratio = importance_ratio(logprobs, old, mask, c.ratio_level)
+        bounds = (c.epsilon_low, c.epsilon_high)
+        values = clipped_surrogate(ratio, advantages, *bounds, c.dual_clip)
+        if c.tis_cap is not None:
+            values *= sampler_weight(old, batch["sampler_logprobs"], mask, c.tis_cap)
+        kl = jnp.zeros_like(values)
+        if c.beta > 0:
+            by_token = importance_ratio(logprobs, old, mask)
+            kl = kl_penalty(logprobs, batch["ref_logprobs"], by_token, c.kl)
+            values += c.beta * kl
+        total, weight = aggregate(values, mask, batch["counts"], c.loss, c.max_completion_len)
+        sign = advantages[..., None]
+        gap = jnp.abs(old - batch["sampler_logprobs"]) * mask
+        per_token = {
+            "entropy": entropy,
+            "kl": kl,
+            "clip_low": (ratio < 1 - c.epsilon_low) & (sign < 0),
+            "clip_high": (ratio > 1 + c.epsilon_high) & (sign > 0),
+            "gap_mean": gap,
+            "advantage": jnp.abs(sign),
+        }
+        sums = {name: jnp.sum(value * mask) for name, value in per_token.items()}
+        return Loss(
+            total=total,
+            weight=weight,
+            sums=sums | {"tokens": jnp.sum(mask)},
+            maxima={"ratio_max": jnp.max(ratio * mask), "gap_max": jnp.max(gap)},
+        )
+
+    def logprobs(self, params: Params, batch: Batch) -> tuple[Array, Array]:
+        """(log-probs of the tokens, entropies of the policy there), [B, G, C] float32, 0 if masked."""
+        prompts_BP, tokens_BGC = batch["prompts"], batch["tokens"]
+        (B, P), (_, G, C) = prompts_BP.shape, tokens_BGC.shape
+        lengths_B = batch["prompt_lengths"]
+        # The last token of a completion predicts nothing that is needed.
+        inputs_BT = jnp.concatenate([prompts_BP, tokens_BGC[..., :-1].reshape(B, -1)], axis=1)
+        place_BC = lengths_B[:, None] + jnp.arange(C - 1)
+        place_BT = jnp.broadcast_to(place_BC[:, None], (B, G, C - 1)).reshape(B, -1)
+        prefix_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+        inside_BGC = jnp.ones((B, G, C - 1), bool)
+        hidden_BTD, _ = self.model.apply(
+            {"params": params},
+            inputs_BT,
+            positions_BT=jnp.concatenate([prefix_BP, place_BT], axis=1),
+            branches=(prefix_BP < lengths_B[:, None], inside_BGC),
+            hidden=True,
+        )
+        # A completion's first token is predicted by the prompt's last.
+        last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+        first_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
+        first_BG1D = jnp.broadcast_to(first_B1D[:, None], (B, G, 1, hidden_BTD.shape[-1]))
+        rest_BGCD = hidden_BTD[:, P:].reshape(B, G, C - 1, -1)
+        states_BGCD = jnp.concatenate([first_BG1D, rest_BGCD], axis=2)
+        logprobs, entropy = token_logprobs(
+            states_BGCD.reshape(-1, states_BGCD.shape[-1]),
+            head_matrix(params),
+            tokens_BGC.reshape(-1),
+            batch["target_mask"].reshape(-1) > 0,
+            self.config.temperature,
+        )
+        return logprobs.reshape(B, G, C), entropy.reshape(B, G, C)
+
+    @functools.partial(jax.jit, static_argnums=0, static_argnames="reference")
+    def score(
+        self, params: Params, frozen: Params, batch: Batch, *, reference: bool = False
+    ) -> Array:
+        """Log-probs of a batch's tokens [B, G, C], by the policy or by the reference."""
+        model = frozen if reference else self.model_params(params, frozen)
+        rows = {k: batch[k] for k in ("prompts", "prompt_lengths", "tokens", "target_mask")}
+        size, n_rows = self.config.micro_batch_size, len(rows["prompts"])
+        if size is None or size >= n_rows:
+            return self.logprobs(model, rows)[0]
+        parts = jax.lax.map(lambda part: self.logprobs(model, part)[0], split_rows(rows, size))
+        return parts.reshape(-1, *parts.shape[2:])[:n_rows]
+
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """Per token: `entropy`, `kl`, `clip_low`, `clip_high`, `gap_mean`, `advantage` (its size)."""
+        tokens = means.get("tokens") or 1.0
+        means = {k: v / tokens if k in _PER_TOKEN else v for k, v in means.items()}
+        return {k: v for k, v in means.items() if k != "tokens"}
