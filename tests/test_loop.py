@@ -11,6 +11,7 @@ from trainers import checkpoint, loop
 from trainers.checkpoint import Checkpointer, CheckpointReader
 from trainers.loop import Progress, fit
 from trainers.metrics import MetricsLog
+from trainers.trainer import document_lengths
 from utils.errors import CheckpointError, TrainError
 
 # Ten rows of two batches each... five batches an epoch, in the file's order.
@@ -33,10 +34,10 @@ def test_the_preflight_is_the_largest_batch_and_changes_nothing(tmp_path):
         def batches(self):
             return data.batches()
 
-        def largest_batch(self):
+        def preflight_batches(self):
             batch = data.largest_batch()
             shapes.append(batch["tokens"].shape)
-            return batch
+            return [batch]
 
     before = digest(start(of)[0])
     with Checkpointer(tmp_path) as checkpointer:
@@ -234,7 +235,7 @@ def test_a_failed_save_ends_the_run_at_the_next(tmp_path, monkeypatch):
 def test_documents_count_up_to_their_last_target():
     data = dataset(lengths=(5, 9, 30), packing=True, seq_len=64, batch_size=1)
     (batch,) = data.epoch_batches()
-    assert sorted(loop.document_lengths(batch)) == [5, 9, 30]
+    assert sorted(document_lengths(batch)) == [5, 9, 30]
     (batch,) = dataset(lengths=(5, 9), batch_size=2).epoch_batches()
     batch["target_mask"][1, 7:] = False
-    assert list(loop.document_lengths(batch)) == [5, 7]
+    assert list(document_lengths(batch)) == [5, 7]

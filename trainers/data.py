@@ -157,6 +157,10 @@ class Dataset:
         longest = np.argsort(-self._lengths, kind="stable")[: self.config.batch_size]
         return self._batch(longest, self._share(process_index, process_count))
 
+    def preflight_batches(self) -> list[Batch]:
+        """The largest batch."""
+        return [self.largest_batch()]
+
     def check_full_batch(self) -> None:
         """Raises DataError if there are fewer rows than in a batch."""
         if len(self) < self.config.batch_size:

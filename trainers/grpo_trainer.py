@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.llama.model import Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, split_rows
@@ -339,6 +340,14 @@ class GRPOTrainer(Trainer):
             return self.logprobs(model, rows)[0]
         parts = jax.lax.map(lambda part: self.logprobs(model, part)[0], split_rows(rows, size))
         return parts.reshape(-1, *parts.shape[2:])[:n_rows]
+
+    def work(self, batch: Batch) -> tuple[float, float]:
+        """As Trainer.work; a prompt counts once, and its completions see all of it."""
+        prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
+        lengths_BG = np.sum(np.asarray(batch["target_mask"]), axis=-1, dtype=np.float64)
+        n_tokens = prompts_B1.sum() + lengths_BG.sum()
+        seen = (prompts_B1**2).sum() + (lengths_BG * (2 * prompts_B1 + lengths_BG)).sum()
+        return float(n_tokens), float(seen / max(n_tokens, 1))
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """Per token: `entropy`, `kl`, `clip_low`, `clip_high`, `gap_mean`, `advantage` (its size)."""

@@ -1,5 +1,6 @@
 """The loop around a Trainer's steps: data, metrics, evaluation, checkpoints, the end."""
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ import numpy as np
 
 from models.llama.model import Params
 from trainers.checkpoint import Checkpointer
+from trainers.data import Dataset
 from trainers.metrics import (
     Compilations,
     MetricsLog,
@@ -29,11 +31,49 @@ class Data(Protocol):
     def batches(self) -> Any:
         """An iterator without end, with `get_state() -> dict` and `set_state(dict)`."""
 
-    def largest_batch(self) -> Batch:
-        """A batch of the largest shape that there is."""
+    def preflight_batches(self) -> Iterable[Batch]:
+        """A batch of the largest shape that there is, first; others that shall be compiled at once."""
 
-    def epoch_batches(self) -> Iterable[Batch]:
-        """Every row once, for evaluation."""
+
+class OnPolicyBatches(abc.ABC):
+    """Batches that are sampled from the policy; what `Data.batches` of such data returns.
+
+    A rollout may serve several updates. Checkpoints are made between rollouts: a resumed run samples
+    again from the state that it was sampled from.
+    """
+
+    @abc.abstractmethod
+    def sample(self, state: TrainState, frozen: Params, clock: PhaseClock) -> None:
+        """Makes a rollout if no batch of the last one is left; called before each `next`."""
+
+    @property
+    @abc.abstractmethod
+    def between_rollouts(self) -> bool:
+        """Whether no batch of the last rollout is left."""
+
+    @abc.abstractmethod
+    def report(self) -> dict[str, Any]:
+        """What a record says of the last rollout."""
+
+    @abc.abstractmethod
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    @abc.abstractmethod
+    def get_state(self) -> dict:
+        """The position behind the last rollout, for JSON."""
+
+    @abc.abstractmethod
+    def set_state(self, state: dict) -> None:
+        """Goes on from a position."""
+
+
+class Evaluation(abc.ABC):
+    """What measures a model while it is trained, where that is not the loss of a Dataset."""
+
+    @abc.abstractmethod
+    def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
+        """Numbers by name; `score`, lower is better, decides which checkpoint is the best."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +97,7 @@ def fit(
     frozen: Params,
     data: Data,
     *,
-    eval_data: Data | None = None,
+    eval_data: Dataset | Evaluation | None = None,
     log: MetricsLog | None = None,
     checkpointer: Checkpointer | None = None,
     meta: dict[str, Any] | None = None,
@@ -72,8 +112,8 @@ def fit(
     Args:
         state, frozen: from `Trainer.init`, or a checkpoint's; `state` is donated.
         data: see Data.
-        eval_data: evaluated as the config says and at the end; the lowest loss makes a checkpoint
-            the best one.
+        eval_data: evaluated as the config says and at the end; the lowest loss or score makes a
+            checkpoint the best one.
         log: gets a record a step, and one a skipped update, with the step that it would have been.
         checkpointer: gets the state as the config says and at the end.
         meta: goes into each checkpoint, with `progress`.
@@ -101,39 +141,50 @@ class _Run:
         self.peak = matmul_peak(trainer.model.dtype or self.config.param_dtype)
         self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
         self.skipped_in_a_row: list[Any] = []
+        self.save_due = False
 
     def fit(self, state: TrainState, should_stop) -> tuple[TrainState, Progress]:
         batches = self.data.batches()
+        on_policy = isinstance(batches, OnPolicyBatches)
         if self.progress.position is not None:
             batches.set_state(self.progress.position)
-        step, saved = int(state.step), None
+        step, saved, batch = int(state.step), None, None
         if step < self.config.max_steps:
             state = self._preflight(state)
-            batch = self._next(batches)
         # A run stops behind an update, never between one and the skipped ones that follow it: what is
         # redone after a resume is then exactly what the checkpoint does not hold.
-        while step < self.config.max_steps and (self.skipped_in_a_row or not should_stop()):
+        whole = True
+        while step < self.config.max_steps and (
+            self.skipped_in_a_row or not whole or not should_stop()
+        ):
+            if on_policy:
+                batches.sample(state, self.frozen, self.clock)
+            batch = batch or self._next(batches)
             position = batches.get_state()
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
             with self.clock("step"):
                 state, metrics = self.trainer.train_step(state, self.frozen, batch)
-            done, batch = batch, self._next(batches)  # while the device computes
+            # While the device computes, unless it is the new policy that makes the next one.
+            done, batch = batch, None if on_policy else self._next(batches)
             with self.clock("step"):
                 metrics = {name: value.item() for name, value in metrics.items()}
             compiling = self._note_compilations()
             attempted, step = step + 1, step + metrics["updated"]
-            self._account(metrics, position)
+            self._account(metrics, position, int(done["target_mask"].sum()))
             last = step == self.config.max_steps
+            whole = not on_policy or batches.between_rollouts
             evaluation = {}
             if metrics["updated"] and self._due(step, self.config.eval_every, last):
                 evaluation = self._evaluate(state)
             # Before the checkpoint: a run that is killed in between writes the line again, while one
             # that went on from the checkpoint would never write it.
-            self._record(attempted, metrics, evaluation, done, compiling)
+            known = evaluation | (batches.report() if on_policy else {})
+            self._record(attempted, metrics, known, done, compiling)
             self._check_skipped(metrics)
-            if metrics["updated"] and self._due(step, self.config.save_every, last):
-                self._save(step, state, evaluation.get("eval_loss"))
-                saved = step
+            self.save_due |= metrics["updated"] and self._due(step, self.config.save_every, last)
+            if self.save_due and whole and metrics["updated"]:
+                self._save(step, state, evaluation.get("eval_score", evaluation.get("eval_loss")))
+                saved, self.save_due = step, False
         if saved != step:  # the checkpointer leaves alone what was restored and did not change
             self._save(step, state, None)
         if self.checkpointer is not None:
@@ -146,13 +197,13 @@ class _Run:
 
     def _preflight(self, state: TrainState) -> TrainState:
         """A step in which nothing weighs, on the largest batch: it changes nothing."""
-        batch = self.data.largest_batch()
-        batch = batch | {"target_mask": np.zeros_like(batch["target_mask"])}
-        self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (preflight)")
-        key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
-        with self.clock("preflight"):
-            state, _ = self.trainer.train_step(state, self.frozen, batch)
-            state = jax.block_until_ready(state.replace(key=key))
+        for batch in self.data.preflight_batches():
+            batch = jax.tree.map(np.zeros_like, batch)
+            self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (preflight)")
+            key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
+            with self.clock("preflight"):
+                state, _ = self.trainer.train_step(state, self.frozen, batch)
+                state = jax.block_until_ready(state.replace(key=key))
         self._note_compilations()
         return state
 
@@ -166,13 +217,13 @@ class _Run:
     def _due(step: int, every: int, last: bool) -> bool:
         return last or (every > 0 and step % every == 0)
 
-    def _account(self, metrics: dict[str, Any], position: dict) -> None:
+    def _account(self, metrics: dict[str, Any], position: dict, n_targets: int) -> None:
         """Moves on in the data, and counts."""
         self.progress = dataclasses.replace(
             self.progress,
             position=position,
             skipped=self.progress.skipped + (not metrics["updated"]),
-            tokens=self.progress.tokens + int(metrics["weight"] * metrics["updated"]),
+            tokens=self.progress.tokens + n_targets * metrics["updated"],
         )
         if metrics["updated"]:
             self.skipped_in_a_row = []
@@ -192,6 +243,10 @@ class _Run:
         if self.eval_data is None:
             return {}
         with self.clock("eval"):
+            if isinstance(self.eval_data, Evaluation):
+                self.compilations.expect("(eval)")
+                values = self.eval_data.evaluate(state, self.frozen)
+                return {f"eval_{name}": value for name, value in values.items()}
             means = self.trainer.evaluate(state.params, self.frozen, self._eval_batches())
         return {f"eval_{name}": value for name, value in self.trainer.derive(means).items()}
 
@@ -207,27 +262,24 @@ class _Run:
             meta = self.meta | {"progress": dataclasses.asdict(self.progress)}
             self.checkpointer.save(step, state, meta, score=score)
 
-    def _record(self, step, metrics, evaluation, batch: Batch, compiling: float) -> None:
+    def _record(self, step, metrics, known, batch: Batch, compiling: float) -> None:
         """Writes one line of metrics; a skipped update has the step that it would have been."""
         self._note_compilations()
         seconds, compiled, self.compiled = self.clock.take(), self.compiled, []
         if self.log is None:
             return
-        lengths = document_lengths(batch)
-        n_tokens = float(lengths.sum())
+        n_tokens, mean_context = self.trainer.work(batch)
         # Compilation is no slowness of the step; it has its own entry.
         busy = max(seconds["step"] - compiling, 1e-9)
         flops = n_tokens * train_flops_per_token(
-            self.trainer.model.config,
-            float((lengths**2).sum()) / max(n_tokens, 1),
-            lora=self.trainer.lora is not None,
+            self.trainer.model.config, mean_context, lora=self.trainer.lora is not None
         )
         means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
         self.log.write(
             {
                 "step": step,
                 **self.trainer.derive(means),
-                "targets": int(metrics["weight"]),
+                "targets": int(batch["target_mask"].sum()),
                 "tokens": int(n_tokens),
                 "tokens_per_s": n_tokens / busy,
                 "model_flops_per_s": flops / busy,
@@ -235,19 +287,8 @@ class _Run:
                 "memory": peak_memory_bytes(),
                 "updated": metrics["updated"],
                 "skipped": self.progress.skipped,
-                **evaluation,
+                **known,
                 "seconds": seconds,
                 "compilations": compiled,
             }
         )
-
-
-def document_lengths(batch: Batch) -> np.ndarray:
-    """[documents] float64, how many tokens of each the loss depends on: those up to its last target."""
-    mask = np.asarray(batch["target_mask"])
-    if "segment_ids" not in batch:
-        last = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
-        return np.where(mask.any(axis=1), last, 0).astype(np.float64)
-    segments = np.asarray(batch["segment_ids"])
-    counts = [np.bincount(row)[1:] for row in segments]
-    return np.concatenate(counts).astype(np.float64)

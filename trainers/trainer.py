@@ -138,6 +138,12 @@ class Trainer(abc.ABC):
         """Whether there are frozen parameters beside the state."""
         return self.lora is not None
 
+    def work(self, batch: Batch) -> tuple[float, float]:
+        """(tokens that the loss depends on, the mean over them of their row's tokens), for FLOPs."""
+        lengths = document_lengths(batch)
+        n_tokens = float(lengths.sum())
+        return n_tokens, float((lengths**2).sum()) / max(n_tokens, 1)
+
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """What is logged, from the means of a step or of an evaluation."""
         return means
@@ -317,3 +323,14 @@ def _accumulate(of_rows, batches: Batch, key: Array) -> tuple[Params, Loss]:
         return (summed, carry[1] + loss), None
 
     return jax.lax.scan(add, start, (batches, keys))[0]
+
+
+def document_lengths(batch: Batch) -> np.ndarray:
+    """[documents] float64, how many tokens of each the loss depends on: those up to its last target."""
+    mask = np.asarray(batch["target_mask"])
+    if "segment_ids" not in batch:
+        last = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
+        return np.where(mask.any(axis=1), last, 0).astype(np.float64)
+    segments = np.asarray(batch["segment_ids"])
+    counts = [np.bincount(row)[1:] for row in segments]
+    return np.concatenate(counts).astype(np.float64)
