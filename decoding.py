@@ -19,7 +19,7 @@ from models.llama.config import ModelConfig
 from models.llama.model import LLaMa, Params, cache_shape, init_cache, for_decoding
 from utils import memory
 from utils.errors import SamplingError, is_int
-from utils.kvcache import KVCache, check_capacity
+from utils.kvcache import KVCache, bucket, check_capacity
 
 Array = jax.Array
 
@@ -40,6 +40,8 @@ class GenerationConfig:
         stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
         vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
             the tokenizer has tokens; None: all rows are tokens.
+        prompt_width: buffers are made for prompts of at least so many tokens, so that all calls with
+            no longer ones share one compilation; None: for the longest of a call.
     """
 
     max_new_tokens: int | None = 256
@@ -48,10 +50,12 @@ class GenerationConfig:
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     vocab_limit: int | None = None
+    prompt_width: int | None = None
 
     def __post_init__(self):
         bad = []
-        for name, least in dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1).items():
+        least_of = dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1, prompt_width=1)
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and (not is_int(value) or value < least):
                 flag = " (--max_gen_len)" if name == "max_new_tokens" else ""
@@ -119,7 +123,10 @@ class Generation:
         held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
         limits = self._check(prompts, held)
         lengths = np.asarray([len(p) for p in prompts], np.int32)
-        width = bucket(lengths.max(), 16)
+        width = self.config.prompt_width or 1
+        if self.config.prompt_width:
+            room = max(room, width + (self.config.max_new_tokens or 0))
+        width = bucket(max(width, lengths.max()), 16)
         capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
         tokens = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
@@ -163,7 +170,7 @@ class Generation:
     @property
     def rows(self) -> int:
         """Rows of the batch, prompts times samples."""
-        return self.state.counts_R.shape[0]
+        return len(self.state.counts_R)
 
     @property
     def running(self) -> bool:
@@ -172,13 +179,11 @@ class Generation:
 
     def completions(self, stop_text: list[str | None] | None = None) -> Completions:
         """What was sampled so far."""
-        state = self.state
-        lengths = np.asarray(state.counts_R)
+        state, lengths = self.state, np.asarray(self.state.counts_R)
         width = int(lengths.max(initial=0))
+        inside = np.arange(width) < lengths[:, None]
         return Completions(
-            tokens=np.where(
-                np.arange(width) < lengths[:, None], np.asarray(state.tokens_RS)[:, :width], 0
-            ),
+            tokens=np.where(inside, np.asarray(state.tokens_RS)[:, :width], 0),
             lengths=lengths,
             logprobs=np.asarray(state.logprobs_RS)[:, :width],
             finish_reason=[REASONS[r] for r in np.asarray(state.reason_R).tolist()],
@@ -249,15 +254,6 @@ def cache_dtype(params: Params) -> jnp.dtype:
     XLA's CPU back end has no bfloat16 attention: it would convert the whole cache in every step.
     """
     return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["embed"].dtype
-
-
-def bucket(n: int, least: int) -> int:
-    """The smallest buffer size that holds n: least · {1, 1.5, 2, 3, 4, 6, 8, …}."""
-    size = least
-    while size < n:
-        size *= 2
-    smaller = size * 3 // 4
-    return int(smaller if size > least and smaller >= n else size)
 
 
 def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:

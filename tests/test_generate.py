@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import decoding
-from decoding import Generation, bucket
+from decoding import Generation
 from generate import GenerationConfig, RowText, finish, generate, stream, stream_text
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, for_decoding

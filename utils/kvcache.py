@@ -104,3 +104,12 @@ def check_capacity(lengths: np.ndarray, new_tokens: int, capacity: int) -> None:
                 f"row {row} holds {length} tokens and {new_tokens} more exceed the KV cache's "
                 f"{capacity} slots; make the cache larger"
             )
+
+
+def bucket(n: int, least: int) -> int:
+    """The smallest buffer size that holds n: least · {1, 1.5, 2, 3, 4, 6, 8, …}."""
+    size = least
+    while size < n:
+        size *= 2
+    smaller = size * 3 // 4
+    return int(smaller if size > least and smaller >= n else size)

@@ -1,0 +1,266 @@
+"""On-policy data for `fit`: prompts in an order that resumes, sampled from the policy and scored."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sampling
+from decoding import GenerationConfig
+from generate import generate
+from models.llama.model import Params, for_decoding
+from models.llama.tokenizer import Tokenizer
+from trainers.grpo_trainer import GRPOTrainer
+from trainers.loop import OnPolicyBatches
+from trainers.metrics import MetricsLog, PhaseClock
+from trainers.rewards import RewardPool
+from trainers.rollout import Layout, Rollout, RolloutConfig
+from trainers.rollout_file import to_record
+from trainers.tasks import Prompt, Task, reward_rows
+from trainers.trainer import Batch, TrainState
+from utils.errors import ConfigError
+
+_SMALLEST_WIDTH = 16
+
+
+class Sampler:
+    """Makes scored rollouts of a policy; all of them have the same few shapes."""
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        config: RolloutConfig,
+        task: Task,
+        tokenizer: Tokenizer,
+        pool: RewardPool,
+    ):
+        """Raises ConfigError if prompts and completions do not fit the model's context."""
+        self.trainer, self.config, self.task = trainer, config, task
+        self.tokenizer, self._pool = tokenizer, pool
+        longest, model = trainer.config.max_completion_len, trainer.model.config
+        if task.longest + longest > model.max_seq_len:
+            raise ConfigError(
+                f"the longest prompt has {task.longest} tokens and max_completion_len={longest}: "
+                f"{task.longest + longest} exceed the model's context of {model.max_seq_len}"
+            )
+        self.prompt_width = -(-task.longest // 16) * 16
+        # Each costs a compilation, made before the first step.
+        widths = {max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (1, 2, 4)}
+        self._widths = tuple(sorted(widths))
+        self._generation = GenerationConfig(
+            max_new_tokens=longest,
+            n=config.group_size,
+            stop_ids=tokenizer.stop_ids,
+            vocab_limit=min(tokenizer.vocab_size, model.vocab_size),
+            prompt_width=self.prompt_width,
+        )
+        self._sampler = sampling.TopP(
+            temperature=trainer.config.temperature, top_p=config.top_p, top_k=config.top_k
+        )
+
+    def __call__(
+        self, policy: Params, prompts: Sequence[Prompt], keys: jax.Array, clock: PhaseClock
+    ) -> Rollout:
+        """Samples a group a prompt and scores it.
+
+        Args:
+            policy: see `decoding_params`.
+            prompts: as many each time.
+            keys: [B] PRNG keys.
+            clock: told of "rollout" and "reward".
+
+        Raises:
+            TrainError: a reward function failed, if that is to end the run.
+        """
+        B, G, C = len(prompts), self.config.group_size, self._widths[-1]
+        with clock("rollout"):
+            ids, model = [prompt.ids for prompt in prompts], self.trainer.model
+            done = generate(model, policy, ids, self._sampler, self._generation, key=keys)
+        with clock("reward"):
+            rows = [done.row(i) for i in range(B * G)]
+            stopped = [reason == "stop" for reason in done.finish_reason]
+            texts = [
+                self.tokenizer.decode(row[: len(row) - stop], skip_special=True)
+                for row, stop in zip(rows, stopped)
+            ]
+            questions, columns = reward_rows(prompts, G)
+            scores = self._pool(questions, texts, rows, columns, G)
+            rewards = scores.total([reward.weight for reward in self.task.rewards])
+        inside = np.arange(done.tokens.shape[1]) < done.lengths[:, None]
+        fill = lambda x: np.pad(x * inside, ((0, 0), (0, C - x.shape[1]))).reshape(B, G, C)
+        rollout = Rollout(
+            prompts=list(prompts),
+            texts=[texts[i : i + G] for i in range(0, B * G, G)],
+            functions=tuple(reward.name for reward in self.task.rewards),
+            tokens=fill(done.tokens),
+            lengths=done.lengths.reshape(B, G),
+            stopped=np.asarray(stopped).reshape(B, G),
+            logprobs=fill(done.logprobs),
+            scores=scores.values.T.reshape(B, G, -1),
+            rewards=rewards.reshape(B, G),
+            advantages=np.zeros((B, G), np.float32),
+        )
+        return rollout.with_advantages(self.config.scale)
+
+    def layout(self, longest: int) -> Layout:
+        """The smallest shape for completions of so many tokens."""
+        width = next(w for w in self._widths if w >= longest)
+        branches = self.config.branches or self.config.group_size
+        return Layout(prompt_width=self.prompt_width, width=width, branches=branches)
+
+    def empty_batches(self) -> list[Batch]:
+        """A batch of zeros of each shape that there may be, the largest first."""
+        B, G, C = self.config.prompts_per_step, self.config.group_size, self._widths[-1]
+        numbers, by_token = np.zeros((B, G)), np.zeros((B, G, C), np.float32)
+        c = self.trainer.config
+        empty = Rollout(
+            prompts=[Prompt(text="", ids=(), columns={})] * B,
+            texts=[[""] * G] * B,
+            functions=(),
+            tokens=by_token.astype(np.int32),
+            lengths=numbers.astype(np.int64),
+            stopped=numbers.astype(bool),
+            logprobs=by_token,
+            scores=np.zeros((B, G, 0)),
+            rewards=numbers,
+            advantages=numbers.astype(np.float32),
+            old_logprobs=by_token if self.config.updates > 1 else None,
+            ref_logprobs=by_token if c.beta > 0 else None,
+        )
+        n = self.config.mini_batches
+        batches = [empty.batch(self.layout(width)) for width in reversed(self._widths)]
+        return [_parts(batch, n)[0] for batch in batches]
+
+
+def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> Params:
+    """The policy as `generate` takes it: adapters merged, in the dtype of the model's products."""
+    params = trainer.export_params(state, frozen)
+    if trainer.model.dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(trainer.model.dtype), params)
+    return for_decoding(params)
+
+
+class RolloutBatches(OnPolicyBatches):
+    """Rollouts without end. The position is how many prompts were taken."""
+
+    def __init__(self, sampler: Sampler, log: MetricsLog | None):
+        self._sampler, self._log = sampler, log
+        self._batches: list[Batch] = []
+        self._report: dict[str, Any] = {}
+        self._position, self._warned = 0, False
+        order = grain.MapDataset.range(len(sampler.task.prompts))
+        self._order = order.shuffle(seed=sampler.config.seed).repeat()
+
+    def sample(self, state: TrainState, frozen: Params, clock: PhaseClock) -> None:
+        if self._batches:
+            return
+        sampler, config = self._sampler, self._sampler.config
+        start = time.monotonic()
+        with clock("rollout"):
+            policy = jax.block_until_ready(decoding_params(sampler.trainer, state, frozen))
+        # A step splits the state's key, so that no rollout has the key of another.
+        key = jax.random.fold_in(state.key, 1)
+        sampled = sampler(policy, *self._take(key), clock)
+        for _ in range(config.refills):
+            if sampled.varied.sum() >= config.prompts_per_step:
+                break
+            sampled = sampled.joined(sampler(policy, *self._take(key), clock))
+        del policy
+        seconds = time.monotonic() - start
+        # Groups with something to learn first, then others, all in the order of their sampling.
+        chosen = np.argsort(~sampled.varied, kind="stable")[: config.prompts_per_step]
+        rollout = sampled.take(sorted(chosen)).with_advantages(config.scale)
+        layout = sampler.layout(int(rollout.lengths.max()))
+        rollout = self._scored(rollout, layout, state, frozen, clock)
+        if self._log is not None:
+            step = int(state.step) + 1
+            self._log.write(to_record(step, rollout, layout, sampler.tokenizer))
+        speed = float(sampled.lengths.sum()) / seconds
+        self._report = sampled.metrics() | {"rollout_tokens_per_s": speed}
+        self._warn_if_none_ended(sampled)
+        batch = rollout.batch(layout, mask_truncated=sampler.trainer.config.mask_truncated)
+        self._batches = _parts(batch, config.mini_batches) * config.iterations
+
+    def _take(self, key: jax.Array) -> tuple[list[Prompt], jax.Array]:
+        """(the next prompts, a key each: a prompt that comes again gets another one)."""
+        start = self._position
+        self._position += self._sampler.config.prompts_per_step
+        prompts = self._sampler.task.prompts
+        taken = [prompts[int(self._order[i])] for i in range(start, self._position)]
+        numbers = jnp.arange(start, self._position, dtype=jnp.uint32)
+        return taken, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+
+    def _scored(self, rollout: Rollout, layout: Layout, state, frozen, clock) -> Rollout:
+        """With the log-probs that the loss needs beside the sampler's."""
+        sampler, more = self._sampler, {}
+        score = sampler.trainer.score
+        G, C = rollout.tokens.shape[1:]
+
+        def logprobs(reference: bool) -> np.ndarray:
+            with clock("reference" if reference else "old"):
+                rows = score(state.params, frozen, rollout.batch(layout), reference=reference)
+                values = np.asarray(rows).reshape(-1, G, layout.width)
+                return np.pad(values, ((0, 0), (0, 0), (0, C - layout.width)))
+
+        if sampler.config.updates > 1:
+            more["old_logprobs"] = logprobs(False)
+        if sampler.trainer.config.beta > 0:
+            more["ref_logprobs"] = logprobs(True)
+        return dataclasses.replace(rollout, **more)
+
+    def _warn_if_none_ended(self, rollout: Rollout) -> None:
+        if not rollout.stopped.any() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"all {rollout.stopped.size} completions were cut at max_completion_len="
+                f"{self._sampler.trainer.config.max_completion_len}: is the prompt in the model's "
+                "chat format, and is the limit long enough?",
+                stacklevel=2,
+            )
+
+    @property
+    def between_rollouts(self) -> bool:
+        return not self._batches
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+    def __next__(self) -> Batch:
+        return self._batches.pop(0)
+
+    def get_state(self) -> dict:
+        return {"prompts": self._position}
+
+    def set_state(self, state: dict) -> None:
+        self._position = state["prompts"]
+
+
+class RolloutData:
+    """What `fit` trains a GRPOTrainer on.
+
+    Attributes:
+        sampler: makes the rollouts.
+        log: gets a record a rollout, see `rollout_file.to_record`; None: they are not kept.
+    """
+
+    def __init__(self, sampler: Sampler, log: MetricsLog | None = None):
+        self.sampler, self.log = sampler, log
+
+    def batches(self) -> RolloutBatches:
+        """An iterator without end."""
+        return RolloutBatches(self.sampler, self.log)
+
+    def preflight_batches(self) -> list[Batch]:
+        """One of each shape, the largest first."""
+        return self.sampler.empty_batches()
+
+
+def _parts(batch: Batch, n: int) -> list[Batch]:
+    """A batch in n of equally many rows."""
+    return [{k: np.split(x, n)[i] for k, x in batch.items()} for i in range(n)]
