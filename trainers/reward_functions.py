@@ -1,0 +1,218 @@
+r"""Ready-made rewards: pure functions of text and token counts, importable in a few milliseconds.
+
+Each is called as `RewardPool` calls any reward: by keyword, with `prompts`, `completions` (text),
+`completion_ids` and the prompts' columns, a list each; it returns one number per row, or None where
+it does not apply. Those with parameters are frozen dataclasses: `polite = FormatMatch(r".*please.*")`
+in a module of yours is `--reward my_module:polite`.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from fractions import Fraction
+from typing import Any
+
+from utils.errors import ConfigError, is_int, raise_all
+
+# The layout of R1-style training: thoughts, then the answer, and nothing around them.
+THINK_FORMAT = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+
+# A sign counts only where no letter, digit or bracket is right before it: "10-3" ends in 3.
+# ASCII digits; commas only between thousands; a fraction is two integers without blanks.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-+−])?\$?(?P<size>[0-9]+/0*[1-9][0-9]*"
+    r"|(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)"
+)
+# Python refuses to convert longer ones, and nobody asks for them.
+_MAX_DIGITS = 1000
+
+
+def answer_text(completion: str) -> str:
+    """What a completion gives as its answer: what its last <answer>…</answer> holds, or all of it.
+
+    Stripped of blanks.
+    """
+    before, closed, _ = completion.rpartition("</answer>")
+    _, opened, inside = before.rpartition("<answer>")
+    return (inside if closed and opened else completion).strip()
+
+
+def extract_number(text: str, strict: bool) -> Fraction | None:
+    """The number that a completion gives as its answer.
+
+    Args:
+        text: the completion.
+        strict: `answer_text` must be the number and nothing else; otherwise the last number in it
+            counts. "1,234.50", "-3", "$5", ".5", "1e3" and "3/4" are numbers; a full stop after one
+            is not part of it.
+
+    Returns:
+        Its exact value; None if there is none, or it has more than 1000 digits.
+    """
+    found = _find_number(text, strict)
+    if found is None or len(found) > _MAX_DIGITS:
+        return None
+    return Fraction(found)
+
+
+def _find_number(text: str, strict: bool) -> str | None:
+    """As extract_number: the number in Python's spelling."""
+    text = answer_text(text)
+    if strict:
+        match = _NUMBER.fullmatch(text)
+    else:
+        match = None
+        for match in _NUMBER.finditer(text):
+            pass
+    if not match:
+        return None
+    sign = "-" if match["sign"] in ("-", "−") else ""
+    return sign + match["size"].replace(",", "")
+
+
+def exact_match(completions: list[str], answer: list, **_) -> list[float | None]:
+    """1 where the completion is the answer, blanks around them aside; else 0.
+
+    None where the row has no answer.
+    """
+    return [
+        None if right is None else float(text.strip() == str(right).strip())
+        for text, right in zip(completions, answer)
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NumberMatch:
+    """1 where the completion's number is the answer's, compared exactly ("0.50" is "1/2"); else 0.
+
+    None where the row's answer has no number. The answer's last number counts, so GSM8K's answers
+    can be used as they are.
+
+    Attributes:
+        strict: see `extract_number`.
+    """
+
+    strict: bool
+
+    def __call__(self, completions: list[str], answer: list, **_) -> list[float | None]:
+        """See the class."""
+        wanted = [extract_number(str(right), strict=False) for right in answer]
+        return [
+            None if right is None else float(extract_number(text, self.strict) == right)
+            for text, right in zip(completions, wanted)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatMatch:
+    r"""1 where the whole completion matches a regular expression, else 0.
+
+    `.` matches newlines too: completions have several lines.
+
+    Attributes:
+        pattern: for example r"<think>.*</think>\s*<answer>.*</answer>".
+
+    Raises:
+        ConfigError: it is no regular expression.
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern, re.DOTALL)
+        except (re.error, TypeError) as error:
+            raise ConfigError(f"FormatMatch: {self.pattern!r} is no pattern: {error}") from error
+
+    def __call__(self, completions: list[str], **_) -> list[float]:
+        """See the class."""
+        pattern = re.compile(self.pattern, re.DOTALL)
+        return [float(pattern.fullmatch(text) is not None) for text in completions]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftOverlong:
+    """A penalty on length: 0 up to max_len - cache tokens, falling to -1 at max_len, -1 beyond.
+
+    DAPO (2503.14476), eq. 13.
+
+    Attributes:
+        max_len: tokens, the stop token counted.
+        cache: tokens over which the penalty grows; 0: it is -1 beyond max_len and 0 before.
+
+    Raises:
+        ConfigError: max_len < 1, or cache not in [0, max_len].
+    """
+
+    max_len: int
+    cache: int
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not is_int(self.max_len) or self.max_len < 1:
+            problems.append(f"max_len is {self.max_len!r}, expected a positive integer")
+        elif not is_int(self.cache) or not 0 <= self.cache <= self.max_len:
+            problems.append(f"cache is {self.cache!r}, expected an integer in [0, {self.max_len}]")
+        raise_all("SoftOverlong", problems)
+
+    def __call__(self, completion_ids: list[list[int]], **_) -> list[float]:
+        """See the class."""
+        free = self.max_len - self.cache
+        over = [min(max(len(ids) - free, 0), self.cache + 1) for ids in completion_ids]
+        return [-1.0 if n > self.cache else -n / max(self.cache, 1) for n in over]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReasoningGym:
+    """The score that a task of reasoning-gym gives, from 0 to 1; needs the column `entry`.
+
+    Attributes:
+        task: the dataset's name, for example "chain_sum".
+        args: what the dataset is configured with.
+        strict: the task judges `answer_text` as it is. Otherwise, where the right answer is a
+            number, the last number in it is judged, by its value.
+    """
+
+    task: str
+    args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    strict: bool
+
+    def __call__(self, completions: list[str], entry: list[dict], **_) -> list[float]:
+        """See the class. Raises ConfigError if reasoning-gym is missing or refuses task or args."""
+        dataset = _dataset(self.task, json.dumps(self.args))
+        return [
+            float(dataset.score_answer(self._answer(text, item), item))
+            for text, item in zip(completions, entry)
+        ]
+
+    def _answer(self, completion: str, entry: dict[str, Any]) -> str:
+        """What the task is to judge."""
+        right = extract_number(str(entry["answer"]), strict=True)
+        if self.strict or right is None:
+            return answer_text(completion)
+        if extract_number(completion, strict=False) == right:
+            return str(entry["answer"])  # tasks compare text, and 4.0 is 4
+        return _find_number(completion, strict=False) or ""
+
+
+@functools.cache
+def _dataset(task: str, args: str) -> Any:
+    """The dataset, of one item: only its scoring is used."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError("reasoning-gym is missing: pip install 'altiplano[rl]'") from error
+    try:
+        return reasoning_gym.create_dataset(task, **{"size": 1, "seed": 0} | json.loads(args))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"reasoning_gym:{task} with {args}: {error}") from error
+
+
+READY_MADE = {
+    "exact_match": exact_match,
+    "number": NumberMatch(strict=False),
+    "strict_number": NumberMatch(strict=True),
+    "think_format": FormatMatch(THINK_FORMAT),
+}

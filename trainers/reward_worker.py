@@ -1,0 +1,119 @@
+"""The process that one reward function runs in: calls come pickled, answers go back as JSON.
+
+`trainers.rewards.RewardPool` starts this file by its path, so it imports nothing of this package and is
+up in some 50 ms. Whatever the function does to its process, the pool sees an answer, a closed socket
+or silence.
+"""
+
+import json
+import math
+import numbers
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Serves the socket that is its standard input: first sys.path, then the function, then calls."""
+    connection = Connection(os.dup(0))
+    # A child that the function forks must neither answer, nor take calls, nor hold the socket open.
+    os.register_at_fork(after_in_child=connection.close)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout = sys.stderr
+    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, frames), daemon=True).start()
+    # The function runs in the main thread: those that use signals (SIGALRM) need it.
+    sys.path[:] = pickle.loads(frames.get())
+    code = frames.get()
+    function = None
+    while True:
+        call = frames.get()
+        try:
+            if function is None:
+                function = pickle.loads(code)
+            arguments = pickle.loads(call)
+            answer = check(function(**arguments), len(arguments["completions"]))
+        # SystemExit too: nothing that the function raises ends the worker.
+        except BaseException as error:
+            answer = {"failed": describe(error)}
+        connection.send_bytes(json.dumps(answer).encode())
+
+
+def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
+    """Reads at all times, so that a hanging function too ends with the process that asked for it."""
+    try:
+        while True:
+            frames.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        # The worker leads a group of its own; what the function has forked goes with it.
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def describe(error: BaseException) -> str:
+    """One line: the exception's type, text and the place that raised it."""
+    try:
+        text = " ".join(str(error).split())[:200]
+    except Exception:  # of a class that cannot even print itself
+        text = ""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    return f"{type(error).__name__}{text and ': '}{text} ({place})"
+
+
+def check(result: Any, rows: int) -> dict[str, Any]:
+    """What a reward function has returned, as plain numbers.
+
+    Args:
+        result: a list, a tuple or an array of rank 1 (numpy, torch, jax).
+        rows: how many completions it was asked about.
+
+    Returns:
+        {"values": [float | None]}, None for a row that it cannot score (None or NaN), or
+        {"invalid": what is wrong, "row": index or None}: a bug, which no other prompt would mend.
+    """
+    if getattr(result, "ndim", 0) == 1 and hasattr(result, "tolist"):
+        result = result.tolist()
+    if not isinstance(result, (list, tuple)):
+        return {"invalid": f"returned {_show(result)}, not a list of {rows} numbers", "row": None}
+    if len(result) != rows:
+        text = f"returned {len(result)} values for {rows} completions"
+        return {"invalid": text, "row": None}
+    values = [_number(value) for value in result]
+    for row, (given, value) in enumerate(zip(result, values)):
+        if isinstance(value, str):
+            text = f"returned {_show(given)}, {value}; expected a finite number, or None or NaN"
+            return {"invalid": text + " for a completion that it cannot score", "row": row}
+    return {"values": values}
+
+
+def _number(value: Any) -> float | str | None:
+    """The value as a float, None if it is missing, or what is wrong with it."""
+    if getattr(value, "shape", None) == ():  # a scalar of numpy, torch or jax
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return "which is no real number"
+    try:
+        value = float(value)
+    except OverflowError:
+        return "which no float64 holds"
+    if math.isinf(value):
+        return "which is infinite"
+    return None if math.isnan(value) else value
+
+
+def _show(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"{text[:60]}{'…' * (len(text) > 60)} ({type(value).__name__})"
+
+
+if __name__ == "__main__":
+    main()
