@@ -11,7 +11,8 @@ from typing import Any
 from models.llama.chat_format import ChatFormat, Message, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
-from trainers.rewards import ReasoningGym, Reward
+from trainers.reward_functions import ReasoningGym
+from trainers.rewards import Reward
 from utils.errors import ConfigError, DataError, is_int, raise_all
 
 # What a reward is called with besides the columns.
@@ -117,19 +118,8 @@ def load_task(
     Raises:
         ConfigError: an unknown task, wrong args, too few prompts are left, or no reasoning_gym.
     """
-    problems = []
-    for name, value, low, high in (
-        ("size", size, 1, _SEED_STRIDE),
-        ("seed", seed, 0, (1 << 32) - 1),
-    ):
-        if not is_int(value) or not low <= value <= high:
-            problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
-    if args is not None and not isinstance(args, dict):
-        problems.append(f"task_args is {args!r:.80}, expected an object of names and values")
     weights = {"strict": 0.5, "lenient": 0.5} if weights is None else weights
-    if not weights or not set(weights) <= {"strict", "lenient"}:
-        problems.append(f"weights of {list(weights)!r:.80}, expected of strict, lenient or both")
-    raise_all("task", problems)
+    _check(size, seed, args, weights)
     args = args or {}
     encoder = _Encoder(tokenizer, chat, system, chat_format)
     seen = {prompt.ids for prompt in exclude.prompts} if exclude else set()
@@ -148,11 +138,15 @@ def load_task(
             "task larger with its arguments"
         )
     name = spec.partition(":")[2]
-    rewards = tuple(
-        Reward(name=kind, function=ReasoningGym(name, args, strict=kind == "strict"), weight=weight)
+    rewards = [
+        Reward(
+            name=kind,
+            function=ReasoningGym(task=name, args=args, strict=kind == "strict"),
+            weight=weight,
+        )
         for kind, weight in weights.items()
-    )
-    return Task(name=spec, prompts=tuple(prompts), rewards=rewards)
+    ]
+    return Task(name=spec, prompts=tuple(prompts), rewards=tuple(rewards))
 
 
 def load_prompts(
@@ -237,6 +231,22 @@ class _Encoder:
         if not ids:
             raise DataError("the prompt is empty: it has no token to start from")
         return Prompt(text=text, ids=tuple(ids), columns=columns)
+
+
+def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:
+    """Raises ConfigError that lists what is wrong with the arguments of load_task."""
+    problems = []
+    for name, value, low, high in (
+        ("size", size, 1, _SEED_STRIDE),
+        ("seed", seed, 0, (1 << 32) - 1),
+    ):
+        if not is_int(value) or not low <= value <= high:
+            problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
+    if args is not None and not isinstance(args, dict):
+        problems.append(f"task_args is {args!r:.80}, expected an object of names and values")
+    if not weights or not set(weights) <= {"strict", "lenient"}:
+        problems.append(f"weights of {list(weights)!r:.80}, expected of strict, lenient or both")
+    raise_all("task", problems)
 
 
 def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
