@@ -1,4 +1,4 @@
-"""Measures a model from the command line: `python evaluate.py ppl --data …`."""
+"""Measures a model from the command line: `python evaluate.py ppl --data …`, `… task --task …`."""
 
 import signal
 
@@ -6,18 +6,33 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import io
 import json as jsonlib
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
 
 import console
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint, load_config
 from models.llama.model import LLaMa
 from models.llama.tokenizer import check_against_model, load_tokenizer
+from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.data import DataConfig, Dataset, load_dataset
+from trainers.rewards import RewardPool, load_reward
 from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.tasks import load_prompts, load_task
 from trainers.trainer import Batch
+from utils.errors import ConfigError
+from utils.files import atomic_file, parse_json
+
+# Failures of rewards that are shown one by one.
+_FAILURES = 5
 
 
 def ppl(
@@ -95,5 +110,163 @@ def _reported(dataset: Dataset, report) -> Iterator[Batch]:
         yield batch
 
 
+def task(
+    task: str | None = None,
+    data: str | None = None,
+    reward: str | None = None,
+    task_args: str | None = None,
+    size: int = 200,
+    seed: int = 1,
+    ckpt_dir: str = DEFAULT_MODEL,
+    tokenizer_path: str | None = None,
+    samples: int | None = None,
+    k: str | None = None,
+    temperature: float = 1.0,
+    max_completion_len: int = 64,
+    batch_size: int = 8,
+    chat: bool | None = None,
+    system: str | None = None,
+    chat_format: str | None = None,
+    skip_bad: int = 0,
+    reward_timeout: float = 60.0,
+    dtype: str = "auto",
+    out: str | None = None,
+    json: bool = False,
+    debug: bool = False,
+) -> None:
+    """How well a model does a task: each reward's mean and pass@k, with 95 % intervals.
+
+    Args:
+        task: reasoning_gym:NAME, for example reasoning_gym:chain_sum.
+        data: instead of a task, a .jsonl or .jsonl.gz file of {"prompt": …}; its other fields are
+            columns for the rewards.
+        reward: for data: module:function, or a ready-made one by name; several with commas between.
+        task_args: a JSON object with the task's own arguments.
+        size: prompts of the task.
+        seed: of the task's prompts and of the samples.
+        ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
+        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
+        samples: completions a prompt; default: 8, or 1 at temperature 0.
+        k: of pass@k, several with commas between; default: 1 and samples.
+        temperature: 0 is greedy.
+        max_completion_len: tokens; a longer completion is cut, and scored as it is.
+        batch_size: prompts at once.
+        chat: a prompt is a user's message; default: if the model has a chat template.
+        system: the system message.
+        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
+        skip_bad: so many broken rows of the data are left out.
+        reward_timeout: seconds that a reward may take for a batch.
+        dtype: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        out: a .jsonl file for the completions with their scores.
+        json: one JSON object instead of a table.
+        debug: show the traceback of an error.
+    """
+    console.Interrupts().set(raises=False, leave_at=1)
+    console.keep_compilations()
+    # All flags before the model is fetched and loaded: a wrong one should not cost that time.
+    samples = (8 if temperature != 0 else 1) if samples is None else samples
+    config, dtype, args, rewards, out = console.all_of(
+        lambda: EvaluationConfig(
+            samples=samples,
+            k=_numbers(k) if k else tuple(sorted({1, samples})),
+            temperature=temperature,
+            max_completion_len=max_completion_len,
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        lambda: console.compute_dtype(dtype),
+        lambda: _task_args(task, data, task_args),
+        lambda: _rewards(data, reward),
+        lambda: _writable(out),
+    )
+    prompting = dict(chat=chat, system=system, chat_format=chat_format)
+    with console.progress() as report:
+        path = resolve(ckpt_dir, report)
+        tokenizer = load_tokenizer(tokenizer_path or path)
+        if task is not None:
+            asked = load_task(task, tokenizer, args=args, size=size, seed=seed, **prompting)
+        else:
+            asked = load_prompts(data, tokenizer, rewards, skip_bad=skip_bad, **prompting)
+        model_config, params = load_checkpoint(path, dtype=dtype, decoding=True, progress=report)
+        check_against_model(tokenizer, model_config.vocab_size)
+        model, rows = LLaMa(model_config), []
+        with RewardPool(asked.rewards, timeout=reward_timeout) as pool:
+            found = evaluate_task(
+                model, params, tokenizer, asked, pool, config, report=report, write=rows.append
+            )
+    for message in found["failures"][:_FAILURES]:
+        console.say(message, "warning: ")
+    if more := found["failures"][_FAILURES:]:
+        console.say(f"and {len(more)} more failures of rewards", "warning: ")
+    if json:
+        console.write(jsonlib.dumps(found) + "\n")
+    else:
+        _show(found)
+    if out is not None:
+        with atomic_file(out) as file:
+            file.writelines(jsonlib.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`--k`: whole numbers with commas between."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as e:
+        raise ConfigError(f"--k {text!r:.40}, expected numbers with commas between, as 1,8") from e
+
+
+def _task_args(task: str | None, data: str | None, task_args: str | None) -> dict[str, Any] | None:
+    if (task is None) == (data is None):
+        raise ConfigError("pass --task or --data, one of them")
+    if task_args is None:
+        return None
+    if task is None:
+        raise ConfigError("--task_args are of a --task")
+    return parse_json(task_args.encode(), "--task_args")
+
+
+def _rewards(data: str | None, reward: str | None) -> list[Any]:
+    if (data is None) != (reward is None):
+        raise ConfigError("--data needs --reward, and a --task has rewards of its own")
+    return [load_reward(spec.strip()) for spec in reward.split(",")] if reward else []
+
+
+def _writable(out: str | None) -> str | None:
+    folder = Path(os.path.abspath(out or "")).parent
+    if out is not None and not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot write into the folder {folder}; make it first")
+    return out
+
+
+def _show(found: dict[str, Any]) -> None:
+    """Writes what evaluate_task found as a table and a line."""
+    names = list(next(iter(found["rewards"].values())))
+    table = rich.table.Table(title=f"{found['task']}: {found['prompts']} prompts, 95 % intervals")
+    table.add_column("reward")
+    for name in names:
+        table.add_column(name, justify="right")
+    for reward, measures in found["rewards"].items():
+        table.add_row(reward, *(_cell(measures[name]) for name in names))
+    if len(found["rewards"]) > 1:
+        table.add_row("weighted sum", *(_cell(found["total"].get(name, "")) for name in names))
+    # As text first: what a terminal is given goes through console.write.
+    page = rich.console.Console(file=io.StringIO(), width=60 + 30 * len(names), markup=False)
+    page.print(table)
+    console.write(page.file.getvalue())
+    console.write(
+        f"{found['samples']} completions a prompt at temperature {found['temperature']:g}, "
+        f"{found['mean_length']:.1f} tokens on average, {found['truncated']:.1%} truncated; "
+        f"{found['tokens_per_s']:.0f} tok/s\n"
+    )
+
+
+def _cell(measure: dict[str, Any] | int | str) -> str:
+    if not isinstance(measure, dict):
+        return str(measure)
+    if measure["value"] is None:
+        return "–"
+    return f"{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]"
+
+
 if __name__ == "__main__":
-    console.run_one_of({"ppl": ppl})
+    console.run_one_of({"ppl": ppl, "task": task})

@@ -16,7 +16,10 @@ import console
 import evaluate
 import train
 
-COMMANDS = {"train.py": {"sft": train.sft}, "evaluate.py": {"ppl": evaluate.ppl}}
+COMMANDS = {
+    "train.py": {"sft": train.sft},
+    "evaluate.py": {"ppl": evaluate.ppl, "task": evaluate.task},
+}
 
 
 def at(owner: object, name: str, number: int, action) -> None:

@@ -1,0 +1,293 @@
+"""How well a model does a task: means of rewards and pass@k over its prompts, with intervals."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import Completions, GenerationConfig
+from generate import generate, random_key
+from models.llama.model import LLaMa, Params, for_decoding
+from models.llama.tokenizer import Tokenizer
+from sampling import TopP
+from trainers.metrics import Compilations, PhaseClock
+from trainers.rewards import RewardPool
+from trainers.tasks import Prompt, Task, reward_rows
+from utils.errors import ConfigError, is_int, is_number, raise_all
+
+# A completion is right if its score is at least this.
+SOLVED = 1.0
+
+# Resamples at once: with 1000 prompts they take 8 MB.
+_CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a task is evaluated.
+
+    Attributes:
+        samples: completions a prompt.
+        k: for each, pass@k is estimated; at most `samples`.
+        temperature: 0 is greedy, and takes one sample.
+        max_completion_len: tokens; a longer completion is cut, and scored as it is.
+        batch_size: prompts at once.
+        seed: of the samples, 0 to 2^32 - 1.
+    """
+
+    samples: int = 1
+    k: tuple[int, ...] = (1,)
+    temperature: float = 1.0
+    max_completion_len: int = 64
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, low, high in (
+            ("samples", 1, 1 << 16),
+            ("max_completion_len", 1, 1 << 24),
+            ("batch_size", 1, 1 << 16),
+            ("seed", 0, (1 << 32) - 1),
+        ):
+            value = getattr(self, name)
+            if not is_int(value) or not low <= value <= high:
+                problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
+        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature is {self.temperature!r:.40}, expected a number from 0 on")
+        if is_int(self.samples):
+            if wrong := [k for k in self.k if not is_int(k) or not 1 <= k <= self.samples]:
+                problems.append(f"k is {wrong[0]!r:.40}, expected 1 to samples={self.samples}")
+            if self.temperature == 0 and self.samples > 1:
+                problems.append(
+                    f"samples={self.samples} at temperature 0 would all be the same; expected 1"
+                )
+        raise_all("evaluation", problems)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The probability that at least one of k samples is right, of n of which c are: unbiased.
+
+    1 - (n - c choose k) / (n choose k), in integers. Source: Chen et al. (2107.03374), equation 1.
+
+    Args:
+        n: samples.
+        c: right ones among them, 0 to n.
+        k: 1 to n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ConfigError(f"pass@k of n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n")
+    everything = math.comb(n, k)
+    return (everything - math.comb(n - c, k)) / everything
+
+
+def bootstrap_interval(
+    values: Sequence[float], level: float = 0.95, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """An interval for the mean over all prompts of a task, from some of them: percentile bootstrap.
+
+    The prompts are drawn again, so that it covers both which prompts there happened to be and the
+    luck of their samples. Where all values are equal it is that value, however few there are.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
+
+    Args:
+        values: one a prompt; none is NaN.
+        level: that share of the resampled means lies within.
+        samples: how often the prompts are drawn again.
+        seed: the same seed gives the same interval.
+
+    Returns:
+        (low, high).
+    """
+    values = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, samples, _CHUNK):
+        shape = (min(_CHUNK, samples - start), len(values))
+        means.append(values[rng.integers(len(values), size=shape)].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def evaluate_task(
+    model: LLaMa,
+    params: Params,
+    tokenizer: Tokenizer,
+    task: Task,
+    pool: RewardPool,
+    config: EvaluationConfig,
+    *,
+    report: Callable[[str, int, int], None] | None = None,
+    write: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Samples completions of every prompt of a task and scores them.
+
+    The same seed gives the same completions, whatever the batch size.
+
+    Args:
+        model: with its context length.
+        params: its parameters, as for `generate`.
+        tokenizer: the model's.
+        task: prompts and rewards.
+        pool: of the task's rewards.
+        config: how.
+        report: called with ("prompts", done, in all).
+        write: called with each completion: prompt, sample, completion, ids, finish_reason, and
+            scores by the reward's name, null where it is unscorable.
+
+    Returns:
+        `rewards`: for each reward `mean` (of the prompts' means), `pass@k` and the number of
+        `unscorable` rows, which are left out of both; `total`: that of the weighted sum. Each
+        measure is {value, low, high, prompts}: 95 % interval, and prompts that count; all null if
+        none does. `truncated`: the share of completions without a stop; `mean_length` in tokens;
+        `tokens_per_s` without compilation; `seconds` by phase; `failures` of rewards, as texts;
+        and what was asked for.
+
+    Raises:
+        ConfigError: a prompt and max_completion_len exceed the context.
+        TrainError: as the pool.
+    """
+    _check_context(model, task, config)
+    params = for_decoding(params)
+    clock, compilations = PhaseClock(), Compilations()
+    found = _Found(task, config.samples, write)
+    size = min(config.batch_size, len(task.prompts))
+    try:
+        for start in range(0, len(task.prompts), size):
+            if report is not None:
+                report("prompts", start, len(task.prompts))
+            # The last batch is filled up: one of another size would be compiled anew.
+            indices = np.minimum(np.arange(start, start + size), len(task.prompts) - 1)
+            with clock("generation"):
+                done = _sample(model, params, tokenizer, task, config, indices)
+            with clock("rewards"):
+                found.add(task.prompts[start : start + size], done, tokenizer, pool)
+        seconds = clock.take() | {"compilation": sum(s for _, s in compilations.take())}
+    finally:
+        compilations.close()
+    asked = {"task": task.name, "digest": task.digest, "prompts": len(task.prompts)}
+    return asked | dataclasses.asdict(config) | found.summary(config.k, seconds)
+
+
+def _check_context(model: LLaMa, task: Task, config: EvaluationConfig) -> None:
+    context, needed = model.config.max_seq_len, task.longest + config.max_completion_len
+    if needed > context:
+        raise ConfigError(
+            f"the longest prompt has {task.longest} tokens and max_completion_len is "
+            f"{config.max_completion_len}: {needed} exceed the model's context of {context}; "
+            "shorten either"
+        )
+
+
+def _sample(
+    model: LLaMa,
+    params: Params,
+    tokenizer: Tokenizer,
+    task: Task,
+    config: EvaluationConfig,
+    indices: np.ndarray,
+) -> Completions:
+    """Completions of the prompts with these numbers.
+
+    Each number has a key of its own, that of an equal prompt too: both are draws from the task, and
+    the interval takes them for independent.
+    """
+    key = random_key(config.seed)
+    generation = GenerationConfig(
+        max_new_tokens=config.max_completion_len,
+        n=config.samples,
+        stop_ids=tokenizer.stop_ids,
+        vocab_limit=min(tokenizer.vocab_size, model.config.vocab_size),
+    )
+    return generate(
+        model,
+        params,
+        [task.prompts[i].ids for i in indices],
+        TopP(temperature=config.temperature),
+        generation,
+        key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32)),
+    )
+
+
+class _Found:
+    """Scores and lengths of completions, batch by batch."""
+
+    def __init__(self, task: Task, n: int, write: Callable[[dict[str, Any]], None] | None):
+        self._names = [reward.name for reward in task.rewards]
+        self._weights = [reward.weight for reward in task.rewards]
+        self._n, self._write = n, write
+        self._values: list[np.ndarray] = []  # of a batch: [rewards, prompts, n]
+        self._totals: list[np.ndarray] = []  # of a batch: [prompts, n]
+        self._lengths: list[int] = []
+        self._truncated = 0
+        self._failures: list[str] = []
+
+    def add(
+        self,
+        prompts: Sequence[Prompt],
+        done: Completions,
+        tokenizer: Tokenizer,
+        pool: RewardPool,
+    ) -> None:
+        """Scores the rows of these prompts; later rows of `done` are left out."""
+        rows = range(len(prompts) * self._n)
+        ids = [done.row(i) for i in rows]
+        texts = [tokenizer.decode(row, skip_special=True) for row in ids]
+        asked, columns = reward_rows(prompts, self._n)
+        scores = pool(asked, texts, ids, columns, self._n)
+        self._values.append(scores.values.reshape(len(self._names), len(prompts), self._n))
+        self._totals.append(scores.total(self._weights).reshape(len(prompts), self._n))
+        self._failures += pool.failures
+        self._lengths += [len(row) for row in ids]
+        self._truncated += sum(done.finish_reason[i] == "length" for i in rows)
+        for i in rows if self._write is not None else ():
+            self._write(
+                {
+                    "prompt": asked[i],
+                    "sample": i % self._n,
+                    "completion": texts[i],
+                    "ids": ids[i],
+                    "finish_reason": done.finish_reason[i],
+                    "scores": dict(zip(self._names, map(_finite, scores.values[:, i]))),
+                }
+            )
+
+    def summary(self, ks: Sequence[int], seconds: dict[str, float]) -> dict[str, Any]:
+        """What evaluate_task returns."""
+        values, tokens = np.concatenate(self._values, axis=1), sum(self._lengths)
+        rewards = {name: _measures(rows, ks) for name, rows in zip(self._names, values)}
+        sampling = max(seconds["generation"] - seconds["compilation"], 1e-9)
+        return {
+            "rewards": rewards,
+            "total": _measures(np.concatenate(self._totals), ()),
+            "failures": self._failures,
+            "truncated": self._truncated / len(self._lengths),
+            "mean_length": tokens / len(self._lengths),
+            "tokens_per_s": tokens / sampling,
+            "seconds": seconds,
+        }
+
+
+def _measures(scores_PN: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
+    """Mean and pass@k of scores [prompts, samples], where NaN is unscorable."""
+    groups = [row[~np.isnan(row)] for row in scores_PN]
+    measures: dict[str, Any] = {"mean": _measure([g.mean() for g in groups if len(g)])}
+    for k in ks:
+        rates = [pass_at_k(len(g), int((g >= SOLVED).sum()), k) for g in groups if len(g) >= k]
+        measures[f"pass@{k}"] = _measure(rates)
+    return measures | {"unscorable": int(np.isnan(scores_PN).sum())}
+
+
+def _measure(values: Sequence[float]) -> dict[str, Any]:
+    if not len(values):
+        return {"value": None, "low": None, "high": None, "prompts": 0}
+    low, high = bootstrap_interval(values)
+    return {"value": float(np.mean(values)), "low": low, "high": high, "prompts": len(values)}
+
+
+def _finite(score: float) -> float | None:
+    return None if math.isnan(score) else float(score)

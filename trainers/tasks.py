@@ -1,0 +1,280 @@
+"""Prompts with their rewards: what GRPO trains on, and what `evaluate.py task` measures."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.llama.chat_format import ChatFormat, Message, chat_format_for
+from models.llama.tokenizer import Tokenizer
+from trainers.records import read_records
+from trainers.reward_functions import ReasoningGym
+from trainers.rewards import Reward
+from utils.errors import ConfigError, DataError, is_int, raise_all
+
+# What a reward is called with besides the columns.
+RESERVED = ("prompts", "completions", "completion_ids")
+
+# A task of reasoning_gym has for each number an item of its own: item i of seed s is item i - 1 of
+# seed s + 1. Seeds this far apart share none, and are still small enough for numpy's 32 bits.
+_SEED_STRIDE = 1 << 20
+# How many items are looked at, for one that is asked for, where some are to be left out.
+_TRIES = 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: as rewards see it; of a conversation, its last user's message.
+        ids: what the model reads, with what starts an assistant's answer.
+        columns: the other fields of its row, for rewards.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """Prompts, and the rewards of their completions.
+
+    Attributes:
+        name: for messages and for the digest.
+        prompts: at least one; all have the same columns.
+        rewards: at least one; their names differ.
+    """
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    rewards: tuple[Reward, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DataError(f"{self.name} has no prompts, expected at least one")
+        names = [reward.name for reward in self.rewards]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"{self.name}: rewards {names}, expected one or more, each once")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the prompts' ids and columns, and of the names of the task and its rewards."""
+        found = hashlib.sha256(repr((self.name, [r.name for r in self.rewards])).encode())
+        for prompt in self.prompts:
+            found.update(repr((list(prompt.ids), sorted(prompt.columns.items()))).encode())
+        return found.hexdigest()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.ids) for prompt in self.prompts)
+
+
+def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:
+    """(texts, columns) for a RewardPool: a row a completion, those of a prompt one after the other."""
+    rows = [prompt for prompt in prompts for _ in range(group_size)]
+    columns = {name: [row.columns[name] for row in rows] for name in prompts[0].columns}
+    return [row.text for row in rows], columns
+
+
+def load_task(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    args: dict[str, Any] | None = None,
+    size: int = 1000,
+    seed: int = 0,
+    exclude: Task | None = None,
+    weights: Mapping[str, float] | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    chat_format: str | None = None,
+) -> Task:
+    """A task of reasoning_gym, with the columns `answer` and `entry`, as reasoning_gym gives it.
+
+    Two seeds have no item in common, but items may be equal: there are only 200 sums and
+    differences of two digits. Load what is held out first, and the training's prompts with it as
+    `exclude`; both are then the same each time, and share nothing.
+
+    Args:
+        spec: `reasoning_gym:NAME`, for example `reasoning_gym:chain_sum`.
+        tokenizer: the model's.
+        args: of the task's config in reasoning_gym, for example {"max_terms": 2}.
+        size: prompts.
+        seed: of the prompts.
+        exclude: leave out the prompts of that task.
+        weights: of the rewards "strict" (the completion is the answer and nothing else) and
+            "lenient" (the answer is taken from it); default: 0.5 each.
+        chat: the question is a user's message; False: plain text; None: a message if the model has
+            a chat template.
+        system: the system message.
+        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
+
+    Raises:
+        ConfigError: an unknown task, wrong args, too few prompts are left, or no reasoning_gym.
+    """
+    weights = {"strict": 0.5, "lenient": 0.5} if weights is None else weights
+    _check(size, seed, args, weights)
+    args = args or {}
+    encoder = _Encoder(tokenizer, chat, system, chat_format)
+    seen = {prompt.ids for prompt in exclude.prompts} if exclude else set()
+    tries = min(_TRIES * size, _SEED_STRIDE) if exclude else size
+    prompts: list[Prompt] = []
+    for entry in _entries(spec, args, tries, seed * _SEED_STRIDE):
+        prompt = encoder(entry["question"], {"answer": entry["answer"], "entry": entry})
+        if prompt.ids not in seen:
+            prompts.append(prompt)
+        if len(prompts) == size:
+            break
+    if len(prompts) < size:
+        raise ConfigError(
+            f"{spec}: only {len(prompts)} of {tries} items are not among the prompts of "
+            f"{exclude.name}, and {size} are asked for; ask for fewer, hold out fewer, or make the "
+            "task larger with its arguments"
+        )
+    name = spec.partition(":")[2]
+    rewards = [
+        Reward(
+            name=kind,
+            function=ReasoningGym(task=name, args=args, strict=kind == "strict"),
+            weight=weight,
+        )
+        for kind, weight in weights.items()
+    ]
+    return Task(name=spec, prompts=tuple(prompts), rewards=tuple(rewards))
+
+
+def load_prompts(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    rewards: Sequence[Reward],
+    *,
+    chat: bool | None = None,
+    system: str | None = None,
+    chat_format: str | None = None,
+    skip_bad: int = 0,
+) -> Task:
+    """Reads rows of {"prompt": …}, a text or a list of messages; their other fields are columns.
+
+    Args:
+        path: as for `read_records`.
+        tokenizer: the model's.
+        rewards: of the completions.
+        chat: whether a text is a user's message; None: if the model has a chat template. A list
+            of messages always is a conversation.
+        system: the system message, of conversations that have none.
+        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
+        skip_bad: so many rows that are broken, or that the chat format refuses, are left out.
+
+    Raises:
+        DataError: as `read_records`; a column has the name of something else that rewards are
+            given; a prompt without tokens; no rows.
+        ArtifactError: the model has no chat format, and needs it.
+    """
+    records = read_records(path, kinds=("prompt",), skip_bad=skip_bad)
+    encoder = _Encoder(tokenizer, chat, system, chat_format)
+    names = {name for record in records.rows for name in record.fields} - {"prompt"}
+    if clash := names.intersection(RESERVED):
+        first = next(r for r in records.rows if clash.intersection(r.fields))
+        raise DataError(
+            f"{first.where}: the field {sorted(clash)[0]!r} has the name of something else that "
+            f"rewards are given ({', '.join(RESERVED)}); rename it"
+        )
+    prompts = []
+    for record in records.rows:
+        columns = {name: record.fields.get(name) for name in sorted(names)}
+        try:
+            prompts.append(encoder(record.fields["prompt"], columns))
+        except DataError as e:
+            records.bad.add(DataError(f"{record.where}: {e}"))
+    records.bad.check(path)
+    return Task(name=records.path, prompts=tuple(prompts), rewards=tuple(rewards))
+
+
+class _Encoder:
+    """From a prompt, a text or a list of messages, to token ids; arguments as in load_prompts."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: bool | None,
+        system: str | None,
+        chat_format: str | None,
+    ):
+        asked = system is not None or chat_format is not None
+        if chat is False and asked:
+            raise ConfigError("system and chat_format are for chats, and chat is off")
+        self._is_chat = asked or tokenizer.chat_template is not None if chat is None else chat
+        self._tokenizer, self._system, self._name = tokenizer, system, chat_format
+
+    @functools.cached_property
+    def _format(self) -> ChatFormat:
+        return chat_format_for(self._tokenizer, self._name)
+
+    def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
+        """Raises DataError for a prompt without tokens, or that the chat format refuses."""
+        text, ids = prompt, None
+        if isinstance(prompt, str) and not self._is_chat:
+            ids = self._tokenizer.encode(prompt, bos=self._tokenizer.adds_bos)
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            users = [m["content"] for m in messages if m["role"] == "user"]
+            text = users[-1] if users else messages[-1]["content"]
+            if self._system is not None and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self._system}, *messages]
+            ids = self._format.encode_chat(messages)
+        if not ids:
+            raise DataError("the prompt is empty: it has no token to start from")
+        return Prompt(text=text, ids=tuple(ids), columns=columns)
+
+
+def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:
+    """Raises ConfigError that lists what is wrong with the arguments of load_task."""
+    problems = []
+    for name, value, low, high in (
+        ("size", size, 1, _SEED_STRIDE),
+        ("seed", seed, 0, (1 << 32) - 1),
+    ):
+        if not is_int(value) or not low <= value <= high:
+            problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
+    if args is not None and not isinstance(args, dict):
+        problems.append(f"task_args is {args!r:.80}, expected an object of names and values")
+    if not weights or not set(weights) <= {"strict", "lenient"}:
+        problems.append(f"weights of {list(weights)!r:.80}, expected of strict, lenient or both")
+    raise_all("task", problems)
+
+
+def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
+    """Yields the items of a task of reasoning_gym, each as its dict. Raises ConfigError."""
+    source, _, name = spec.partition(":")
+    if source != "reasoning_gym" or not name:
+        raise ConfigError(f"task {spec!r:.80}, expected reasoning_gym:NAME, as …:chain_sum")
+    gym = _import_reasoning_gym()
+    if name not in gym.factory.DATASETS:
+        close = difflib.get_close_matches(name, gym.factory.DATASETS)
+        close = f"did you mean {' or '.join(close)}?" if close else "see its list of tasks"
+        raise ConfigError(f"reasoning_gym has no task {name!r:.80}; {close}")
+    if taken := {"name", "size", "seed"}.intersection(args):
+        raise ConfigError(f"{sorted(taken)[0]} has a flag of its own; take it out of the task_args")
+    try:
+        dataset = gym.create_dataset(name, size=size, seed=seed, **args)
+        for index in range(size):
+            yield dataset[index]
+    except Exception as e:  # its configs raise AssertionError, TypeError, ValueError and others
+        raise ConfigError(
+            f"reasoning_gym cannot make {name} with the arguments {args}: {type(e).__name__}: "
+            f"{' '.join(str(e).split())[:300]}"
+        ) from e
+
+
+def _import_reasoning_gym() -> Any:
+    try:
+        import reasoning_gym  # optional, and slow to import
+    except ImportError as e:
+        raise ConfigError("this task needs reasoning-gym: pip install 'altiplano[rl]'") from e
+    return reasoning_gym
