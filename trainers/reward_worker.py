@@ -43,6 +43,8 @@ def main() -> None:
         # SystemExit too: nothing that the function raises ends the worker.
         except BaseException as error:
             answer = {"failed": describe(error)}
+        if connection.closed:  # a child that the function has forked, and not ended
+            return
         connection.send_bytes(json.dumps(answer).encode())
 
 
