@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import threading
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -419,8 +420,10 @@ def test_no_text_breaks_it_and_strict_agrees_with_lenient(text):
 
 def test_long_texts_take_no_time():
     for part in ("1,", "1,111,", "<answer>", "</answer>", "9", ".", "1/", "-$", "1e"):
-        extract_number(part * 200_000, strict=False)
-        extract_number(part * 200_000, strict=True)
+        start = time.process_time()
+        extract_number(part * 100_000, strict=False)
+        extract_number(part * 100_000, strict=True)
+        assert time.process_time() - start < 10
 
 
 def test_exact_match():

@@ -93,8 +93,7 @@ class RewardProcess:
         self.connection, theirs = connection.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                # -P: its folder has modules with names as short as the user's.
-                [sys.executable, "-P", Path(__file__).with_name("reward_worker.py")],
+                [sys.executable, Path(__file__).with_name("reward_worker.py")],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for us; and one signal ends all that it forks

@@ -49,7 +49,10 @@ def main() -> None:
 
 
 def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
-    """Reads at all times, so that a hanging function too ends with the process that asked for it."""
+    """Reads at all times, so that a hanging function too ends with the process that asked for it.
+
+    Not one in native code that holds the interpreter's lock: that one the pool's timeout ends.
+    """
     try:
         while True:
             frames.put(connection.recv_bytes())
