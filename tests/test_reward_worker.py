@@ -114,17 +114,17 @@ def test_timeouts_count_only_in_a_row():
             return self
 
     asked = []
-    values, failed = np.full(7, np.nan), np.zeros(7, bool)
+    values, failed = np.full(8, np.nan), np.zeros(8, bool)
     late, good = {"failed": "timed out", "timeout": True}, {"values": [1.0], "timeout": False}
     bad = {"failed": "ValueError", "timeout": False}
     with pool_of(lengths) as pool:
-        task = pool._score(Silent(), values, failed, {"prompts": ["p"] * 7}, 1)
+        task = pool._score(Silent(), values, failed, {"prompts": ["p"] * 8}, 1)
         next(task)
-        for answer in (late, late, late, bad, late, late, good, late):
+        for answer in (late, late, late, bad, late, late, good, late, good):
             with contextlib.suppress(StopIteration):
                 task.send(answer)
-    assert asked == [0, 0, 1, 2, 3, 4, 5, 6]
-    assert failed.tolist() == [True, True, True, True, True, False, True]
+    assert asked == [0, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert failed.tolist() == [True] * 5 + [False, True, False]
 
 
 @pytest.mark.covers("D11")
