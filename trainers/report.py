@@ -45,7 +45,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: boo
     settings = {}
     if (folder / "run.json").exists():  # a notebook's run may have none
         settings = read_json(folder / "run.json", error=DataError)
-    rollouts = _read_rollouts(folder / "rollouts.jsonl")
+    shown = list(completions(_read_rollouts(folder / "rollouts.jsonl")))
     charts = draw_charts(columns, pngs=pngs)
     name = folder.resolve().name
     body = [
@@ -55,7 +55,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: boo
         '<div class="charts">',
         *map(figure, charts),
         "</div>",
-        *completions(rollouts),
+        *shown,
         "<details><summary>All settings</summary>",
         table([(k, json.dumps(v)) for k, v in _flatten(settings).items()]),
         "</details>",
@@ -92,6 +92,7 @@ def _read_metrics(path: Path) -> Columns:
         columns.setdefault("step", []).append((step, step))
         record["compilations"] = {"seconds": _compile_seconds(record.get("compilations"), where)}
         for name, value in _flatten(record).items():
+            value = int(value) if isinstance(value, bool) else value
             if value is None or is_number(value):
                 columns.setdefault(name, []).append((step, number(value)))
     if not columns:

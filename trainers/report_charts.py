@@ -206,6 +206,7 @@ _RC = {
     "text.parse_math": False,  # a name may have dollar signs
     "path.simplify_threshold": 1.0,  # pixels
     "font.size": 9,
+    "axes.formatter.limits": (-3, 5),  # powers of ten outside of which it is written once, on top
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -217,6 +218,8 @@ _RC = {
 _RC |= dict.fromkeys(
     "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color grid.color".split(), _INK
 )
+
+_WIDTH = 331  # of a chart, in points
 
 # Time is averaged over as many bars as one can still tell apart.
 _BARS = 100
@@ -233,7 +236,8 @@ def draw_charts(columns: Columns, *, pngs: bool = False) -> list[Drawn]:
         for chart in CHARTS:
             lines = _lines(chart, columns)
             if lines:
-                figure = _figure(plotting, chart, lines, columns)
+                stds = dict(columns.get(f"{chart.name}_std", []))
+                figure = _figure(plotting, chart, lines, stds)
                 svg, png = _svg(figure), _png(figure) if pngs else None
                 drawn.append(Drawn(chart.name, chart.title, chart.caption, svg, png))
     return drawn
@@ -269,13 +273,13 @@ def _label(name: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in short)[:40]
 
 
-def _figure(plotting: Any, chart: Chart, lines: dict, columns: Columns) -> Any:
-    figure = plotting.figure.Figure(figsize=(4.6, 2.8), layout="constrained")
+def _figure(plotting: Any, chart: Chart, lines: dict, stds: dict[int, float]) -> Any:
+    figure = plotting.figure.Figure(figsize=(_WIDTH / 72, 2.8))
     ax = figure.add_subplot()
     if chart.kind == "stack":
         handles = _draw_stack(ax, lines)
     elif chart.kind == "mean":
-        handles = _draw_mean(ax, lines, dict(columns.get(f"{chart.name}_std", [])))
+        handles = _draw_mean(ax, lines, stds)
     else:
         handles = _draw_lines(ax, lines)
     if chart.log and any((values > 0).any() for _, values in lines.values()):
@@ -289,9 +293,19 @@ def _figure(plotting: Any, chart: Chart, lines: dict, columns: Columns) -> Any:
     ax.xaxis.set_major_locator(plotting.ticker.MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("step")
     ax.set_ylabel(chart.unit)
-    if len(lines) > 1:
-        figure.legend(handles, list(lines), loc="outside upper left", ncols=4, fontsize=8)
+    columns, rows = _legend_shape(list(lines))
+    # The layout engines would double the time, and the axes of two charts would not be aligned.
+    figure.subplots_adjust(left=0.18, right=0.97, bottom=0.16, top=0.93 - 0.065 * rows)
+    if rows:
+        figure.legend(handles, list(lines), loc="upper left", ncols=columns, fontsize=8)
     return figure
+
+
+def _legend_shape(labels: list[str]) -> tuple[int, int]:
+    """(columns, rows) that have room for the labels; no rows where there is one label only."""
+    wide = 44 + 4.8 * max(map(len, labels))  # points: line and gaps, and a character of 8 points
+    columns = max(1, int(_WIDTH / wide))
+    return columns, math.ceil(len(labels) / columns) if len(labels) > 1 else 0
 
 
 def _draw_lines(ax: Any, lines: dict) -> list[Any]:
@@ -362,5 +376,5 @@ def _svg(figure: Any) -> bytes:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
