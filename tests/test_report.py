@@ -233,13 +233,14 @@ def test_the_bars_of_time_add_up(n):
     steps = np.arange(10.0, 10.0 + n)
     lines = {name: (steps, rng.random(n)) for name in "abc"}
     lines["c"] = np.append(steps, steps[-1]), np.append(lines["c"][1], 2.0)
+    lines["a"][1][0] = math.nan
     ax = matplotlib.figure.Figure().add_subplot()
     handles = report_charts._draw_stack(ax, lines)
     for (_, values), patch in zip(lines.values(), handles):
         top, edges, bottom = patch.get_data()
         assert len(top) == min(n, report_charts._BARS)
         assert (edges[0], edges[-1]) == (9.5, 9.5 + n)
-        assert ((top - bottom) * np.diff(edges)).sum() == pytest.approx(values.sum())
+        assert ((top - bottom) * np.diff(edges)).sum() == pytest.approx(np.nansum(values))
 
 
 def test_the_same_run_gives_the_same_page_whatever_the_user_set(tmp_path):
@@ -256,6 +257,12 @@ def test_charts_follow_the_readers_colours(tmp_path):
     picture = ET.tostring(page.charts()["kl"]).decode()
     assert "prefers-color-scheme:dark" in picture and picture.count("currentColor") > 5
     assert "fill: #ffffff" not in picture and picture.count(report_charts._INK) == 1
+
+
+def test_a_point_alone_is_marked(tmp_path):
+    picture = report(write(tmp_path, [LINE])).charts()["kl"]
+    uses = picture.iter("{http://www.w3.org/2000/svg}use")
+    assert sum("fill: #0072b2" in e.get("style", "") for e in uses) == 1
 
 
 # Completions ------------------------------------------------------------------------------------
