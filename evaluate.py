@@ -175,8 +175,8 @@ def task(
             seed=seed,
         ),
         lambda: console.compute_dtype(dtype),
-        lambda: _task_args(task, data, task_args),
-        lambda: _rewards(data, reward),
+        lambda: task_args_of(task, data, task_args),
+        lambda: rewards_of(data, reward),
         lambda: _writable(out),
     )
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
@@ -215,7 +215,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--k {text!r:.40}, expected numbers with commas between, as 1,8") from e
 
 
-def _task_args(task: str | None, data: str | None, task_args: str | None) -> dict[str, Any] | None:
+def task_args_of(
+    task: str | None, data: str | None, task_args: str | None
+) -> dict[str, Any] | None:
+    """--task_args, where --task or --data is given."""
     if (task is None) == (data is None):
         raise ConfigError("pass --task or --data, one of them")
     if task_args is None:
@@ -225,7 +228,8 @@ def _task_args(task: str | None, data: str | None, task_args: str | None) -> dic
     return parse_json(task_args.encode(), "--task_args")
 
 
-def _rewards(data: str | None, reward: str | None) -> list[Any]:
+def rewards_of(data: str | None, reward: str | None) -> list[Any]:
+    """--reward, which --data needs."""
     if (data is None) != (reward is None):
         raise ConfigError("--data needs --reward, and a --task has rewards of its own")
     return [load_reward(spec.strip()) for spec in reward.split(",")] if reward else []

@@ -16,6 +16,7 @@ from models.llama.model import LLaMa, for_decoding
 from sampling import Greedy, TopP
 from tests import tiny
 from utils.errors import ArtifactError, SamplingError
+from utils.kvcache import bucket
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(3, 160, n).tolist() for n in (7, 1, 23, 20, 16)]

@@ -103,22 +103,23 @@ def group_advantages(rewards_BG: Array, valid_BG: Array, scale: str = "group") -
     Returns:
         [B, G] float32; exactly 0 in a group whose rewards are equal.
     """
-    count = lambda axis: jnp.sum(valid_BG, axis=axis, keepdims=True).astype(jnp.float32)
+    # Of rewards within ±1, or else their squares overflow.
+    size = jnp.maximum(1, jnp.max(jnp.where(valid_BG, jnp.abs(rewards_BG), 0)))
+    rewards_BG = jnp.where(valid_BG, rewards_BG / size, 0)
 
-    def mean_and_std(axis):
-        n = count(axis)
-        total = jnp.sum(jnp.where(valid_BG, rewards_BG, 0), axis=axis, keepdims=True)
-        mean = total / jnp.maximum(n, 1)
+    def deviations(axis) -> tuple[Array, Array]:
+        n = jnp.sum(valid_BG, axis=axis, keepdims=True)
+        mean = jnp.sum(rewards_BG, axis=axis, keepdims=True) / jnp.maximum(n, 1)
         off = jnp.where(valid_BG, rewards_BG - mean, 0)
         variance = jnp.sum(off**2, axis=axis, keepdims=True) / jnp.maximum(n - 1, 1)
-        return mean, off, jnp.sqrt(variance)
+        return off, jnp.sqrt(variance)
 
-    _, off_BG, std_B1 = mean_and_std(1)
-    largest_B1 = jnp.max(jnp.where(valid_BG, jnp.abs(rewards_BG), 0), axis=1, keepdims=True)
+    off_BG, std_B1 = deviations(1)
     # What rounding leaves of equal rewards would be divided by itself.
-    differs_B1 = std_B1 > 1e-6 * jnp.maximum(1, largest_B1)
-    divisor = {"group": std_B1, "batch": mean_and_std((0, 1))[2]}.get(scale)
-    advantages_BG = off_BG if divisor is None else off_BG / (divisor + 1e-4)
+    largest_B1 = jnp.max(jnp.abs(rewards_BG), axis=1, keepdims=True)
+    differs_B1 = std_B1 > 1e-6 * jnp.maximum(1 / size, largest_B1)
+    divisor = {"group": std_B1, "batch": deviations((0, 1))[1]}.get(scale)
+    advantages_BG = off_BG * size if divisor is None else off_BG / (divisor + 1e-4 / size)
     return jnp.where(valid_BG & differs_B1, advantages_BG, 0)
 
 
@@ -240,9 +241,14 @@ class GRPOTrainer(Trainer):
 
     A prompt is computed once for its group: completions are branches of it (`utils.attention`).
     Frozen parameters are the reference: the base model with LoRA, else a copy where beta > 0.
+
+    Attributes:
+        vocab_limit: ids from here on are never sampled and have no probability, for models whose
+            embedding has more rows than the tokenizer has tokens; None: all rows are tokens.
     """
 
     config: GRPOConfig
+    vocab_limit: int | None = None
 
     @property
     def keeps_frozen(self) -> bool:
@@ -321,7 +327,7 @@ class GRPOTrainer(Trainer):
         states_BGCD = jnp.concatenate([first_BG1D, rest_BGCD], axis=2)
         logprobs, entropy = token_logprobs(
             states_BGCD.reshape(-1, states_BGCD.shape[-1]),
-            head_matrix(params),
+            head_matrix(params)[: self.vocab_limit],
             tokens_BGC.reshape(-1),
             batch["target_mask"].reshape(-1) > 0,
             self.config.temperature,

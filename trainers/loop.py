@@ -151,6 +151,8 @@ class _Run:
         step, saved, batch = int(state.step), None, None
         if step < self.config.max_steps:
             state = self._preflight(state)
+            if step == 0 and self.progress.position is None:
+                self._evaluate_before(state)
         # A run stops behind an update, never between one and the skipped ones that follow it: what is
         # redone after a resume is then exactly what the checkpoint does not hold.
         whole = True
@@ -161,6 +163,7 @@ class _Run:
                 batches.sample(state, self.frozen, self.clock)
             batch = batch or self._next(batches)
             position = batches.get_state()
+            self._note_compilations()  # of sampling, if any
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
             with self.clock("step"):
                 state, metrics = self.trainer.train_step(state, self.frozen, batch)
@@ -249,6 +252,11 @@ class _Run:
                 return {f"eval_{name}": value for name, value in values.items()}
             means = self.trainer.evaluate(state.params, self.frozen, self._eval_batches())
         return {f"eval_{name}": value for name, value in self.trainer.derive(means).items()}
+
+    def _evaluate_before(self, state: TrainState) -> None:
+        """A record of step 0: what a policy's rewards are compared with."""
+        if self.log is not None and isinstance(self.eval_data, Evaluation):
+            self.log.write({"step": 0, **self._evaluate(state)})
 
     def _eval_batches(self) -> Iterator[Batch]:
         for batch in self.eval_data.epoch_batches():

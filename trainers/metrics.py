@@ -40,6 +40,7 @@ class MetricsLog:
         self,
         folder: str | Path,
         *,
+        name: str = "metrics.jsonl",
         tensorboard: bool = False,
         start_step: int = 0,
         sinks: Sequence[Sink] = (),
@@ -47,6 +48,7 @@ class MetricsLog:
         """
         Args:
             folder: made if it is not there.
+            name: of the file.
             tensorboard: also write event files to `<folder>/tensorboard`.
             start_step: the first step that this run will write. Lines from there on are of a run
                 that was interrupted after its last checkpoint: they are dropped, no step is there
@@ -62,7 +64,7 @@ class MetricsLog:
         self._sinks: list[Sink] = []
         if tensorboard:
             _import_tensorboard()
-        openers = {_JsonLines: folder / "metrics.jsonl"}
+        openers = {_JsonLines: folder / name}
         openers |= {_TensorBoard: folder / "tensorboard"} if tensorboard else {}
         for opener, path in openers.items():
             with self._warning_once():

@@ -1,6 +1,7 @@
 """On-policy data for `fit`: prompts in an order that resumes, sampled from the policy and scored."""
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -16,17 +17,18 @@ from decoding import GenerationConfig
 from generate import generate
 from models.llama.model import Params, for_decoding
 from models.llama.tokenizer import Tokenizer
+from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.grpo_trainer import GRPOTrainer
-from trainers.loop import OnPolicyBatches
+from trainers.loop import Evaluation, OnPolicyBatches
 from trainers.metrics import MetricsLog, PhaseClock
 from trainers.rewards import RewardPool
-from trainers.rollout import Layout, Rollout, RolloutConfig
+from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.rollout_file import to_record
 from trainers.tasks import Prompt, Task, reward_rows
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError
 
-_SMALLEST_WIDTH = 16
+_SMALLEST_WIDTH = 8
 
 
 class Sampler:
@@ -57,7 +59,7 @@ class Sampler:
             max_new_tokens=longest,
             n=config.group_size,
             stop_ids=tokenizer.stop_ids,
-            vocab_limit=min(tokenizer.vocab_size, model.vocab_size),
+            vocab_limit=trainer.vocab_limit,
             prompt_width=self.prompt_width,
         )
         self._sampler = sampling.TopP(
@@ -135,7 +137,7 @@ class Sampler:
         )
         n = self.config.mini_batches
         batches = [empty.batch(self.layout(width)) for width in reversed(self._widths)]
-        return [_parts(batch, n)[0] for batch in batches]
+        return [parts(batch, n)[0] for batch in batches]
 
 
 def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> Params:
@@ -185,7 +187,7 @@ class RolloutBatches(OnPolicyBatches):
         self._report = sampled.metrics() | {"rollout_tokens_per_s": speed}
         self._warn_if_none_ended(sampled)
         batch = rollout.batch(layout, mask_truncated=sampler.trainer.config.mask_truncated)
-        self._batches = _parts(batch, config.mini_batches) * config.iterations
+        self._batches = parts(batch, config.mini_batches) * config.iterations
 
     def _take(self, key: jax.Array) -> tuple[list[Prompt], jax.Array]:
         """(the next prompts, a key each: a prompt that comes again gets another one)."""
@@ -261,6 +263,29 @@ class RolloutData:
         return self.sampler.empty_batches()
 
 
-def _parts(batch: Batch, n: int) -> list[Batch]:
-    """A batch in n of equally many rows."""
-    return [{k: np.split(x, n)[i] for k, x in batch.items()} for i in range(n)]
+class TaskEvaluation(Evaluation):
+    """Completions of held-out prompts, scored by a task's rewards."""
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        task: Task,
+        tokenizer: Tokenizer,
+        pool: RewardPool,
+        config: EvaluationConfig,
+    ):
+        self._trainer, self._task, self._pool = trainer, task, pool
+        self._tokenizer, self._config = tokenizer, config
+
+    def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
+        """`reward`, with the ends of its 95 % interval, and each function's mean."""
+        policy = decoding_params(self._trainer, state, frozen)
+        found = evaluate_task(
+            self._trainer.model, policy, self._tokenizer, self._task, self._pool, self._config
+        )
+        total = found["total"]["mean"]
+        values = {name: measures["mean"]["value"] for name, measures in found["rewards"].items()}
+        values |= {"reward": total["value"], "reward_low": total["low"]}
+        values |= {"reward_high": total["high"], "length_mean": found["mean_length"]}
+        reward = total["value"]
+        return values | {"score": math.inf if reward is None else -reward}

@@ -217,3 +217,8 @@ class Layout:
     prompt_width: int
     width: int
     branches: int
+
+
+def parts(batch: Batch, n: int) -> list[Batch]:
+    """A batch in n of equally many rows."""
+    return [{name: np.split(x, n)[i] for name, x in batch.items()} for i in range(n)]

@@ -1,0 +1,368 @@
+"""A training run from the command line: its folder, its checkpoints, its export."""
+
+import abc
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import console
+from models.llama.config import ModelConfig
+from models.llama.hub import resolve
+from models.llama.load import load_checkpoint, load_config, save_checkpoint
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa, Params, cache_shape, init_params
+from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from trainers.accuracy import EvaluationConfig
+from trainers.checkpoint import Checkpointer
+from trainers.data import Dataset, tokenizer_digest
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.loop import Data, Evaluation, Progress, fit
+from trainers.metrics import MetricsLog, ProgressBar
+from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
+from trainers.resume import check_resume
+from trainers.rewards import RewardPool
+from trainers.rollout import RolloutConfig
+from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.tasks import Task
+from trainers.trainer import Trainer, TrainState
+from utils.errors import CheckpointError, ConfigError, is_int, raise_all
+from utils.files import atomic_file
+from utils.memory import cache_bytes, human
+from utils.train_memory import check_training_fits, peak_bytes, training_bytes
+
+_REMATS = ("none", "dots", "block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that a run starts from: its files, and what was read of them first."""
+
+    path: Path
+    tokenizer_path: Path
+    tokenizer: Tokenizer
+
+
+def load_source(ckpt_dir: str, tokenizer_path: str | None) -> Source:
+    """Finds or fetches a checkpoint, and loads its tokenizer."""
+    with console.progress() as report:
+        path = resolve(ckpt_dir, report)
+    found = Path(tokenizer_path or path)
+    return Source(path=path, tokenizer_path=found, tokenizer=load_tokenizer(found))
+
+
+class Job(abc.ABC):
+    """What a run does: supervised training or GRPO."""
+
+    @abc.abstractmethod
+    def trainer(self, model: ModelConfig) -> Trainer:
+        """The trainer for a model. Raises ConfigError if they do not fit."""
+
+    @abc.abstractmethod
+    def memory(self, trainer: Trainer) -> dict[str, int]:
+        """Bytes by parts, at the peak."""
+
+    @abc.abstractmethod
+    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        """What goes into a checkpoint's meta under "data" and, beside the trainer's, "train"."""
+
+    @abc.abstractmethod
+    def open(
+        self, trainer: Trainer, out_dir: Path, start_step: int, stack: contextlib.ExitStack
+    ) -> tuple[Data, Dataset | Evaluation | None]:
+        """What `fit` trains on and evaluates; whatever is to be closed goes onto the stack."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTJob(Job):
+    """Supervised training; `evaluated` is the data of its evaluations."""
+
+    config: SFTConfig
+    dataset: Dataset
+    evaluated: Dataset | None
+    lora: LoRAConfig | None
+    dtype: Any
+    remat: str
+
+    def trainer(self, model: ModelConfig) -> SFTTrainer:
+        self.dataset.check_context(model.max_seq_len)
+        return SFTTrainer(LLaMa(model, self.dtype, self.remat), self.config, self.lora)
+
+    def memory(self, trainer: Trainer) -> dict[str, int]:
+        rows, seq_len = self.dataset.config.batch_size, self.dataset.buckets[-1]
+        return _training_bytes(trainer, trainer.config, rows, seq_len)
+
+    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        data = self.dataset.config
+        names = ("batch_size", "seq_len", "packing", "seed")
+        return {
+            "data": {"digest": self.dataset.digest, "shuffle": data.shuffle},
+            "train": {name: getattr(data, name) for name in names},
+        }
+
+    def open(self, trainer, out_dir, start_step, stack):
+        return self.dataset, self.evaluated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOJob(Job):
+    """GRPO on a task; `evaluated` is the task of its evaluations, with as many `eval_samples`."""
+
+    config: GRPOConfig
+    rollout: RolloutConfig
+    task: Task
+    evaluated: Task | None
+    eval_samples: int
+    tokenizer: Tokenizer
+    lora: LoRAConfig | None
+    dtype: Any
+    remat: str
+    reward_timeout: float
+    reward_failure: str
+    rollouts: bool
+
+    def trainer(self, model: ModelConfig) -> GRPOTrainer:
+        limit = min(self.tokenizer.vocab_size, model.vocab_size)
+        llama = LLaMa(model, self.dtype, self.remat)
+        return GRPOTrainer(
+            llama, self.config, self.lora, limit if limit < model.vocab_size else None
+        )
+
+    def memory(self, trainer: Trainer) -> dict[str, int]:
+        """Of the larger phase: a step, or a rollout next to all that a step starts from."""
+        model, rows = trainer.model.config, self.rollout.prompts_per_step * self.rollout.group_size
+        seq_len = self.task.longest + self.config.max_completion_len
+        at_once = self.config.micro_batch_size
+        if at_once is not None:
+            at_once *= self.rollout.branches or self.rollout.group_size
+        config = dataclasses.replace(self.config, micro_batch_size=at_once)
+        step = _training_bytes(trainer, config, rows, seq_len)
+        copy = model.n_params * jnp.dtype(trainer.model.dtype).itemsize
+        if self.config.beta > 0 and self.lora is None:
+            step["reference"] = copy
+        stays = ("parameters", "frozen parameters", "optimizer", "reference")
+        sampling = {name: n for name, n in step.items() if name in stays}
+        sampling["policy for sampling"] = copy
+        cache_dtype = "float32" if jax.default_backend() == "cpu" else trainer.model.dtype
+        shape = cache_shape(model, rows, seq_len)
+        sampling["KV cache"] = cache_bytes(shape, model.n_layers, jnp.dtype(cache_dtype))
+        return max(step, sampling, key=peak_bytes)
+
+    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        return {
+            "data": {"digest": self.task.digest, "task": self.task.name},
+            "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
+        }
+
+    def open(self, trainer, out_dir, start_step, stack):
+        scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
+        pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
+        log, evaluation = None, None
+        if self.rollouts:
+            name = "rollouts.jsonl"
+            log = stack.enter_context(MetricsLog(out_dir, name=name, start_step=start_step))
+        sampler = Sampler(trainer, self.rollout, self.task, self.tokenizer, pool)
+        if self.evaluated is not None:
+            config = EvaluationConfig(
+                samples=self.eval_samples,
+                temperature=self.config.temperature,
+                max_completion_len=self.config.max_completion_len,
+                batch_size=self.rollout.prompts_per_step * 2,
+            )
+            evaluation = TaskEvaluation(trainer, self.evaluated, self.tokenizer, pool, config)
+        return RolloutData(sampler, log), evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's folder: what is written there, and what it may go on from.
+
+    `run.json` (the flags' meaning), `metrics.jsonl`, `checkpoints/`, `export/`.
+    """
+
+    out_dir: Path
+    keep: int
+    resume: bool
+    resume_step: int | None
+    allow_data_change: bool
+    allow_config_change: bool
+    tensorboard: bool
+    export: bool
+
+    def __post_init__(self):
+        problems = []
+        if not is_int(self.keep) or self.keep < 1:
+            problems.append(f"keep={self.keep!r}, expected an integer from 1")
+        step = self.resume_step
+        if step is not None and not (is_int(step) and step >= 0):
+            problems.append(f"resume_step={step!r}, expected an integer from 0")
+        raise_all("Run", problems)
+
+    def train(
+        self,
+        job: Job,
+        source: Source,
+        key: jax.Array,
+        stop: console.StopSignals,
+    ) -> None:
+        """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
+        trainer = job.trainer(load_config(source.path))
+        check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+        check_memory(job.memory(trainer))
+        like = jax.eval_shape(
+            lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
+        )
+        need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+        meta = describe(trainer, source, job)
+        with contextlib.ExitStack() as stack:
+            checkpointer = stack.enter_context(
+                Checkpointer(self.out_dir / "checkpoints", keep=self.keep, need_bytes=need_bytes)
+            )
+            self._check_start(checkpointer)
+            if self.resume:
+                state, progress = self._restore(checkpointer, like, meta)
+                frozen = load_params(trainer, source, frozen=True) if trainer.keeps_frozen else {}
+            else:
+                state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
+                progress = Progress()
+            with atomic_file(self.out_dir / "run.json") as file:
+                paths = {"ckpt_dir": str(source.path), "tokenizer": str(source.tokenizer_path)}
+                file.write(json.dumps(meta | {"source": paths}, indent=1).encode())
+            start_step = int(state.step) + 1
+            data, evaluated = job.open(trainer, self.out_dir, start_step, stack)
+            bar = stack.enter_context(ProgressBar(trainer.config.max_steps))
+            logged = dict(tensorboard=self.tensorboard, start_step=start_step, sinks=[bar])
+            log = stack.enter_context(MetricsLog(self.out_dir, **logged))
+            stop.at_once = False
+            state, _ = fit(
+                trainer,
+                state,
+                frozen,
+                data,
+                eval_data=evaluated,
+                log=log,
+                checkpointer=checkpointer,
+                meta=meta,
+                progress=progress,
+                should_stop=lambda: stop.code is not None,
+            )
+        stop.at_once = True  # nothing is left to finish: the export is written whole or not at all
+        step = int(state.step)
+        if stop.code is not None and (self.export or step < trainer.config.max_steps):
+            console.say(f"stopped after step {step}, which is saved; --resume goes on", "")
+            sys.exit(stop.code)
+        if self.export:
+            self._export(trainer, state, frozen, source)
+
+    def _check_start(self, checkpointer: Checkpointer) -> None:
+        """Never begins anew over an old run, nor goes on from nothing."""
+        steps = checkpointer.steps
+        if steps and not self.resume:
+            raise CheckpointError(
+                f"{self.out_dir} holds a run that got to step {steps[-1]}; pass --resume to go on, "
+                "or another --out_dir"
+            )
+        if self.resume and not steps:
+            raise CheckpointError(
+                f"--resume: {self.out_dir} holds no checkpoint; leave it out to start"
+            )
+
+    def _restore(
+        self, checkpointer: Checkpointer, like: TrainState, meta: dict[str, Any]
+    ) -> tuple[TrainState, Progress]:
+        """What a checkpoint of this run holds; says what is not the same."""
+        check = functools.partial(
+            check_resume,
+            now=meta,
+            allow_data_change=self.allow_data_change,
+            allow_config_change=self.allow_config_change,
+        )
+        # Before the arrays, as another optimizer's cannot be read; then of what was read in the end.
+        check(_without_progress(checkpointer.read_meta(self.resume_step))[0])
+        restored = checkpointer.restore(like, step=self.resume_step)
+        saved, progress = _without_progress(restored.meta)
+        changes = check(saved)
+        for change in changes:
+            console.say(f"changed: {change}", "")
+        console.say(f"going on after step {restored.step}", "")
+        if saved["data"] != meta["data"]:
+            progress = dataclasses.replace(progress, position=None)
+        return restored.state, progress
+
+    def _export(self, trainer: Trainer, state: TrainState, frozen: Params, source: Source) -> None:
+        params = trainer.export_params(state, frozen)
+        folder = self.out_dir / "export"
+        with console.busy("exporting"):
+            save_checkpoint(
+                folder,
+                trainer.model.config,
+                params,
+                format="hf",
+                tokenizer=source.tokenizer_path,
+                overwrite=True,
+            )
+        console.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+
+
+def lora_config(rank: int, alpha: float | None) -> LoRAConfig | None:
+    """--lora_rank and --lora_alpha; rank 0 is none."""
+    return None if rank == 0 else LoRAConfig(rank=rank, alpha=alpha)
+
+
+def known_remat(remat: str) -> str:
+    """--remat. Raises ConfigError if it is unknown."""
+    if remat not in _REMATS:
+        raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(_REMATS)}")
+    return remat
+
+
+def _training_bytes(trainer: Trainer, config, rows: int, seq_len: int) -> dict[str, int]:
+    return training_bytes(
+        trainer.model.config,
+        config,
+        rows=rows,
+        seq_len=seq_len,
+        dtype=trainer.model.dtype,
+        remat=trainer.model.remat,
+        lora=trainer.lora,
+        frozen_dtype=trainer.model.dtype,
+    )
+
+
+def check_memory(parts: dict[str, int]) -> None:
+    """Says what the largest step will hold in memory, and that it fits, before anything is loaded."""
+    listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
+    console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
+    if jax.default_backend() == "cpu":
+        check_training_fits(parts)
+
+
+def _without_progress(meta: dict[str, Any]) -> tuple[dict[str, Any], Progress]:
+    return {k: v for k, v in meta.items() if k != "progress"}, Progress(**meta["progress"])
+
+
+def load_params(trainer: Trainer, source: Source, *, frozen: bool | None = None) -> Params:
+    """The model's parameters; a frozen model is only read, and has the dtype in which it is used."""
+    frozen = trainer.lora is not None if frozen is None else frozen
+    dtype = trainer.model.dtype if frozen else trainer.config.param_dtype
+    with console.progress() as report:
+        return load_checkpoint(source.path, dtype=dtype, progress=report)[1]
+
+
+def describe(trainer: Trainer, source: Source, job: Job) -> dict[str, Any]:
+    """What a checkpoint is of, for `check_resume`."""
+    numerics = {"dtype": jnp.dtype(trainer.model.dtype).name, "remat": trainer.model.remat}
+    known = job.describe(trainer)
+    return {
+        "model": dataclasses.asdict(trainer.model.config),
+        "tokenizer": tokenizer_digest(source.tokenizer),
+        "data": known["data"],
+        "train": dataclasses.asdict(trainer.config) | known["train"] | numerics,
+        "lora": dataclasses.asdict(trainer.lora) if trainer.lora is not None else {},
+    }
