@@ -88,6 +88,7 @@ class GRPOConfig(TrainConfig):
         return out
 
 
+@functools.partial(jax.jit, static_argnames="scale")
 def group_advantages(rewards_BG: Array, valid_BG: Array, scale: str = "group") -> Array:
     """How much better than its group each completion is; 0 for one that is not valid.
 
