@@ -185,7 +185,8 @@ def test_rewards_see_prompts_texts_ids_and_columns_in_groups(loaded):
     pool = Pool(of)
     _, rows = evaluated(loaded, of, pool)
     prompts, texts, ids, numbers = ([] for _ in range(4))
-    for call in pool.calls:
+    assert pool.calls[0] == ([], [], [], {"number": []}, 1)  # whether they take these columns
+    for call in pool.calls[1:]:
         assert call[4] == 4 and len(call[0]) in (8, 4)
         for found, part in zip((prompts, texts, ids, numbers), (*call[:3], call[3]["number"])):
             found += part
