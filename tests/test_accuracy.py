@@ -101,8 +101,7 @@ class Pool:
 
     def __call__(self, prompts, completions, completion_ids, columns, group_size):
         self.calls.append((prompts, completions, completion_ids, columns, group_size))
-        self.failures = self._said[:1]
-        del self._said[:1]
+        self.failures = [self._said.pop(0)] if prompts and self._said else []
         values = [f(prompts, completions, completion_ids, **columns) for f in self._functions]
         values = np.asarray(values, np.float64)
         return Scores(values=values, failed=np.zeros(values.shape, bool))
@@ -260,6 +259,13 @@ def test_the_batch_size_changes_nothing(loaded, whole):
         found, rows = evaluated(loaded, batch_size=batch_size)
         assert rows == whole[1] and of(found) == of(whole[0])
     assert evaluated(loaded, seed=6)[1] != whole[1]
+
+
+def test_every_batch_has_the_shape_of_the_first(loaded, monkeypatch):
+    sizes = []
+    spy = lambda *args, **options: sizes.append(len(args[2])) or generate(*args, **options)
+    monkeypatch.setattr(accuracy, "generate", spy)
+    assert evaluated(loaded)[0]["prompts"] == 5 and sizes == [2, 2, 2]
 
 
 def test_equal_prompts_get_samples_of_their_own(loaded):
