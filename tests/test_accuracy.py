@@ -84,7 +84,8 @@ def test_the_interval_does_not_change_from_one_call_to_the_next_and_may_be_of_on
     assert bootstrap_interval(values) == bootstrap_interval(values)
     assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
     # samples need not be a multiple of what is drawn at once
-    assert bootstrap_interval(values, samples=1) == pytest.approx([values.mean()] * 2, abs=0.5)
+    low, high = bootstrap_interval(values, samples=1)
+    assert low == high != values.mean()
     assert bootstrap_interval(values, samples=1001) != bootstrap_interval(values, samples=1000)
     assert bootstrap_interval([0.25]) == bootstrap_interval([0.25] * 9) == (0.25, 0.25)
 
