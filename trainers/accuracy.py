@@ -148,10 +148,13 @@ def evaluate_task(
         and what was asked for.
 
     Raises:
-        ConfigError: a prompt and max_completion_len exceed the context.
+        ConfigError: a prompt and max_completion_len exceed the context, or a reward cannot take the
+            task's columns.
         TrainError: as the pool.
     """
     _check_context(model, task, config)
+    # Of no rows: before anything is sampled it says whether the rewards take these columns.
+    pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
     clock, compilations = PhaseClock(), Compilations()
     found = _Found(task, config.samples, write)

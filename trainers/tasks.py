@@ -97,9 +97,9 @@ def load_task(
 ) -> Task:
     """A task of reasoning_gym, with the columns `answer` and `entry`, as reasoning_gym gives it.
 
-    Two seeds have no item in common, but items may be equal: there are only 200 sums and
-    differences of two digits. Load what is held out first, and the training's prompts with it as
-    `exclude`; both are then the same each time, and share nothing.
+    Prompts of two seeds are drawn independently, so some may be equal: there are only 200 sums and
+    differences of one digit and another. Load what is held out first, and the training's prompts
+    with that as `exclude`: both are then the same each time, and have no prompt in common.
 
     Args:
         spec: `reasoning_gym:NAME`, for example `reasoning_gym:chain_sum`.
