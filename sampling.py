@@ -17,6 +17,9 @@ from utils.errors import SamplingError
 
 Array = jax.Array
 
+# Tokens of a block, in which a draw looks after it has found the block.
+_BLOCK = 256
+
 
 @flax.struct.dataclass
 class Greedy:
@@ -209,19 +212,33 @@ def _keep_front(weights_RV: Array, measure: Callable[[Array], Array], limit_R: A
 def _inverse_cdf(weights_RV: Array, uniform_R: Array) -> Array:
     """The first token at which the cumulated weight exceeds uniform · total: [R] int32.
 
-    Sums over a growing mask are exactly monotone in floating point, so a token of weight 0 is never
-    drawn.
+    First among blocks of tokens, then in the block: two passes over few numbers each.
     """
-    index_V = jnp.arange(weights_RV.shape[-1])
-    total_R = jnp.sum(weights_RV, axis=-1)
-    # uniform < 1, but its product with the total may round up to the total itself.
-    target_R = jnp.minimum(uniform_R * total_R, jnp.nextafter(total_R, 0.0))
-    before = lambda i_R: jnp.sum(jnp.where(index_V < i_R[:, None], weights_RV, 0), axis=-1)
-    bits = weights_RV.shape[-1].bit_length()
-    drawn_R = _largest(lambda i_R: before(i_R) <= target_R, target_R.shape, bits)
-    # The two totals may be summed in another order and differ in the last bit.
-    last_R = jnp.max(jnp.where(weights_RV > 0, index_V, 0), axis=-1)
-    return jnp.minimum(drawn_R, last_R)
+    vocab = weights_RV.shape[-1]
+    weights_RMC = jnp.pad(weights_RV, ((0, 0), (0, -vocab % _BLOCK)))
+    weights_RMC = weights_RMC.reshape(len(weights_RV), -1, _BLOCK)
+    masses_RM = jnp.sum(weights_RMC, axis=-1)
+    target_R = uniform_R * jnp.sum(masses_RM, axis=-1)
+    block_R, rest_R = _reach(masses_RM, target_R)
+    weights_RC = jnp.take_along_axis(weights_RMC, block_R[:, None, None], axis=1)[:, 0]
+    within_R, _ = _reach(weights_RC, rest_R)
+    return block_R * _BLOCK + within_R
+
+
+def _reach(masses_RM: Array, target_R: Array) -> tuple[Array, Array]:
+    """(the first index up to which the masses exceed the target, the target less what is before it).
+
+    Sums over a growing mask are exactly monotone in floating point, so that an index of mass 0 is
+    never reached.
+    """
+    index_M = jnp.arange(masses_RM.shape[-1])
+    before = lambda i_R: jnp.sum(jnp.where(index_M < i_R[:, None], masses_RM, 0), axis=-1)
+    bits = masses_RM.shape[-1].bit_length()
+    found_R = _largest(lambda i_R: before(i_R) <= target_R, target_R.shape, bits)
+    # A product with the total may round up to it, and the same sum may be rounded in another order.
+    last_R = jnp.max(jnp.where(masses_RM > 0, index_M, 0), axis=-1)
+    found_R = jnp.minimum(found_R, last_R)
+    return found_R, target_R - before(found_R)
 
 
 def _largest(holds: Callable[[Array], Array], shape: tuple[int, ...], bits: int) -> Array:

@@ -8,20 +8,18 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import cli
+from tests import programs as shared
+from tests.programs import CODES, INT, TERM, Programs, check_error, wait_for_lines
 from tests.small_runs import curve
 from trainers.checkpoint import CheckpointReader
 
@@ -30,65 +28,9 @@ SMALL = dict(batch_size=4, micro_batch_size=2, seq_len=64, max_steps=STEPS, lr=0
 SMALL |= dict(save_every=1, eval_every=2)
 
 
-class Done(NamedTuple):
-    """A program that ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-class Programs:
-    """Starts train.py and evaluate.py, one after the other; see train_script.py."""
-
-    def __init__(self, folder: Path):
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.train_script"],
-            cwd=cli.ROOT,
-            env=cli.environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._folder, self._number = folder, 0
-
-    def start(self, program: str, *args: object, patch: str = "", **options: object):
-        """(process id, a function that waits for the end and returns Done)."""
-        self._number += 1
-        out, err = (self._folder / f"{self._number}.{kind}" for kind in ("out", "err"))
-        out = options.pop("stdout", out)
-        argv = [program, *map(str, args), *flags(options)]
-        order = dict(argv=argv, stdout=str(out), stderr=str(err), patch=patch)
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._server.stdout.readline())
-
-        def wait() -> Done:
-            code = int(self._server.stdout.readline())
-            text = out.read_text() if isinstance(out, Path) else ""
-            return Done(code, text, err.read_text())
-
-        return pid, wait
-
-    def run(self, *args: object, **options: object) -> Done:
-        """A program to its end."""
-        return self.start(*args, **options)[1]()
-
-    def close(self) -> None:
-        """Ends the server, which waits for nothing."""
-        self._server.stdin.close()
-        self._server.wait(30)
-
-
-def flags(options: dict[str, object]) -> list[str]:
-    """As on a command line; True is a flag alone, False one with `no` before it, None none."""
-    out = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            out.append(f"--{name}" if value else f"--no{name}")
-        elif value is not None:
-            out.append(f"--{name}={value}")
-    return out
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Both runs ended with the same bits and the same curve."""
+    shared.assert_same_run(folder, whole, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -141,33 +83,6 @@ def whole(programs, files, tmp_path_factory):
     return folder
 
 
-def arrays(folder: Path, step: int = STEPS) -> tuple[dict[str, tuple], object]:
-    """A checkpoint's (dtype, shape, bits) by the array's name, read by Orbax alone; and its meta."""
-    reader = CheckpointReader(folder / "checkpoints")
-    state = reader.folder / f"step-{step:08d}" / "state"
-    tree = ocp.Checkpointer(ocp.StandardCheckpointHandler()).restore(state)
-    found = {name: (str(x.dtype), x.shape, np.asarray(x).tobytes()) for name, x in tree.items()}
-    return found, reader.read_meta(step)
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    """Both runs ended with the same bits and the same curve."""
-    got, expected = arrays(folder), arrays(whole)
-    assert got[1] == expected[1]
-    assert got[0].keys() == expected[0].keys()
-    assert [name for name in got[0] if got[0][name] != expected[0][name]] == []
-    assert curve(folder) == curve(whole)
-
-
-def check_error(done: Done, code: int, *patterns: str) -> None:
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.code == code, done.stderr
-    assert len(lines) == 1 and lines[0] == done.stderr.splitlines()[-1], done.stderr
-    assert "Traceback" not in done.stderr
-    for pattern in patterns:
-        assert re.search(pattern, lines[0]), (pattern, lines[0])
-
-
 # What is wrong is said at once ------------------------------------------------------------------
 
 
@@ -202,10 +117,10 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
 
 # A patch: weights that are asked for are a failure.
 NOT_LOADED = """
-import train, evaluate
+import training, evaluate
 def load_checkpoint(*args, **options):
     raise AssertionError("loaded")
-train.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
+training.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
 """
 
 BAD_DATA = {
@@ -347,17 +262,17 @@ def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole,
     done = programs.run("train.py", "sft", **training(files, tmp_path))
     assert done.code == 0, done.stderr
     assert done.stderr.count("warning: ") == 1 and "No space left" in done.stderr
-    assert arrays(tmp_path)[0] == arrays(whole)[0]
+    assert shared.arrays(tmp_path, STEPS)[0] == shared.arrays(whole, STEPS)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.covers("D30")
 def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
     full = """
-import train
+import training
 def save_checkpoint(*args, **options):
     raise OSError(28, "No space left on device", str(args[0]))
-train.save_checkpoint = save_checkpoint
+training.save_checkpoint = save_checkpoint
 """
     options = training(files, tmp_path, export=True)
     done = programs.run("train.py", "sft", patch=full, **options)
@@ -366,8 +281,8 @@ train.save_checkpoint = save_checkpoint
     assert_same_run(tmp_path, whole)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     exporting = """
-import train
-train.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
+import training
+training.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
 """
     done = programs.run("train.py", "sft", patch=exporting, **options, resume=True)
     assert done.code == 0 and "exported to" in done.stderr
@@ -377,9 +292,6 @@ train.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
 
 
 # Signals ----------------------------------------------------------------------------------------
-
-TERM, INT = "signal.SIGTERM", "signal.SIGINT"
-CODES = {TERM: 75, INT: 130}
 
 # Where a signal comes: what is wrapped, and which call of it. Of the five steps two and four are
 # evaluated behind, all are saved behind.
@@ -397,7 +309,7 @@ def signals_at(place: str, *signals: str) -> str:
     where = PLACES[place][0] if place in PLACES else place
     sent = ", ".join(signals)
     return (
-        "import signal, train, trainers.loop, trainers.checkpoint\n"
+        "import signal, training, trainers.loop, trainers.checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
 
@@ -440,28 +352,19 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
     programs, files, whole, tmp_path
 ):
     for number, code in CODES.items():
-        patch = signals_at("train, 'load_checkpoint', 1", number)
+        patch = signals_at("training, 'load_checkpoint', 1", number)
         done = programs.run("train.py", "sft", patch=patch, **training(files, tmp_path / "a"))
         assert done.code == code and "stopp" not in done.stderr
         assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     options = training(files, run, export=True, resume=True)
-    patch = signals_at("train, 'save_checkpoint', 1", TERM)
+    patch = signals_at("training, 'save_checkpoint', 1", TERM)
     assert programs.run("train.py", "sft", patch=patch, **options).code == 75
     assert not (run / "export").exists()
     assert_same_run(run, whole)
 
 
 # Kills ------------------------------------------------------------------------------------------
-
-
-def wait_for_lines(folder: Path, count: int, pid: int) -> None:
-    """Returns once metrics.jsonl has that many lines, or the process has ended."""
-    path = folder / "metrics.jsonl"
-    while Path(f"/proc/{pid}").exists():
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.001)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import evaluate
 import train
 
 COMMANDS = {
-    "train.py": {"sft": train.sft},
+    "train.py": train.COMMANDS,
     "evaluate.py": {"ppl": evaluate.ppl, "task": evaluate.task},
 }
 

@@ -166,26 +166,30 @@ class SoftOverlong:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """The score that a task of reasoning-gym gives, from 0 to 1; needs the column `entry`.
+    """The score that a task of reasoning-gym gives; needs the column `entry`.
 
     Attributes:
         task: the dataset's name, for example "chain_sum".
         args: what the dataset is configured with.
         strict: the task judges `answer_text` as it is. Otherwise, where the right answer is a
             number, the last number in it is judged, by its value.
+        partial: scores between 0 and 1 count; else only 1 does, and the mean is an accuracy. (Tasks
+            give some credit for a text that has the answer somewhere in it.)
     """
 
     task: str
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     strict: bool
+    partial: bool = False
 
     def __call__(self, completions: list[str], entry: list[dict], **_) -> list[float]:
         """See the class. Raises ConfigError if reasoning-gym is missing or refuses task or args."""
         dataset = _dataset(self.task, json.dumps(self.args))
-        return [
+        scores = [
             float(dataset.score_answer(self._answer(text, item), item))
             for text, item in zip(completions, entry)
         ]
+        return scores if self.partial else [float(score >= 1) for score in scores]
 
     def _answer(self, completion: str, entry: dict[str, Any]) -> str:
         """What the task is to judge."""
