@@ -99,7 +99,7 @@ def step_loss(kind, values_2C, mask_2C):
         aggregate(values_2C[i], mask_2C[i], jnp.ones(2)[i], kind, LENGTH) for i in micro_batches
     ]
     total, weight = (sum(x) for x in zip(*parts))
-    return total / weight
+    return total / jnp.where(weight > 0, weight, 1)
 
 
 def expected_losses(new, p: Policies, world: World, pairs):
@@ -110,7 +110,8 @@ def expected_losses(new, p: Policies, world: World, pairs):
     tokens, mask, rewards = world
     rows = lambda logits: mask * jax.nn.log_softmax(logits)[jnp.arange(LENGTH), tokens]
     new, old, sampler, ref = map(rows, p._replace(new=new))
-    advantages = rewards - jnp.exp(old.sum(1)) @ rewards
+    chance_of = lambda logprobs_nC: jnp.exp(logprobs_nC.sum(1)) * mask[:, 0]
+    advantages = rewards - chance_of(old) @ rewards
     ratios = {level: importance_ratio(new, old, mask, level) for level in RATIO_LEVELS}
     surrogate = {
         (level, clip): clipped_surrogate(ratios[level], advantages, *numbers)
@@ -127,7 +128,7 @@ def expected_losses(new, p: Policies, world: World, pairs):
     sampled_by = [old if sampling == "old" else sampler for _, _, sampling, _ in VARIANTS]
 
     def mean(values_nC, logprobs_nC):
-        chance = jnp.prod(jnp.exp(logprobs_nC.sum(1))[pairs], axis=1)
+        chance = jnp.prod(chance_of(logprobs_nC)[pairs], axis=1)
         losses = lambda pair: [
             step_loss(kind, values_nC[pair], mask[pair]) for kind in AGGREGATIONS
         ]
@@ -141,9 +142,12 @@ def expected_losses(new, p: Policies, world: World, pairs):
 def computed(on_policy: bool, stops: bool) -> tuple[np.ndarray, dict[tuple, np.ndarray]]:
     """(expected losses [variants, aggregations], gradients [aggregations, 12] by variant)."""
     with jax.enable_x64(True):
-        given = policies(on_policy)
-        pairs = np.array(list(itertools.product(range(len(world(stops).tokens)), repeat=2)))
-        grads, losses = _jacobian(given.new, given, world(stops), pairs)
+        p, known = policies(on_policy), world(stops)
+        # Filled up with completions of nothing, so that both worlds are one program.
+        fill = VOCAB**LENGTH - len(known.rewards)
+        padded = World(*(np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1)) for x in known))
+        pairs = np.array(list(itertools.product(range(len(padded.rewards)), repeat=2)))
+        grads, losses = _jacobian(p.new, p, padded, pairs)
     assert grads.dtype == losses.dtype == np.float64
     grads = np.asarray(grads).reshape(len(VARIANTS), -1, LENGTH * VOCAB)
     return np.asarray(losses), dict(zip(VARIANTS, grads))
