@@ -129,6 +129,19 @@ def test_in_bfloat16_they_are_close():
     assert found[0].dtype == jnp.float32 and 1e-3 < gap.max() < 0.5 and gap.mean() < 0.06
 
 
+def test_rows_of_the_head_that_are_no_tokens_have_no_probability():
+    params, x = variant("biases")[2], batch(tokens=batch()["tokens"] % 100)
+    it = GRPOTrainer(trainer().model, trainer().config, vocab_limit=100)
+    rows, _ = rows_of(x)
+    logits = fast(LLaMa(it.model.config).apply)({"params": params}, rows)[0][..., :100]
+    logprobs = jax.nn.log_softmax(logits / 0.8)
+    found = score(it, params, {}, x)
+    for row, (i, j) in zip(logprobs, np.ndindex(B, G)):
+        n, first = LENGTHS[i, j], PROMPT_LENGTHS[i] - 1
+        wanted = row[first + np.arange(n), x["tokens"][i, j, :n]]
+        np.testing.assert_allclose(found[i, j, :n], wanted, atol=1e-5)
+
+
 # --- What must not change a step ---
 
 OPTIONS = dict(loss="grpo", beta=0.1, tis_cap=1.2, ratio_level="sequence")
