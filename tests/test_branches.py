@@ -165,6 +165,7 @@ def by_completion(change):
     return {k: v if k in prompts else change(v) for k, v in batch().items()}
 
 
+@SLOW
 def test_micro_batches():
     """The second is filled up with a row of zeros."""
     same(gradients(trainer(**OPTIONS, micro_batch_size=2), variant("biases")[2], batch()))

@@ -21,6 +21,7 @@ from trainers.grpo_trainer import (
     kl_penalty,
     sampler_weight,
 )
+from trainers.rollout import Rollout, RolloutConfig
 from utils.errors import ConfigError
 
 advantages = jax.jit(group_advantages, static_argnums=2)
@@ -90,6 +91,32 @@ def test_what_rounding_leaves_of_equal_rewards_is_not_divided_by_itself():
 def test_a_group_with_one_score_or_none_teaches_nothing(rewards):
     for scale in ("group", "batch", "none"):
         assert (of_group(rewards, scale) == 0).all()
+
+
+@pytest.mark.covers("D13")
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ConfigError, match="group_size=1, expected an integer from 2"):
+        RolloutConfig(group_size=1)
+
+
+@pytest.mark.covers("D13")
+def test_the_share_of_groups_that_teach_nothing_is_known():
+    rewards = np.array([[1, 1, 1], [0, 1, np.nan], [0.35, 0.35, np.nan], [np.nan] * 3])
+    tokens, lengths = np.zeros((4, 3, 2), np.int32), np.ones((4, 3), int)
+    found = Rollout(
+        prompts=[None] * 4,
+        texts=[[""] * 3] * 4,
+        functions=(),
+        tokens=tokens,
+        lengths=lengths,
+        stopped=lengths > 0,
+        logprobs=tokens.astype(np.float32),
+        scores=np.zeros((4, 3, 0)),
+        rewards=rewards,
+        advantages=np.zeros((4, 3), np.float32),
+    ).with_advantages("group")
+    assert found.varied.tolist() == [False, True, False, False]
+    assert found.metrics()["zero_std"] == 0.75
 
 
 reward = st.none() | st.floats(-1e3, 1e3, width=32) | st.sampled_from([0, 1])
