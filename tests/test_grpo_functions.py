@@ -260,6 +260,17 @@ def test_k3_is_never_negative_and_zero_at_the_reference(new, ref):
         assert np.isfinite(kl_penalty(np.float32(new), np.float32(ref), 1.0, kind))
 
 
+def test_on_policy_k2_and_ratio_k3_have_the_same_gradient_for_each_token():
+    new, ref = np.float32([-1, -2, -0.1, -5]), np.float32([-2, -0.5, -0.1, -9])
+
+    def grad(kind):
+        ratio = lambda x: importance_ratio(x, new, np.ones(4))
+        return jax.grad(lambda x: jnp.sum(kl_penalty(x, ref, ratio(x), kind)))(new)
+
+    np.testing.assert_allclose(grad("ratio_k3"), grad("k2"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(grad("k2"), new - ref, rtol=1e-5)
+
+
 def test_the_samplers_weight_is_cut_and_constant():
     old, sampler = np.float32([[-1, -1, -1, -1]]), np.float32([[-1.1, -3, -0.5, -1e30]])
     mask = np.float32([[1, 1, 1, 0]])
