@@ -168,7 +168,10 @@ def clipped_surrogate(
     clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
     if dual_clip is not None:
         ratio = jnp.minimum(ratio, dual_clip)
-    return -jnp.minimum(ratio * advantages, clipped * advantages)
+    plain, clipped = ratio * advantages, clipped * advantages
+    # Where they are equal the gradient is the plain one's: of a minimum JAX takes half of each, and
+    # with a bound of 0 a ratio of 1 is at a corner of the clip too.
+    return -jnp.where(plain <= clipped, plain, clipped)
 
 
 def kl_penalty(logprobs: Array, ref: Array, ratio: Array, kind: str = "ratio_k3") -> Array:

@@ -189,6 +189,8 @@ def _logprobs_forward(temperature, x_ND, head_VD, targets_N, wanted_N):
 
 def _logprobs_backward(temperature, saved, cotangents):
     (x_ND, head_VD, targets_N, wanted_N), flags = saved
+    if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
     head = head_VD.astype(x_ND.dtype)
     weights_N = jnp.where(wanted_N, -cotangents[0], 0)
 
