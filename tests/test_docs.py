@@ -40,6 +40,7 @@ def test_every_name_of_the_code_that_is_named_exists(name):
     named = re.findall(r"`(?:\w+\.)*(\w+)\(?\)?`", text)
     functions = [n for n in named if re.fullmatch(r"[A-Z]\w+[a-z]\w*|[a-z]+_[a-z_]+", n)]
     known = {"dynamic_update_slice", "huggingface_hub", "prompt_tokens", "finish_reason"}
+    known |= {"exact_match", "strict_number", "think_format"}  # rewards, by name
     assert not set(functions) - defined - known
 
 
@@ -53,9 +54,13 @@ def test_every_command_exists_with_its_flags(name):
             files = [w for w in words[1:] if w.endswith(".py") or w == ".ci/run"]
             assert all((ROOT / f).is_file() for f in files), command
             if files and words[0] == "python":
-                tree = ast.parse((ROOT / files[0]).read_text())
-                named = words[2] if len(words) > 2 and words[2].isidentifier() else "main"
-                mains = [n for n in tree.body if getattr(n, "name", "") == named]
+                is_command = len(words) > 2 and words[2].isidentifier()
+                # A command may be in a module of its own.
+                named, sources = "main", [ROOT / files[0]]
+                if is_command:
+                    named, sources = words[2], [*sources, *ROOT.glob("*.py")]
+                nodes = [n for path in sources for n in ast.parse(path.read_text()).body]
+                mains = [n for n in nodes if getattr(n, "name", "") == named][:1]
                 flags = {a.arg for main in mains for a in main.args.args}
                 assert {w[2:] for w in words if w.startswith("--")} <= flags, command
         elif words[0] == "pip":

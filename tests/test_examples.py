@@ -6,14 +6,15 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from examples import sft_json
+from examples import arithmetic, sft_json
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path):
-    notebook = nbformat.read(EXAMPLES / "sft.ipynb", as_version=4)
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_notebook_runs(tmp_path, name):
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     first = f"import sys; sys.path.insert(0, {str(EXAMPLES.parent)!r})"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
@@ -23,3 +24,10 @@ def test_the_notebook_runs(tmp_path):
 def test_the_default_model_learns_a_json_shape(tmp_path):
     before, after = sft_json.run(tmp_path)
     assert before < 0.1 and after > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_grpo_makes_sums_right_from_random_weights_on(tmp_path, seed):
+    before, after = arithmetic.run(tmp_path, seed=seed)
+    assert before < 0.4 and after > 0.85

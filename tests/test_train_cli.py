@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import cli
 from tests import programs as shared
-from tests.programs import CODES, INT, TERM, Programs, check_error, wait_for_lines
+from tests.programs import CODES, INT, TERM, Programs, check_error, flags, wait_for_lines
 from tests.small_runs import curve
 from trainers.checkpoint import CheckpointReader
 

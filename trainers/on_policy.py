@@ -44,7 +44,7 @@ class Sampler:
     ):
         """Raises ConfigError if prompts and completions do not fit the model's context."""
         self.trainer, self.config, self.task = trainer, config, task
-        self.tokenizer, self._pool = tokenizer, pool
+        self.tokenizer, self.pool = tokenizer, pool
         longest, model = trainer.config.max_completion_len, trainer.model.config
         if task.longest + longest > model.max_seq_len:
             raise ConfigError(
@@ -92,7 +92,7 @@ class Sampler:
                 for row, stop in zip(rows, stopped)
             ]
             questions, columns = reward_rows(prompts, G)
-            scores = self._pool(questions, texts, rows, columns, G)
+            scores = self.pool(questions, texts, rows, columns, G)
             rewards = scores.total([reward.weight for reward in self.task.rewards])
         inside = np.arange(done.tokens.shape[1]) < done.lengths[:, None]
         fill = lambda x: np.pad(x * inside, ((0, 0), (0, C - x.shape[1]))).reshape(B, G, C)

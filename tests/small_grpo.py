@@ -1,0 +1,80 @@
+"""GRPO on sums with a model so small that a step takes milliseconds, for tests of what is around it."""
+
+import dataclasses
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from examples.arithmetic import MODEL, make_tokenizer
+from models.llama.model import LLaMa, init_params
+from tests import tiny
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.metrics import MetricsLog
+from trainers.on_policy import Sampler
+from trainers.rewards import Reward, RewardPool
+from trainers.rollout import RolloutConfig
+from trainers.tasks import Prompt, Task
+
+LENGTH = 8
+
+
+def ones(completions, **_):
+    """The share of ones in a completion, and of how much there is: nearly never two are equal."""
+    return [text.count("1") / 8 + len(text) / 100 for text in completions]
+
+
+def even(completions, completion_ids, answer, **_):
+    """1 for an even number of tokens; None where the answer is 7."""
+    return [None if a == 7 else float(len(i) % 2 == 0) for i, a in zip(completion_ids, answer)]
+
+
+REWARDS = (Reward(name="ones", function=ones), Reward(name="even", function=even, weight=0.5))
+
+
+@functools.cache
+def tokenizer():
+    """That of the sums."""
+    folder = tiny.cache_dir() / "sums"
+    folder.mkdir()
+    return make_tokenizer(folder)
+
+
+def task(count: int = 10, rewards=REWARDS) -> Task:
+    """Prompts of several lengths; answer i of prompt i."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("0123456789", k=1 + i % 5)) + "=" for i in range(count)]
+    encode = lambda text: tuple(tokenizer().encode(text, bos=True))
+    prompts = [
+        Prompt(text=text, ids=encode(text), columns={"answer": i}) for i, text in enumerate(texts)
+    ]
+    return Task(name="sums", prompts=tuple(prompts), rewards=tuple(rewards))
+
+
+def trainer(lora=None, dtype=None, **config) -> GRPOTrainer:
+    """A trainer; equal ones share their compiled programs, so change little."""
+    known = dict(learning_rate=0.01, schedule="constant", max_steps=4, max_completion_len=LENGTH)
+    limit = tokenizer().vocab_size
+    return GRPOTrainer(LLaMa(MODEL, dtype), GRPOConfig(**known | config), lora, limit)
+
+
+@functools.cache
+def _params():
+    return init_params(MODEL, jax.random.key(0))
+
+
+def start(of: GRPOTrainer):
+    """(state, frozen), always the same."""
+    return of.init(_params(), jax.random.key(1))
+
+
+@contextmanager
+def sampler(of: GRPOTrainer, asked: Task | None = None, **config) -> Iterator[Sampler]:
+    """A Sampler with its pool of rewards."""
+    asked = asked or task()
+    known = dict(prompts_per_step=4, group_size=4)
+    with RewardPool(asked.rewards, timeout=20) as pool:
+        yield Sampler(of, RolloutConfig(**known | config), asked, tokenizer(), pool)

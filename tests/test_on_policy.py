@@ -1,0 +1,381 @@
+"""Rollouts: what is sampled, what it is worth, what is kept of it, and that a run can be gone on with."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models.llama.lora import LoRAConfig
+from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
+from tests.small_runs import curve, digest
+from trainers.accuracy import EvaluationConfig
+from trainers.checkpoint import Checkpointer, CheckpointReader
+from trainers.loop import Progress, fit
+from trainers.metrics import MetricsLog, PhaseClock
+from trainers.on_policy import RolloutBatches, RolloutData, TaskEvaluation, decoding_params
+from trainers.replay import replay_step
+from trainers.rewards import Reward
+from trainers.rollout import Layout, RolloutConfig, parts
+from trainers.rollout_file import from_record, to_record
+from utils.errors import ConfigError, DataError, TrainError
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def run(of, folder, *, state=None, checkpointer=None, progress=Progress(), stop=None, **config):
+    """Trains; `stop`: rollouts after which it is asked to."""
+    made = start(of) if state is None else (state, start(of)[1])
+    calls = []
+
+    def should_stop():
+        calls.append(None)
+        return stop is not None and len(calls) > stop
+
+    first = int(made[0].step) + 1
+    with (
+        sampler(of, **config) as by,
+        MetricsLog(folder, start_step=first) as log,
+        MetricsLog(folder, name="rollouts.jsonl", start_step=first) as rollouts,
+    ):
+        return fit(
+            of,
+            *made,
+            RolloutData(by, rollouts),
+            log=log,
+            checkpointer=checkpointer,
+            progress=progress,
+            should_stop=should_stop,
+        )
+
+
+# What is sampled --------------------------------------------------------------------------------
+
+
+def test_the_samplers_log_probs_are_the_trainers_and_the_ratio_is_one(tmp_path):
+    for temperature in (1.0, 0.6):
+        run(trainer(temperature=temperature, loss="grpo"), tmp_path / str(temperature))
+        for record in curve(tmp_path / str(temperature)):
+            assert record["gap_max"] < 1e-5 and record["gap_mean"] <= record["gap_max"]
+            assert record["ratio_max"] == 1 and record["clip_low"] == record["clip_high"] == 0
+            assert abs(record["loss"]) < 1e-6 < record["grad_norm"]
+
+
+@pytest.mark.slow
+def test_each_rollout_has_new_keys_and_the_order_of_the_prompts_is_the_seeds():
+    of = trainer()
+    state, frozen = start(of)
+    with sampler(of, task(4)) as by:
+        batches = RolloutBatches(by, None)
+        seen = []
+        for _ in range(3):  # the same four prompts each time, in another order
+            batches.sample(state, frozen, PhaseClock())
+            seen.append(next(batches))
+        assert batches.get_state() == {"prompts": 12}
+    rows = [
+        {tuple(p): t for p, t in zip(batch["prompts"].tolist(), batch["tokens"].tolist())}
+        for batch in seen
+    ]
+    assert rows[0].keys() == rows[1].keys() == rows[2].keys()
+    for prompt in rows[0]:  # one state, one key: only the place in the order differs
+        assert rows[0][prompt] != rows[1][prompt] != rows[2][prompt] != rows[0][prompt]
+    orders = [batch["prompts"].tolist() for batch in seen]
+    assert orders[0] != orders[1] or orders[1] != orders[2]
+
+
+def test_a_prompt_with_its_completions_is_the_same_whoever_else_is_in_the_batch():
+    of = trainer()
+    state, frozen = start(of)
+    policy = decoding_params(of, state, frozen)
+    keys = jax.vmap(jax.random.key)(np.arange(4))
+    with sampler(of) as by:
+        prompts = task().prompts[:4]
+        whole = by(policy, prompts, keys, PhaseClock())
+        turned = by(policy, prompts[::-1], keys[::-1], PhaseClock())
+    assert (whole.tokens == turned.tokens[::-1]).all() and whole.texts == turned.texts[::-1]
+    np.testing.assert_array_equal(whole.logprobs, turned.logprobs[::-1])
+    np.testing.assert_array_equal(whole.advantages, turned.advantages[::-1])
+
+
+def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
+    of = trainer()
+    with sampler(of) as by:
+        batches = RolloutBatches(by, None)
+        batches.sample(*start(of), PhaseClock())
+        rollout = by(
+            decoding_params(of, *start(of)),
+            task().prompts[:4],
+            jax.vmap(jax.random.key)(np.arange(4)),
+            PhaseClock(),
+        )
+        batch = rollout.batch(by.layout(LENGTH))
+    stops = tokenizer().stop_ids
+    assert rollout.stopped.any() and not rollout.stopped.all()
+    for tokens, mask, stopped, text in zip(
+        rollout.tokens.reshape(-1, LENGTH),
+        batch["target_mask"].reshape(-1, LENGTH),
+        rollout.stopped.reshape(-1),
+        sum(rollout.texts, []),
+    ):
+        n = mask.sum()
+        assert mask[:n].all() and (tokens[n:] == 0).all()
+        assert (tokens[n - 1] in stops) == stopped and (stopped or n == LENGTH)
+        assert not stops & set(tokens[: n - 1].tolist())
+        assert text == tokenizer().decode(tokens[: n - stopped], skip_special=True)
+    masked = rollout.batch(by.layout(LENGTH), mask_truncated=True)
+    assert (masked["target_mask"].any(-1) == rollout.stopped).all()
+    assert (masked["counts"] == 1).all()  # they count as completions all the same
+
+
+@pytest.mark.slow
+def test_what_cannot_be_scored_is_left_out():
+    of = trainer()
+    with sampler(of, task(8), prompts_per_step=8) as by:
+        batches = RolloutBatches(by, None)
+        batches.sample(*start(of), PhaseClock())
+        report = batches.report()
+        assert report["unscorable"] == 0 and report["rewards"].keys() == {"ones", "even"}
+    only = task(8, REWARDS[1:])  # prompt 7 has no reward at all
+    with sampler(of, only, prompts_per_step=8) as by:
+        batches = RolloutBatches(by, None)
+        batches.sample(*start(of), PhaseClock())
+        batch = next(batches)
+        assert batches.report()["unscorable"] == 1 / 8
+    (row,) = np.flatnonzero((batch["counts"] == 0).all(1))
+    assert tuple(batch["prompts"][row][: batch["prompt_lengths"][row]]) == only.prompts[7].ids
+    assert not batch["target_mask"][row].any() and not batch["advantages"][row].any()
+    assert np.delete(batch["counts"], row, 0).all()
+
+
+def same(completions, **_):
+    """Equal rewards, with residues of rounding."""
+    return [0.35 + (0.1 + 0.2 - 0.3)] * len(completions)
+
+
+def sometimes(completions, answer, **_):
+    """Differ only where the answer is 3 or 8."""
+    return [float(len(c)) if a in (3, 8) else 1.0 for c, a in zip(completions, answer)]
+
+
+@pytest.mark.covers("D13")
+def test_equal_rewards_have_no_gradient_and_are_counted(tmp_path):
+    of, asked = trainer(), task(rewards=[Reward(name="same", function=same)])
+    before = digest(start(of)[0].params)
+    state, _ = run(of, tmp_path, asked=asked)
+    assert all(r["zero_std"] == 1 and r["grad_norm"] == 0 for r in curve(tmp_path))
+    assert digest(state.params) == before
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_replaces_groups_with_nothing_to_learn_and_ends():
+    of, asked = trainer(), task(rewards=[Reward(name="sometimes", function=sometimes)])
+    for refills, groups in ((0, 4), (2, 12), (9, None)):
+        with sampler(of, asked, prompts_per_step=4, refills=refills) as by:
+            batches = RolloutBatches(by, None)
+            batches.sample(*start(of), PhaseClock())
+            varied = (next(batches)["advantages"] != 0).any(1)
+            taken = batches.get_state()["prompts"]
+            assert groups is None or taken <= groups
+            assert taken == 4 or refills
+        if refills == 9:  # ten prompts, two of which vary: after 20 all four places do
+            assert varied.all() and taken <= 24
+    with pytest.raises(ConfigError, match="refills=-1"):
+        RolloutConfig(refills=-1)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused():
+    with pytest.raises(ConfigError, match=r"max_completion_len=30: 37 exceed .* context of 32"):
+        with sampler(trainer(max_completion_len=30)):
+            pass
+
+
+def test_sampling_from_less_than_everything_warns():
+    with pytest.warns(UserWarning, match="importance ratios are biased"):
+        RolloutConfig(top_p=0.9)
+
+
+# What it becomes --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_groups_may_be_cut_and_batches_split_without_a_change():
+    of = trainer(beta=0.1)
+    state, frozen = start(of)
+    found = []
+    for branches, micro in ((4, None), (2, 3), (1, 1)):
+        cut = dataclasses.replace(of, config=dataclasses.replace(of.config, micro_batch_size=micro))
+        with sampler(cut, branches=branches) as by:
+            batches = RolloutBatches(by, None)
+            batches.sample(state, frozen, PhaseClock())
+            batch = next(batches)
+        assert batch["tokens"].shape[:2] == (16 // branches, branches)
+        found.append(cut.gradients(state.params, frozen, batch, state.key)[0])
+    for other in found[1:]:
+        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other)):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_several_updates_of_a_rollout_keep_its_log_probs(tmp_path):
+    of = trainer(max_steps=8)
+    run(of, tmp_path, iterations=2, mini_batches=2)
+    records = curve(tmp_path)
+    assert records[0]["ratio_max"] == pytest.approx(1, abs=1e-5)  # other rows, other rounding
+    assert min(record["ratio_max"] for record in records[1:4]) > 1.0001
+    assert len(lines(tmp_path)) == 2 and [line["step"] for line in lines(tmp_path)] == [1, 5]
+    rewards = [record["reward"] for record in records]
+    assert len(set(rewards[:4])) == len(set(rewards[4:])) == 1 != len(set(rewards))
+
+
+@pytest.mark.slow
+def test_with_lora_the_reference_is_the_base_model_and_takes_no_memory():
+    of = trainer(lora=LoRAConfig(rank=2), beta=0.1)
+    state, frozen = start(of)
+    assert of.keeps_frozen and set(map(id, jax.tree.leaves(frozen))) == set(
+        map(id, jax.tree.leaves(start(of)[1]))
+    )
+    with sampler(of) as by:
+        batches = RolloutBatches(by, None)
+        batches.sample(state, frozen, PhaseClock())
+        batch = next(batches)
+    np.testing.assert_allclose(  # fresh adapters change nothing
+        batch["ref_logprobs"] * batch["target_mask"],
+        batch["sampler_logprobs"] * batch["target_mask"],
+        atol=1e-5,
+    )
+    state, metrics = of.train_step(state, frozen, batch)
+    assert abs(float(of.derive(metrics)["kl"])) < 1e-9
+
+
+@pytest.mark.slow
+def test_no_compilation_after_the_first_steps_whatever_the_lengths(tmp_path):
+    of = trainer(max_steps=12, max_completion_len=16, learning_rate=0.02)
+    run(of, tmp_path, prompts_per_step=1, group_size=2)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len({record["length_max"] for record in records}) > 1
+    assert [r["step"] for r in records[2:] if r["compilations"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D14")
+def test_when_all_completions_are_cut_and_masked_nothing_is_learnt_and_the_run_says_so(tmp_path):
+    # One token is no completion: none can end.
+    of = trainer(mask_truncated=True, max_skipped=1, max_completion_len=2)
+    asked = dataclasses.replace(task(), rewards=REWARDS[:1])
+    state, frozen = start(of)
+    with sampler(of, asked) as by:
+        batches = RolloutBatches(by, None)
+        batches.sample(state, frozen, PhaseClock())
+        batch = next(batches) | {"target_mask": np.zeros((4, 4, 2), bool)}
+    before = digest(state.params)
+    state, metrics = of.train_step(state, frozen, batch)
+    assert not metrics["updated"] and metrics["loss"] == 0 and digest(state.params) == before
+
+
+# Going on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [dict(), dict(iterations=2, mini_batches=2)])
+def test_stopped_anywhere_and_gone_on_with_is_the_same_run(tmp_path, updates):
+    of = trainer(max_steps=8, beta=0.1, save_every=1)
+    state, progress = run(of, tmp_path / "whole", **updates)
+    whole = digest(state), progress, curve(tmp_path / "whole"), lines(tmp_path / "whole")
+    every = 4 if updates else 1
+    for stop in range(1, 8, 3):
+        folder = tmp_path / str(stop)
+        with Checkpointer(folder / "c") as checkpointer:
+            run(of, folder, checkpointer=checkpointer, stop=stop, **updates)
+        with Checkpointer(folder / "c") as checkpointer:
+            like = jax.eval_shape(lambda: start(of)[0])
+            restored = checkpointer.restore(like)
+            assert restored.step % every == 0 and stop <= restored.step < stop + every
+            more = dict(state=restored.state, checkpointer=checkpointer)
+            progress = Progress(**restored.meta["progress"])
+            state, progress = run(of, folder, progress=progress, **more, **updates)
+        assert (digest(state), progress, curve(folder), lines(folder)) == whole
+
+
+def test_a_rollout_is_read_back_as_it_was(tmp_path):
+    of = trainer(beta=0.1)
+    state, frozen = start(of)
+    with sampler(of, iterations=2) as by, MetricsLog(tmp_path, name="rollouts.jsonl") as log:
+        batches = RolloutBatches(by, log)
+        batches.sample(state, frozen, PhaseClock())
+        batch = next(batches)
+    (line,) = lines(tmp_path)
+    rollout, layout = from_record(line, "here")
+    again = rollout.batch(layout)
+    assert again.keys() == batch.keys()
+    for name in batch:
+        np.testing.assert_array_equal(again[name], batch[name], err_msg=name)
+    assert to_record(1, rollout, layout, tokenizer()) == line
+    for broken in ({}, line | {"width": "x"}, line | {"prompts": []}):
+        with pytest.raises(DataError, match="here: not a rollout of this program"):
+            from_record(broken, "here")
+
+
+@pytest.mark.slow
+def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
+    of = trainer(max_steps=6, beta=0.1)
+    run(of, tmp_path, iterations=2)
+    logged = {record["step"]: record for record in curve(tmp_path)}
+    records = {line["step"]: line for line in lines(tmp_path)}
+    config = RolloutConfig(prompts_per_step=4, group_size=4, iterations=2)
+    for step in (1, 4, 6):
+        others = {"other": {"loss": "dr_grpo"}, "same": {}}
+        found = replay_step(of, config, *start(of), records, step, others)
+        for name in ("loss", "grad_norm", "kl", "entropy", "ratio_max"):
+            assert found["run"][name] == pytest.approx(logged[step][name], rel=1e-5, abs=1e-7)
+        assert found["same"]["difference"] == 0 and found["same"]["cosine"] == pytest.approx(1)
+        assert found["other"]["difference"] > 0.1
+    with pytest.raises(ConfigError, match="no rollout for step 9 is saved; there are .* 1 to 5"):
+        replay_step(of, config, start(of)[0], start(of)[1], records, 9)
+
+
+# Evaluations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_evaluation_comes_before_the_first_step_and_decides_on_the_best(tmp_path):
+    of = trainer(max_steps=4, eval_every=2, save_every=2)
+    with (
+        sampler(of) as by,
+        MetricsLog(tmp_path) as log,
+        Checkpointer(tmp_path / "c", keep=1) as checkpointer,
+    ):
+        config = EvaluationConfig(samples=2, max_completion_len=LENGTH)
+        evaluation = TaskEvaluation(of, task(6), tokenizer(), by.pool, config)
+        options = dict(eval_data=evaluation, log=log, checkpointer=checkpointer)
+        fit(of, *start(of), RolloutData(by), **options)
+    rewards = {r["step"]: r["eval_reward"] for r in curve(tmp_path) if "eval_reward" in r}
+    assert rewards.keys() == {0, 2, 4}
+    kept = CheckpointReader(tmp_path / "c").steps
+    assert kept == ([2, 4] if rewards[2] > rewards[4] else [4])
+
+
+def wrong_type(completions, **_):
+    """No numbers."""
+    return ["good"] * len(completions)
+
+
+def failing(completions, **_):
+    """Raises."""
+    raise RuntimeError("no score today")
+
+
+@pytest.mark.covers("D11", "D12")
+def test_a_failing_reward_costs_its_prompts_and_a_wrong_one_the_run(tmp_path):
+    of = trainer(max_skipped=0)
+    rewards = [Reward(name="failing", function=failing), REWARDS[0]]
+    with pytest.raises(TrainError, match="1 updates in a row were skipped"):
+        run(of, tmp_path, asked=task(rewards=rewards))  # not one complete group
+    (record,) = curve(tmp_path)
+    assert record["unscorable"] == 1 and record["targets"] == 0 and not record["updated"]
+    with pytest.raises(TrainError, match="'wrong'.*'good'"):
+        run(of, tmp_path / "b", asked=task(rewards=[Reward(name="wrong", function=wrong_type)]))
+    assert parts({"x": np.arange(6)}, 3)[2]["x"].tolist() == [4, 5]
+    assert Layout(prompt_width=1, width=1, branches=1)
