@@ -1,35 +1,23 @@
 """GRPO on sums with a model so small that a step takes milliseconds, for tests of what is around it."""
 
-import dataclasses
 import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 
 from examples.arithmetic import MODEL, make_tokenizer
 from models.llama.model import LLaMa, init_params
 from tests import tiny
+from tests.grpo_rewards import even, ones
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
-from trainers.metrics import MetricsLog
 from trainers.on_policy import Sampler
 from trainers.rewards import Reward, RewardPool
 from trainers.rollout import RolloutConfig
 from trainers.tasks import Prompt, Task
 
 LENGTH = 8
-
-
-def ones(completions, **_):
-    """The share of ones in a completion, and of how much there is: nearly never two are equal."""
-    return [text.count("1") / 8 + len(text) / 100 for text in completions]
-
-
-def even(completions, completion_ids, answer, **_):
-    """1 for an even number of tokens; None where the answer is 7."""
-    return [None if a == 7 else float(len(i) % 2 == 0) for i, a in zip(completion_ids, answer)]
 
 
 REWARDS = (Reward(name="ones", function=ones), Reward(name="even", function=even, weight=0.5))

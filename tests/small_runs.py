@@ -40,6 +40,7 @@ POISON = 63
 
 # What a record says of this machine, and not of the training.
 _MEASURED = ("seconds", "tokens_per_s", "model_flops_per_s", "mfu", "memory", "compilations")
+_MEASURED += ("rollout_tokens_per_s",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""train.py grpo, replay and report as programs: flags, kills, signals, and going on to the same bits."""
+
+import contextlib
+import json
+
+import pytest
+
+from tests import cli
+from tests.programs import CODES, INT, TERM, Programs, assert_same_run, check_error
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": "x" * (1 + i % 4), "answer": i} for i in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def training(prompts, out_dir, **options):
+    known = dict(data=prompts, reward="tests.grpo_rewards:ones", out_dir=out_dir, chat=False)
+    known |= dict(ckpt_dir=cli.checkpoint(), max_steps=STEPS, prompts_per_step=3, group_size=4)
+    known |= dict(max_completion_len=8, lr=0.01, beta=0.05, save_every=1, export=False)
+    return known | options
+
+
+def rollouts(folder):
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(programs, prompts, tmp_path_factory):
+    """The folder of a run that nothing disturbed. Read, never written."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = programs.run("train.py", "grpo", **training(prompts, folder))
+    assert done.code == 0, done.stderr
+    assert "9 prompts, the longest of" in done.stderr and "the first, as the model" in done.stderr
+    assert [line["step"] for line in rollouts(folder)] == [1, 2, 3, 4]
+    return folder
+
+
+def go_on(programs, prompts, folder, whole, saved=True):
+    done = programs.run("train.py", "grpo", **training(prompts, folder), resume=saved)
+    assert done.code == 0, done.stderr
+    assert_same_run(folder, whole, STEPS)
+    assert rollouts(folder) == rollouts(whole)
+
+
+def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
+    wrong = dict(group_size=1, loss="ppo", kl="k9", temperature=0, refills=-1, remat="all")
+    done = programs.run("train.py", "grpo", **training(prompts, tmp_path) | wrong)
+    check_error(done, 2, *(f"{name}" for name in wrong), "one completion has no group")
+    assert not (tmp_path / "run.json").exists()
+    options = training(prompts, tmp_path, task="reasoning_gym:chain_sum")
+    check_error(programs.run("train.py", "grpo", **options), 2, "--task or --data, one of them")
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D16")
+@pytest.mark.parametrize(
+    "place",
+    [
+        "trainers.on_policy, 'generate', 3",
+        "trainers.rewards.RewardPool, '__call__', 3",
+        "trainers.loop._Run, '_account', 3",
+        "trainers.checkpoint, 'write_arrays', 3",
+    ],
+)
+def test_killed_anywhere_and_gone_on_with(programs, prompts, whole, tmp_path, place):
+    patch = "import os, signal, trainers.on_policy, trainers.loop, trainers.checkpoint\n"
+    patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    done = programs.run("train.py", "grpo", patch=patch, **training(prompts, tmp_path))
+    assert done.code == -9, done.stderr
+    go_on(programs, prompts, tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("D19")
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_signal_in_a_rollout_ends_the_run_behind_its_step(
+    programs, prompts, whole, tmp_path, number
+):
+    patch = "import signal, trainers.on_policy\n"
+    patch += f"at(trainers.on_policy, 'generate', 2, lambda: send({number}))\n"
+    done = programs.run("train.py", "grpo", patch=patch, **training(prompts, tmp_path))
+    assert done.code == CODES[number], done.stderr
+    assert "stopped after step 2, which is saved" in done.stderr
+    go_on(programs, prompts, tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_replay_finds_what_was_logged_and_report_is_written(programs, whole):
+    done = programs.run("train.py", "replay", run=whole, step=3, beta=0.5, kl="k2", json=True)
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["run"]["loss"] == pytest.approx(found["logged"]["loss"], rel=1e-4, abs=1e-7)
+    assert found["run"]["grad_norm"] == pytest.approx(found["logged"]["grad_norm"], rel=1e-4)
+    assert 0 < found["changed"]["difference"] and found["changed"]["cosine"] < 1.0001
+    check_error(programs.run("train.py", "replay", run=whole, step=9), 2, "no rollout for step 9")
+    done = programs.run("train.py", "report", run=whole, out=whole.parent / "page.html")
+    assert done.code == 0 and (whole.parent / "page.html").read_text().startswith("<!")
