@@ -104,6 +104,7 @@ def replay_step(
         ConfigError: a rollout that is needed is not there.
         DataError: it is broken.
     """
+    batch = _batch(trainer, rollout, records, step)
     while int(state.step) + 1 < step:
         before = int(state.step)
         state, metrics = trainer.train_step(
@@ -111,7 +112,6 @@ def replay_step(
         )
         if int(state.step) == before:
             raise ConfigError(f"the update to step {before + 1} is skipped when it is done again")
-    batch = _batch(trainer, rollout, records, step)
     found, first = {}, None
     for name, changes in {"run": {}, **others}.items():
         changed = dataclasses.replace(
