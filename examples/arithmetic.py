@@ -99,7 +99,7 @@ def accuracy(llama: LLaMa, params, tokenizer: Tokenizer, task: Task, pool: Rewar
 
 
 def run(
-    folder: Path, *, seed: int = 0, sft_steps: int = 280, steps: int = 80
+    folder: Path, *, seed: int = 0, sft_steps: int = 280, steps: int = 120
 ) -> tuple[float, float]:
     """(accuracy after fine-tuning, after GRPO) on held-out sums; both metrics stay in the folder."""
     tokenizer, llama = make_tokenizer(folder), LLaMa(MODEL)

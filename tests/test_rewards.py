@@ -475,10 +475,11 @@ def test_reasoning_gym():
     texts = ["-4", "The answer is -4.", "<answer>-4</answer>", "5", "", "1,000 or -4.0 <answer>5"]
     make = lambda strict: ReasoningGym(task="chain_sum", args={"min_terms": 2}, strict=strict)
     strict = make(True)(completions=texts, entry=[entry] * 6)
-    assert [x == 1 for x in strict] == [True, False, True, False, False, False]
+    assert strict == [1, 0, 1, 0, 0, 0]
     lenient = make(False)(completions=texts, entry=[entry] * 6)
-    assert [x == 1 for x in lenient] == [True, True, True, False, False, False]
-    assert all(0 <= x <= 1 for x in strict + lenient)
+    assert lenient == [1, 1, 1, 0, 0, 0]
+    partial = ReasoningGym(task="chain_sum", strict=True, partial=True)
+    assert 0 < partial(completions=["The answer is -4."], entry=[entry])[0] < 1
     decimal = {"answer": "4.50", "metadata": {}}
     assert make(False)(completions=["= 4.5"], entry=[decimal]) == [1]
     # A task whose answer is text sees the answer's text.

@@ -22,8 +22,8 @@ import rich.console
 import rich.progress
 
 from models.llama.config import ModelConfig
-from utils.errors import ConfigError
-from utils.files import atomic_file
+from utils.errors import ConfigError, DataError
+from utils.files import InputFile, atomic_file
 
 Sink = Callable[[dict], None]
 
@@ -134,6 +134,18 @@ def _step_of(line: bytes) -> float:
         return step if isinstance(step, int) else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(`file:line`, line) of a file of records, without the half line that a kill may have left.
+
+    Raises DataError if the file cannot be read.
+    """
+    InputFile(path, DataError)  # refuses a pipe, before open() waits for its other end
+    with open(path, "rb") as file:
+        for i, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield f"{path}:{i}", line
 
 
 class _TensorBoard:

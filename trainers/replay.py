@@ -15,11 +15,12 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
 from trainers.checkpoint import CheckpointReader
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.metrics import whole_lines
 from trainers.rollout import RolloutConfig, parts
 from trainers.rollout_file import from_record
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError, DataError, is_int
-from utils.files import InputFile, parse_json, read_json
+from utils.files import parse_json, read_json
 
 
 class SavedRun:
@@ -49,8 +50,8 @@ class SavedRun:
         config, limit = GRPOConfig(**fields(GRPOConfig)), settings["train"]["vocab_limit"]
         self.trainer = GRPOTrainer(model, config, lora, limit)
         self.rollout = RolloutConfig(**fields(RolloutConfig))
-        self.records = {r["step"]: r for r in _lines(folder / "rollouts.jsonl")}
-        logged = [r for r in _lines(folder / "metrics.jsonl") if r["step"] == step]
+        self.records = {r["step"]: r for r in _records(folder / "rollouts.jsonl")}
+        logged = [r for r in _records(folder / "metrics.jsonl") if r["step"] == step]
         numbers = {k: v for k, v in (logged or [{}])[-1].items() if isinstance(v, float)}
         self.logged = {k: numbers[k] for k in ("loss", "grad_norm", "entropy") if k in numbers}
         self.state, self.frozen = self._state(folder / "checkpoints", source, train["seed"], step)
@@ -66,12 +67,8 @@ class SavedRun:
         return state, frozen
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; half a last line, as a kill may leave, is left out."""
-    file = InputFile(path, DataError)
-    text = file.read(0, file.size)
-    lines = bytes(text).split(b"\n")[:-1]
-    return [parse_json(line, f"{path}:{i}", DataError) for i, line in enumerate(lines, 1)]
+def _records(path: Path) -> list[dict[str, Any]]:
+    return [parse_json(line, where, DataError) for where, line in whole_lines(path)]
 
 
 def replay_step(

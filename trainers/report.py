@@ -5,15 +5,15 @@ A run's files may be hostile, as a completion is what a model wrote: report_page
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from models.llama.config import ModelConfig
+from trainers.metrics import whole_lines
 from trainers.report_charts import Columns, draw_charts
 from trainers.report_page import completions, figure, number, page, plain, table, text
 from utils.errors import ConfigError, DataError, is_int, is_number
-from utils.files import InputFile, atomic_file, parse_json, read_json
+from utils.files import atomic_file, parse_json, read_json
 
 # Settings of run.json that stand at the top, by their last name; the others are at the bottom.
 _KEY_SETTINGS = (
@@ -72,19 +72,10 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: boo
 # Files ------------------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(`file:line`, line) of the whole lines."""
-    InputFile(path, DataError)  # refuses a pipe, before open() waits for its other end
-    with open(path, "rb") as file:
-        for i, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                yield f"{path}:{i}", line
-
-
 def _read_metrics(path: Path) -> Columns:
     """Each number's (step, value) in the order written, NaN for null."""
     columns: Columns = {}
-    for where, line in _lines(path):
+    for where, line in whole_lines(path):
         record = parse_json(line, where, DataError)
         step = record.pop("step", None)
         if not is_int(step) or not 0 <= step < 1 << 53:
@@ -116,9 +107,9 @@ def _read_rollouts(path: Path) -> list[tuple[str, dict]]:
     """
     if not path.exists():
         return []
-    n = sum(1 for _ in _lines(path))
+    n = sum(1 for _ in whole_lines(path))
     shown = (0, (n - 1) // 2, n - 1)
-    found = [line for i, line in enumerate(_lines(path)) if i in shown]
+    found = [line for i, line in enumerate(whole_lines(path)) if i in shown]
     return [(where, parse_json(line, where, DataError)) for where, line in found]
 
 
