@@ -29,6 +29,8 @@ def main() -> None:
     sys.stdout = sys.stderr
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, frames), daemon=True).start()
+    # Whatever started the run may have had it ignored, and what is ignored is handed on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The function runs in the main thread: those that use signals (SIGALRM) need it.
     sys.path[:] = pickle.loads(frames.get())
     code = frames.get()
