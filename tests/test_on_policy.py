@@ -285,14 +285,14 @@ def test_stopped_anywhere_and_gone_on_with_is_the_same_run(tmp_path, updates):
     state, progress = run(of, tmp_path / "whole", **updates)
     whole = digest(state), progress, curve(tmp_path / "whole"), lines(tmp_path / "whole")
     every = 4 if updates else 1
-    for stop in range(1, 8, 3):
+    for stop in range(1, 8 // every, 3):  # asked between rollouts alone
         folder = tmp_path / str(stop)
         with Checkpointer(folder / "c") as checkpointer:
             run(of, folder, checkpointer=checkpointer, stop=stop, **updates)
         with Checkpointer(folder / "c") as checkpointer:
             like = jax.eval_shape(lambda: start(of)[0])
             restored = checkpointer.restore(like)
-            assert restored.step % every == 0 and stop <= restored.step < stop + every
+            assert restored.step == stop * every
             more = dict(state=restored.state, checkpointer=checkpointer)
             progress = Progress(**restored.meta["progress"])
             state, progress = run(of, folder, progress=progress, **more, **updates)
