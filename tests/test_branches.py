@@ -98,6 +98,7 @@ def score(trainer, params, frozen, batch, reference=False):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, remat, lora",
     [

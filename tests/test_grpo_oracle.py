@@ -149,6 +149,7 @@ def rollout():
     return rows | {"prompts": prompts, "prompt_lengths": lengths}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, padding, on_policy, options",
     [
