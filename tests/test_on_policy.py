@@ -326,7 +326,7 @@ def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
     records = {line["step"]: line for line in lines(tmp_path)}
     config = RolloutConfig(prompts_per_step=4, group_size=4, iterations=2)
     for step in (1, 4, 6):
-        others = {"other": {"loss": "dr_grpo"}, "same": {}}
+        others = {"other": {"temperature": 0.5}, "same": {}}
         found = replay_step(of, config, *start(of), records, step, others)
         for name in ("loss", "grad_norm", "kl", "entropy", "ratio_max"):
             assert found["run"][name] == pytest.approx(logged[step][name], rel=1e-5, abs=1e-7)
