@@ -261,15 +261,15 @@ def test_no_compilation_after_the_first_steps_whatever_the_lengths(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.covers("D14")
-def test_when_all_completions_are_cut_and_masked_nothing_is_learnt_and_the_run_says_so(tmp_path):
-    # One token is no completion: none can end.
-    of = trainer(mask_truncated=True, max_skipped=1, max_completion_len=2)
-    asked = dataclasses.replace(task(), rewards=REWARDS[:1])
+def test_when_all_completions_are_cut_and_masked_nothing_is_learnt():
+    of = trainer(mask_truncated=True)
     state, frozen = start(of)
-    with sampler(of, asked) as by:
-        batches = RolloutBatches(by, None)
-        batches.sample(state, frozen, PhaseClock())
-        batch = next(batches) | {"target_mask": np.zeros((4, 4, 2), bool)}
+    policy, keys = decoding_params(of, state, frozen), jax.vmap(jax.random.key)(np.arange(4))
+    with sampler(of) as by:
+        rollout = by(policy, task().prompts[:4], keys, PhaseClock())
+        cut = dataclasses.replace(rollout, stopped=np.zeros_like(rollout.stopped))
+        batch = cut.batch(by.layout(LENGTH), mask_truncated=True)
+    assert cut.metrics()["truncated"] == 1 and batch["counts"].all()
     before = digest(state.params)
     state, metrics = of.train_step(state, frozen, batch)
     assert not metrics["updated"] and metrics["loss"] == 0 and digest(state.params) == before
