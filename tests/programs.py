@@ -1,5 +1,6 @@
 """Starts train.py and evaluate.py as a user's shell would, and looks at what they leave behind."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from tests import cli
 from tests.small_runs import curve
@@ -64,6 +66,13 @@ class Programs:
         """Ends the server, which waits for nothing."""
         self._server.stdin.close()
         self._server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A starter for the tests of a module, which import this fixture."""
+    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
+        yield started
 
 
 def flags(options: dict[str, object]) -> list[str]:

@@ -1,6 +1,5 @@
 """`evaluate.py task` as a program: its flags, its table, its JSON, its errors, and a real model."""
 
-import contextlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import cli
-from tests.test_train_cli import Programs, check_error, flags
+from tests.programs import check_error, flags, programs
 from trainers.accuracy import bootstrap_interval, pass_at_k
 
 SUM = "reasoning_gym:chain_sum"
@@ -33,12 +32,6 @@ def vowels(prompts, completions, completion_ids, answer, **_):
 def infinite(completions, **_):
     return [float("inf")] * len(completions)
 '''
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,13 @@
 """train.py grpo, replay and report as programs: flags, kills, signals, and going on to the same bits."""
 
-import contextlib
 import json
 
 import pytest
 
 from tests import cli
-from tests.programs import CODES, INT, TERM, Programs, assert_same_run, check_error
+from tests.programs import CODES, INT, TERM, assert_same_run, check_error, programs
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

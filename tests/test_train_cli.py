@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import cli
 from tests import programs as shared
-from tests.programs import CODES, INT, TERM, Programs, check_error, flags, wait_for_lines
+from tests.programs import CODES, INT, TERM, check_error, flags, programs, wait_for_lines
 from tests.small_runs import curve
 from trainers.checkpoint import CheckpointReader
 
@@ -31,12 +31,6 @@ SMALL |= dict(save_every=1, eval_every=2)
 def assert_same_run(folder: Path, whole: Path) -> None:
     """Both runs ended with the same bits and the same curve."""
     shared.assert_same_run(folder, whole, STEPS)
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
-        yield started
 
 
 def rows(seed: int, count: int = 14) -> str:

@@ -115,7 +115,7 @@ def replay_step(
             trainer, config=dataclasses.replace(trainer.config, **changes)
         )
         if changed.config.beta > 0 and "ref_logprobs" not in batch:
-            if not changed.keeps_frozen or not frozen:
+            if not frozen:
                 raise ConfigError(
                     "the run had no reference (beta 0), so beta above 0 has none here"
                 )
