@@ -4,7 +4,6 @@ The batch, the stream and the RL rollout all run `decode`'s body, so they cannot
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
+from completions import Completions, GenerationConfig
 from models.llama.config import ModelConfig
 from models.llama.model import LLaMa, Params, cache_shape, init_cache, for_decoding
-from utils import memory
-from utils.errors import SamplingError, is_int
+from utils import memory, sharding
+from utils.errors import SamplingError
 from utils.kvcache import KVCache, bucket, check_capacity
 
 Array = jax.Array
@@ -27,74 +27,13 @@ RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
 REASONS = {RUNNING: "running", STOP: "stop", LENGTH: "length"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How far to generate; none of these numbers recompiles but n.
-
-    Attributes:
-        max_new_tokens: tokens a row at most; None: as many as the context holds. A number above the
-            context length is cut to what it holds.
-        max_seq_len: prompt and completion together; None: the model's.
-        n: samples a prompt, from one prefill.
-        stop_ids: any of these ends a row; it is the completion's last token.
-        stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
-        vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
-            the tokenizer has tokens; None: all rows are tokens.
-        prompt_width: buffers are made for prompts of at least so many tokens, so that all calls with
-            no longer ones share one compilation; None: for the longest of a call.
-    """
-
-    max_new_tokens: int | None = 256
-    max_seq_len: int | None = None
-    n: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    stop_strings: tuple[str, ...] = ()
-    vocab_limit: int | None = None
-    prompt_width: int | None = None
-
-    def __post_init__(self):
-        bad = []
-        least_of = dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1, prompt_width=1)
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and (not is_int(value) or value < least):
-                flag = " (--max_gen_len)" if name == "max_new_tokens" else ""
-                bad.append(f"{name}={value!r}{flag}, expected an integer of at least {least}")
-        if self.n is None:
-            bad.append("n=None, expected an integer of at least 1")
-        if any(not isinstance(s, str) or not s for s in self.stop_strings):
-            bad.append(f"stop={list(self.stop_strings)!r}: a stop string must not be empty")
-        if bad:
-            raise SamplingError("; ".join(bad))
-
-
-@dataclasses.dataclass(frozen=True)
-class Completions:
-    """What `generate` returns: row i · n + j is sample j of prompt i.
-
-    Attributes:
-        tokens: [R, W] int32, zeros after a row's length.
-        lengths: [R] int32, tokens up to and including the stop id.
-        logprobs: [R, W] float32, under the sampler's distribution before truncation.
-        finish_reason: "stop" or "length" a row.
-        stop_text: for a row that a stop string ended, its text up to that string; else None.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: list[str]
-    stop_text: list[str | None]
-
-    def row(self, i: int) -> list[int]:
-        """The tokens of row i, without padding."""
-        return self.tokens[i, : self.lengths[i]].tolist()
-
-
 class Generation:
     """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
 
     `cache` may be handed on: chat starts the next turn on the cache of the last one.
+
+    Attributes:
+        rows: of the batch, prompts times samples.
     """
 
     def __init__(self, model, params, sampler, config: GenerationConfig):
@@ -108,6 +47,7 @@ class Generation:
             sampling.traced(sampler), jnp.asarray(padded, jnp.int32), jnp.asarray(limit, jnp.int32)
         )
         self.state: DecodeState | None = None
+        self.rows = 0
 
     def start(
         self, prompts, *, key: Array | None = None, cache: KVCache | None = None, room: int = 1
@@ -120,7 +60,10 @@ class Generation:
             cache: B rows already filled; it is donated. None: an empty one.
             room: slots a row that the cache shall have at least, for what comes after these rows.
         """
-        held = np.zeros(len(prompts), np.int32) if cache is None else np.asarray(cache.lengths)
+        n_prompts = len(prompts)
+        held = np.zeros(n_prompts, np.int32)
+        if cache is not None:
+            held = np.asarray(cache.lengths)[:n_prompts]
         limits = self._check(prompts, held)
         lengths = np.asarray([len(p) for p in prompts], np.int32)
         width = self.config.prompt_width or 1
@@ -128,17 +71,24 @@ class Generation:
             room = max(room, width + (self.config.max_new_tokens or 0))
         width = bucket(max(width, lengths.max()), 16)
         capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
-        tokens = np.zeros((len(prompts), width), np.int32)
+        tokens = np.zeros((n_prompts, width), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         if cache is not None and self.config.n > 1:
             raise SamplingError("a filled cache takes one sample a prompt: n=1")
         if cache is None or cache.capacity < capacity:
-            self._check_memory(len(prompts) * self.config.n, capacity)
+            self._check_memory(n_prompts * self.config.n, capacity)
             cache = cache and cache.resized(capacity)
         check_capacity(held, width, capacity if cache is None else cache.capacity)
         keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
         batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
+        # The parts of a mesh have as many rows each: some that end at once fill it up.
+        missing = -n_prompts % sharding.axis_size(sharding.DECODING.batch)
+        if missing:
+            fills = (tokens[:1], lengths[:1], np.zeros(1, np.int32), keys[:1])
+            fill = lambda x, row: jnp.concatenate([x, *[row] * missing])
+            batch = tuple(map(fill, batch, fills))
+        self.rows = n_prompts * self.config.n
         sizes = (self.config.n, capacity)
         self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
         self._raise_if_not_finite()
@@ -163,14 +113,13 @@ class Generation:
 
     def end(self, counts_R: np.ndarray, reason_R: np.ndarray) -> None:
         """Ends rows from outside: how many tokens each keeps, and why it ended (or RUNNING)."""
-        self.state = self.state.replace(
-            counts_R=jnp.asarray(counts_R, jnp.int32), reason_R=jnp.asarray(reason_R, jnp.int32)
+        counts_R, reason_R = (
+            np.concatenate([new, np.asarray(old)[self.rows :]]).astype(np.int32)
+            for new, old in ((counts_R, self.state.counts_R), (reason_R, self.state.reason_R))
         )
-
-    @property
-    def rows(self) -> int:
-        """Rows of the batch, prompts times samples."""
-        return len(self.state.counts_R)
+        self.state = self.state.replace(
+            counts_R=jnp.asarray(counts_R), reason_R=jnp.asarray(reason_R)
+        )
 
     @property
     def running(self) -> bool:
@@ -179,14 +128,14 @@ class Generation:
 
     def completions(self, stop_text: list[str | None] | None = None) -> Completions:
         """What was sampled so far."""
-        state, lengths = self.state, np.asarray(self.state.counts_R)
+        state, lengths = self.state, np.asarray(self.state.counts_R)[: self.rows]
         width = int(lengths.max(initial=0))
         inside = np.arange(width) < lengths[:, None]
         return Completions(
-            tokens=np.where(inside, np.asarray(state.tokens_RS)[:, :width], 0),
+            tokens=np.where(inside, np.asarray(state.tokens_RS)[: self.rows, :width], 0),
             lengths=lengths,
-            logprobs=np.asarray(state.logprobs_RS)[:, :width],
-            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R).tolist()],
+            logprobs=np.asarray(state.logprobs_RS)[: self.rows, :width],
+            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R)[: self.rows].tolist()],
             stop_text=stop_text or [None] * self.rows,
         )
 
@@ -387,10 +336,14 @@ def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
     seen_RV = state.seen_RV
     if seen_RV is not None:
         seen_RV = seen_RV.at[rows, tokens_R].set(True)
-    return state.replace(
+    state = state.replace(
         tokens_RS=state.tokens_RS.at[at].set(tokens_R),
         logprobs_RS=state.logprobs_RS.at[at].set(logprobs_R),
         counts_R=counts_R,
         reason_R=jnp.where(state.reason_R == RUNNING, ended_R, state.reason_R),
         seen_RV=seen_RV,
     )
+    # On a mesh every device has the whole state but for the cache, which they share.
+    buffers = {"k": state.cache.k, "v": state.cache.v}
+    state = sharding.replicate(state.replace(cache=state.cache.replace(k=(), v=())))
+    return state.replace(cache=state.cache.replace(**buffers))

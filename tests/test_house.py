@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RANKS = {"utils": 0, "models": 1, "sampling": 2, "decoding": 3, "console": 3, "generate": 4}
+RANKS = {
+    "utils": 0,
+    "models": 1,
+    "completions": 2,
+    "sampling": 2,
+    "decoding": 3,
+    "console": 3,
+    "generate": 4,
+}
 RANKS |= {"conversation": 5, "trainers": 5, "chat": 6, "evaluate": 6, "plan": 6}
 RANKS |= {"training": 6, "grpo": 6, "train": 6}
-LIBRARIES = ("utils", "models", "trainers", "sampling.py", "decoding.py")
+LIBRARIES = ("utils", "models", "trainers", "completions.py", "sampling.py", "decoding.py")
 
 
 def sources(*names):

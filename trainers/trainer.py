@@ -18,8 +18,9 @@ import optax
 
 from models.llama import lora as adapters
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, Params
+from models.llama.model import LLaMa, Params, param_axes
 from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_rate, make_optimizer
+from utils import sharding
 from utils.errors import ConfigError, is_int
 
 Array = jax.Array
@@ -158,6 +159,7 @@ class Trainer(abc.ABC):
             key: decides adapters and everything random in the run.
             donate: take over `params` where no cast is needed, which then cannot be used any more.
         """
+        params = sharding.place(params, self.model_specs(params))
         key, lora_key = jax.random.split(key)
         dtype = jnp.dtype(self.config.param_dtype)
         if self.lora is None:
@@ -169,12 +171,29 @@ class Trainer(abc.ABC):
         else:
             frozen = params
             trained = adapters.init_lora(self.model.config, self.lora, lora_key, dtype)
+            trained = sharding.place(trained, self.specs(trained))
         return self._start(trained, key), frozen
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _start(self, params: Params, key: Array) -> TrainState:
         moments = make_optimizer(self.config).init(cast_floats(params, jnp.float32))
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
+        state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
+        return sharding.constrain_tree(state, self.state_specs(state))
+
+    def model_specs(self, params: Params) -> Params:
+        """How the context mesh shares the model's parameters, see `utils.sharding`."""
+        return sharding.specs(params, param_axes(self.model.config), sharding.TRAINING)
+
+    def specs(self, params: Params) -> Params:
+        """How the context mesh shares what is trained."""
+        table = param_axes(self.model.config)
+        if self.lora is not None:
+            table = adapters.adapter_axes(self.lora, table)
+        return sharding.specs(params, table, sharding.TRAINING)
+
+    def state_specs(self, state: TrainState) -> TrainState:
+        """How the context mesh shares the state: moments lie where their parameters do."""
+        return sharding.state_specs(state, state.params, self.specs(state.params))
 
     def model_params(self, params: Params, frozen: Params) -> Params:
         """What the model takes; differentiable by `params`."""
@@ -220,7 +239,7 @@ class Trainer(abc.ABC):
             opt_state=moments,
             key=key,
         )
-        return state, metrics
+        return sharding.constrain_tree(state, self.state_specs(state)), metrics
 
     def _update(self, sums: Params, norm: Array, scale: Array, updated: Array, state: TrainState):
         """(parameters, moments) after the update, where `updated`.
@@ -270,6 +289,7 @@ class Trainer(abc.ABC):
             grads, loss = of_rows(batch, key)
         else:
             grads, loss = _accumulate(of_rows, split_rows(batch, size), key)
+        grads = sharding.constrain_tree(grads, self.specs(params))
         return cast_floats(grads, jnp.float32), loss
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -303,7 +323,8 @@ def split_rows(batch: Batch, size: int) -> Batch:
     def split(x):
         missing = -x.shape[0] % size
         x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+        x = x.reshape(-1, size, *x.shape[1:])
+        return sharding.constrain(x, sharding.TRAINING, None, "batch")
 
     return jax.tree.map(split, batch)
 

@@ -1,17 +1,64 @@
 """Attention behind one function, which picks the kernel.
 
 Today that is plain XLA everywhere; the kernels for TPU and GPU belong in `attention` and nowhere else.
+On a mesh, each device attends with its own rows and heads (`attend`).
 Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, X = B · K.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from utils import kvcache, sharding
 
 Array = jax.Array
 
 # Queries a block. Blocks bound the score matrix in memory, and a causal block skips the keys after it:
 # four blocks spare 3/8 of the work.
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
+
+
+def attend(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, masks: dict[str, Any], kv: tuple | None
+) -> tuple[Array, tuple[Array, Array] | None]:
+    """Writes new keys and values into a layer's cache, if there is one, and attends.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: the new tokens'.
+        masks: keyword arguments of `attention`.
+        kv: None, or a cache's (k, v, lengths, empty), see `utils.kvcache.KVCache`.
+
+    Returns:
+        ([B, T, N, H], the new (k, v) or None).
+    """
+    empty = kv is not None and kv[3]
+
+    def local(q_BTNH, k_BTKH, v_BTKH, masks, kv):
+        k_XHS, v_XSH = heads_first(k_BTKH, v_BTKH)
+        if kv is not None:
+            k_buffer, v_buffer, lengths_B = kv
+            k_XHS, v_XSH = k_XHS.astype(k_buffer.dtype), v_XSH.astype(v_buffer.dtype)
+            kv = (
+                kvcache.write(k_buffer, k_XHS, lengths_B, axis=2),
+                kvcache.write(v_buffer, v_XSH, lengths_B, axis=1),
+            )
+            if not empty:
+                k_XHS, v_XSH = kv
+        return attention(q_BTNH, k_XHS, v_XSH, **masks), kv
+
+    rules = sharding.TRAINING if kv is None else sharding.DECODING
+    held = kvcache.held_heads(q_BTNH.shape[2], k_BTKH.shape[2], rules)
+    k_BTKH, v_BTKH = (jnp.repeat(x, held // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+    batch = sharding.fitting(rules.batch, len(q_BTNH))
+    heads = sharding.fitting(rules.heads, held)
+    rows, values = PartitionSpec(batch), PartitionSpec(batch, None, heads)
+    buffers = kv and (PartitionSpec(batch + heads),) * 2
+    run = sharding.per_device(
+        local, (values, values, values, rows, kv and (*buffers, rows)), (values, buffers)
+    )
+    return run(q_BTNH, k_BTKH, v_BTKH, masks, kv and kv[:3])
 
 
 def heads_first(k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:

@@ -1,21 +1,29 @@
 """Cross-entropy and log-probs of an output head without the logits of all tokens at once.
 
+On a mesh each device holds a part of the vocabulary and of the tokens. A chunk's tokens are gathered
+from those that share a model, multiplied with each part of the head where it lies, and only sums over
+the vocabulary travel: no device needs the whole head, nor its gradient (Megatron-LM, 1909.08053).
 Dimension key: N tokens, C tokens of a chunk, D model dim, V vocab.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from utils import sharding
 from utils.ops import matmul
 
 Array = jax.Array
 
 # Logits held at once: 128 MiB in float32, whatever the vocabulary.
 _CHUNK_LOGITS = 1 << 25
+_LARGEST_CHUNK = 1 << 13  # where many devices share the vocabulary, the chunk's tokens take more
 
 
 @flax.struct.dataclass
@@ -73,24 +81,93 @@ def token_logprobs(
 def chunk_size(n_tokens: int, vocab_size: int) -> int:
     """Tokens of a chunk."""
     fit = max(_CHUNK_LOGITS // vocab_size, 32)
-    return min(1 << (fit.bit_length() - 1), n_tokens)
+    return min(1 << (fit.bit_length() - 1), _LARGEST_CHUNK, n_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How tokens and vocabulary lie on the mesh; all empty without one.
+
+    Attributes:
+        tokens: mesh axes that share the tokens.
+        vocab: mesh axes that share the vocabulary.
+    """
+
+    tokens: tuple[str, ...]
+    vocab: tuple[str, ...]
+
+    @classmethod
+    def of(cls, n_tokens: int, vocab_size: int) -> "_Parts":
+        tokens = sharding.fitting(sharding.TRAINING.batch, n_tokens)
+        vocab = sharding.fitting(sharding.DECODING.vocab, vocab_size)
+        return cls(*((axes if sharding.current_mesh() else ()) for axes in (tokens, vocab)))
+
+    @property
+    def gathered(self) -> tuple[str, ...]:
+        """Axes that share both: each device has other tokens, and all need all of its vocabulary."""
+        return tuple(axis for axis in self.tokens if axis in self.vocab)
+
+    def run(self, function: Callable, arguments: tuple, out_names: tuple) -> tuple:
+        """function(x, head, …) on each device's part; out_names say where results lie."""
+        spec = {"tokens": PartitionSpec(self.tokens or None), "all": PartitionSpec()}
+        spec["head"] = PartitionSpec(self.vocab or None)
+        names = ("tokens", "head", *["tokens"] * (len(arguments) - 2))
+        run = sharding.per_device(
+            function, tuple(map(spec.get, names)), tuple(map(spec.get, out_names))
+        )
+        return run(*arguments)
+
+    def gather(self, x_C: Array) -> Array:
+        """A chunk's rows of all devices that share it."""
+        if not self.gathered:
+            return x_C
+        return jax.lax.all_gather(x_C, self.gathered, axis=0, tiled=True)
+
+    def own(self, x_C: Array, size: int) -> Array:
+        """This device's rows of a gathered chunk."""
+        if not self.gathered:
+            return x_C
+        at = jax.lax.axis_index(self.gathered) * size
+        return jax.lax.dynamic_slice_in_dim(x_C, at, size)
+
+    def sum_own(self, x_C: Array) -> Array:
+        """Adds up what each part of the vocabulary gives to gathered rows; this device's rows of it."""
+        if self.gathered:
+            x_C = jax.lax.psum_scatter(x_C, self.gathered, scatter_dimension=0, tiled=True)
+        return _over(jax.lax.psum, x_C, set(self.vocab) - set(self.gathered))
+
+    def over_vocab(self, reduce: Callable, x: Array) -> Array:
+        """psum or pmax over the parts of the vocabulary."""
+        return _over(reduce, x, self.vocab)
+
+    def over_copies(self, x: Array) -> Array:
+        """The sum over devices with other tokens and the same vocabulary."""
+        return _over(jax.lax.psum, x, set(self.tokens) - set(self.gathered))
+
+
+def _over(reduce: Callable, x: Array, axes) -> Array:
+    axes = tuple(axis for axis in sharding.MESH_AXES if axis in axes)
+    return reduce(x, axes) if axes else x
 
 
 class _Chunks:
     """The tokens that count, a chunk at a time; the loop ends with the last of them."""
 
-    def __init__(self, counts_N: Array, vocab_size: int):
-        n_tokens = counts_N.shape[0]
-        self._size = chunk_size(n_tokens, vocab_size)
+    def __init__(self, counts_N: Array, head_VD: Array, parts: _Parts):
+        n_tokens, sharers = counts_N.shape[0], 1
+        if parts.gathered:
+            sharers = jax.lax.axis_size(parts.gathered)
+        self.size = chunk_size(n_tokens * sharers, len(head_VD)) // sharers or 1
         order_N = jnp.argsort(~counts_N, stable=True)
-        self._order_N = jnp.pad(order_N, (0, -n_tokens % self._size), constant_values=n_tokens)
-        self._number = -(-jnp.sum(counts_N) // self._size)
+        self._order_N = jnp.pad(order_N, (0, -n_tokens % self.size), constant_values=n_tokens)
+        # As many on each device as the one with most of them needs: they exchange rows.
+        self._number = _over(jax.lax.pmax, -(-jnp.sum(counts_N) // self.size), parts.gathered)
 
     def loop(self, body, start):
         """body(take, put, carry) -> carry; `take` reads a chunk's rows of an array, `put` writes."""
 
         def chunk(i, carry):
-            at_C = jax.lax.dynamic_slice(self._order_N, (i * self._size,), (self._size,))
+            at_C = jax.lax.dynamic_slice(self._order_N, (i * self.size,), (self.size,))
             take = lambda array: jnp.asarray(array).at[at_C].get(mode="fill", fill_value=0)
             put = lambda array, rows: array.at[at_C].set(
                 rows.astype(array.dtype), mode="drop", unique_indices=True
@@ -103,14 +180,22 @@ class _Chunks:
 class _Softmax:
     """Of a chunk's logits [C, V]: all that the losses need, in float32."""
 
-    def __init__(self, x_CD: Array, head_VD: Array, targets_C: Array, scale: float = 1.0):
+    def __init__(
+        self, x_CD: Array, head_VD: Array, targets_C: Array, parts: _Parts, scale: float = 1.0
+    ):
         logits_CV = matmul(x_CD, head_VD, 1, 1) * np.float32(scale)
-        self.top_C = jnp.max(logits_CV, axis=-1)
+        total = lambda x: parts.over_vocab(jax.lax.psum, x)
+        self.top_C = parts.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
         self._exp_CV = jnp.exp(logits_CV - self.top_C[:, None])
-        self._total_C = jnp.sum(self._exp_CV, axis=-1)
-        mean_logit_C = jnp.sum(self._exp_CV * logits_CV, axis=-1) / self._total_C
+        self._total_C = total(jnp.sum(self._exp_CV, axis=-1))
+        mean_logit_C = total(jnp.sum(self._exp_CV * logits_CV, axis=-1)) / self._total_C
         lse_C = self.top_C + jnp.log(self._total_C)
-        self.target_logit_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+        if parts.vocab:  # ids of this part; those of others are out of its bounds
+            targets_C = targets_C - jax.lax.axis_index(parts.vocab) * len(head_VD)
+        inside_C = (targets_C >= 0) & (targets_C < len(head_VD))
+        at_C1 = jnp.where(inside_C, targets_C, 0)[:, None]
+        logit_C = jnp.take_along_axis(logits_CV, at_C1, axis=1)[:, 0]
+        self.target_logit_C = total(jnp.where(inside_C, logit_C, 0))
         self._targets_C, self._scale = targets_C, np.float32(scale)
         self.nll_C, self.entropy_C = lse_C - self.target_logit_C, lse_C - mean_logit_C
 
@@ -143,37 +228,57 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _sums(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool):
     """(TokenSums, (gradient by x, gradient by head)); a gradient is None where it is not wanted."""
+    parts = _Parts.of(len(x_ND), len(head_VD))
+    local = functools.partial(_local_sums, parts, want_dx, want_dhead)
+    values = (x_ND, head_VD, targets_N, weights_N)
+    sums, *gradients = parts.run(local, values, ("all", "tokens", "head"))
+    return sums, gradients
+
+
+def _local_sums(parts, want_dx, want_dhead, x_ND, head_VD, targets_N, weights_N):
     head = head_VD.astype(x_ND.dtype)
+    chunks = _Chunks(weights_N != 0, head, parts)
 
     def chunk(take, put, carry):
         sums, gradients = carry
-        x_CD, weights_C = take(x_ND), take(weights_N)
-        softmax = _Softmax(x_CD, head, take(targets_N))
+        x_CD, weights_C = parts.gather(take(x_ND)), parts.gather(take(weights_N))
+        softmax = _Softmax(x_CD, head, parts.gather(take(targets_N)), parts)
         values = TokenSums(
             nll=softmax.nll_C,
             entropy=softmax.entropy_C,
             correct=softmax.target_logit_C >= softmax.top_C,
         )
         sums = jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
-        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
+        put_own = lambda array, rows: put(array, parts.sum_own(rows))
+        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put_own)
 
     zero = jnp.zeros((), jnp.float32)
     start = TokenSums(zero, zero, zero), _no_gradients(x_ND, head_VD, want_dx, want_dhead)
-    sums, gradients = _Chunks(weights_N != 0, len(head)).loop(chunk, start)
-    return sums, _cast_gradients(gradients, head_VD)
+    sums, gradients = chunks.loop(chunk, start)
+    sums = jax.tree.map(parts.over_copies, sums)
+    return sums, *_whole_gradients(gradients, head_VD, parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(temperature, x_ND, head_VD, targets_N, wanted_N):
+    parts = _Parts.of(len(x_ND), len(head_VD))
+    local = functools.partial(_local_logprobs, parts, temperature)
+    return parts.run(local, (x_ND, head_VD, targets_N, wanted_N), ("tokens", "tokens"))
+
+
+def _local_logprobs(parts, temperature, x_ND, head_VD, targets_N, wanted_N):
     head = head_VD.astype(x_ND.dtype)
+    chunks = _Chunks(wanted_N, head, parts)
 
     def chunk(take, put, carry):
         logprobs_N, entropy_N = carry
-        softmax = _Softmax(take(x_ND), head, take(targets_N), 1 / temperature)
-        return put(logprobs_N, -softmax.nll_C), put(entropy_N, softmax.entropy_C)
+        x_CD, targets_C = parts.gather(take(x_ND)), parts.gather(take(targets_N))
+        softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
+        own = lambda values_C: parts.own(values_C, chunks.size)
+        return put(logprobs_N, own(-softmax.nll_C)), put(entropy_N, own(softmax.entropy_C))
 
     zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
-    logprobs_N, entropy_N = _Chunks(wanted_N, len(head)).loop(chunk, (zeros_N, zeros_N))
+    logprobs_N, entropy_N = chunks.loop(chunk, (zeros_N, zeros_N))
     # The last chunk may be filled up with tokens that are not wanted.
     only = lambda values_N: jnp.where(wanted_N, values_N, 0)
     return only(logprobs_N), only(entropy_N)
@@ -191,17 +296,27 @@ def _logprobs_backward(temperature, saved, cotangents):
     (x_ND, head_VD, targets_N, wanted_N), flags = saved
     if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
-    head = head_VD.astype(x_ND.dtype)
     weights_N = jnp.where(wanted_N, -cotangents[0], 0)
+    parts = _Parts.of(len(x_ND), len(head_VD))
+    wanted = tuple(len(flag) > 0 for flag in flags)
+    local = functools.partial(_local_logprob_gradients, parts, temperature, wanted)
+    gradients = parts.run(local, (x_ND, head_VD, targets_N, weights_N), ("tokens", "head"))
+    return *gradients, None, None
+
+
+def _local_logprob_gradients(parts, temperature, wanted, x_ND, head_VD, targets_N, weights_N):
+    head = head_VD.astype(x_ND.dtype)
 
     def chunk(take, put, gradients):
-        x_CD, weights_C = take(x_ND), take(weights_N)
-        softmax = _Softmax(x_CD, head, take(targets_N), 1 / temperature)
-        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
+        x_CD, weights_C = parts.gather(take(x_ND)), parts.gather(take(weights_N))
+        targets_C = parts.gather(take(targets_N))
+        softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
+        put_own = lambda array, rows: put(array, parts.sum_own(rows))
+        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put_own)
 
-    start = _no_gradients(x_ND, head_VD, *(len(flag) > 0 for flag in flags))
-    gradients = _Chunks(weights_N != 0, len(head)).loop(chunk, start)
-    return (*_cast_gradients(gradients, head_VD), None, None)
+    start = _no_gradients(x_ND, head_VD, *wanted)
+    gradients = _Chunks(weights_N != 0, head, parts).loop(chunk, start)
+    return _whole_gradients(gradients, head_VD, parts)
 
 
 _token_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
@@ -225,6 +340,9 @@ def _add_gradients(gradients, softmax: _Softmax, weights_C, x_CD, head, put):
     return dx_ND, dhead_VD
 
 
-def _cast_gradients(gradients, head_VD):
+def _whole_gradients(gradients, head_VD, parts: _Parts):
+    """Both, that of the head summed over all tokens and of the head's dtype."""
     dx_ND, dhead_VD = gradients
-    return dx_ND, None if dhead_VD is None else dhead_VD.astype(head_VD.dtype)
+    if dhead_VD is not None:
+        dhead_VD = parts.over_copies(dhead_VD).astype(head_VD.dtype)
+    return dx_ND, dhead_VD

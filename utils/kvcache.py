@@ -8,7 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from utils import sharding
 from utils.errors import SamplingError
 
 Array = jax.Array
@@ -20,7 +22,8 @@ class KVCache:
 
     Attributes:
         k, v: one array a layer, [X, H, S] and [X, S, H] with X = B · K, see
-            `utils.attention.heads_first`; keys are already rotated.
+            `utils.attention.heads_first`; keys are already rotated. On a mesh each device holds its
+            own rows' heads, so that X's order is a device's own and nothing else may index it.
         lengths: [B] int32, filled slots of each row.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
@@ -35,8 +38,11 @@ class KVCache:
     def create(cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype) -> "KVCache":
         """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
         B, K, S, H = shape_BKSH
-        k = tuple(jnp.zeros((B * K, H, S), dtype) for _ in range(n_layers))
-        v = tuple(jnp.zeros((B * K, S, H), dtype) for _ in range(n_layers))
+        batch = sharding.fitting(sharding.DECODING.batch, B)
+        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, K))
+        zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
+        k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
+        v = tuple(zeros(B * K, S, H) for _ in range(n_layers))
         return cls(k, v, jnp.zeros((B,), jnp.int32), empty=True)
 
     @property
@@ -56,15 +62,29 @@ class KVCache:
         """Each row `times` times, side by side: one prefill for several samples of a prompt."""
         B = self.lengths.shape[0]
 
-        def repeat(x):
-            rows = jnp.repeat(x.reshape(B, -1, *x.shape[1:]), times, axis=0)
+        def repeat(x, lengths):
+            rows = jnp.repeat(x.reshape(len(lengths), -1, *x.shape[1:]), times, axis=0)
             return rows.reshape(-1, *x.shape[1:])
 
+        batch = sharding.fitting(sharding.DECODING.batch, B)
+        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, len(self.k[0]) // B))
+        run = sharding.per_device(repeat, (spec, PartitionSpec(batch)), spec)
         return self.replace(
-            k=tuple(map(repeat, self.k)),
-            v=tuple(map(repeat, self.v)),
+            k=tuple(run(x, self.lengths) for x in self.k),
+            v=tuple(run(x, self.lengths) for x in self.v),
             lengths=jnp.repeat(self.lengths, times),
         )
+
+
+def held_heads(
+    n_heads: int, n_kv_heads: int, rules: sharding.ShardingRules = sharding.DECODING
+) -> int:
+    """Kv heads that are computed and cached: a mesh with more parts than heads needs each several times.
+
+    Where neither heads nor parts are a multiple of the other, every device has them all.
+    """
+    parts = sharding.axis_size(rules.heads)
+    return parts if parts % n_kv_heads == 0 and n_heads % parts == 0 else n_kv_heads
 
 
 def write(buffer_X: Array, new_X: Array, lengths_B: Array, axis: int) -> Array:

@@ -5,6 +5,7 @@ the model adds b·a·x to w·x and never forms b·a (utils.ops.linear). Source: 
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from models.llama.config import ModelConfig
 from utils.errors import is_int, is_number, raise_all
+from utils.sharding import Axes
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -64,6 +66,19 @@ def init_lora(config: ModelConfig, lora: LoRAConfig, key: Array, dtype=jnp.float
             b = jnp.zeros((config.n_layers, out_dim, lora.rank), dtype)
             layers.setdefault(part, {}).update({f"{name}_a": a, f"{name}_b": b})
     return {"layers": layers}
+
+
+def adapter_axes(lora: LoRAConfig, table: dict[str, Axes]) -> dict[str, Axes]:
+    """Logical axes of the tree, from those of the matrices (`models.llama.model.PARAM_AXES`)."""
+    rows = {}
+    for part, names in _PARTS.items():
+        for name in names:
+            if name in lora.targets:
+                path = f"layers/{part}/{name}"
+                [axes] = [axes for row, axes in table.items() if re.fullmatch(row, path)]
+                rows[f"{path}_a"] = axes[0], None, axes[2]
+                rows[f"{path}_b"] = axes[0], axes[1], None
+    return rows
 
 
 def matrix_shapes(config: ModelConfig) -> dict[str, tuple[str, int, int]]:

@@ -12,7 +12,6 @@ F ffn dim, V vocab.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,10 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
 from models.llama.layout import FUSED
-from utils import kvcache, ops
-from utils.attention import attention, heads_first
-from utils.kvcache import KVCache
+from utils import ops, sharding
+from utils.attention import attend
+from utils.kvcache import KVCache, held_heads
 from utils.rope import inv_frequencies
+from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -46,17 +46,7 @@ class Attention(nn.Module):
         wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
         q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
-        keys, values = heads_first(k_BTKH, heads(v))
-        if kv is not None:
-            k_buffer, v_buffer, lengths, empty = kv
-            keys, values = keys.astype(k_buffer.dtype), values.astype(v_buffer.dtype)
-            kv = (
-                kvcache.write(k_buffer, keys, lengths, axis=2),
-                kvcache.write(v_buffer, values, lengths, axis=1),
-            )
-            if not empty:
-                keys, values = kv
-        out_BTNH = attention(q_BTNH, keys, values, **masks)
+        out_BTNH, kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
         return _linear("o", out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo), kv
 
 
@@ -85,8 +75,10 @@ class TransformerBlock(nn.Module):
         c = self.config
         norm = lambda name, x: ops.rms_norm(x, _norm(self, name, c.dim).astype(x.dtype), c.norm_eps)
         attn, kv = Attention(c, name="attn")(norm("attn_norm", x_BTD), rope, masks, kv)
-        x_BTD = x_BTD + attn
-        return x_BTD + FeedForward(c, name="mlp")(norm("ffn_norm", x_BTD)), kv
+        rules = TRAINING if kv is None else DECODING
+        x_BTD = constrain(x_BTD + attn, rules, "batch", None, None)
+        x_BTD = x_BTD + FeedForward(c, name="mlp")(norm("ffn_norm", x_BTD))
+        return constrain(x_BTD, rules, "batch", None, None), kv
 
 
 class LLaMa(nn.Module):
@@ -153,8 +145,7 @@ class LLaMa(nn.Module):
         rope = ops.rope_angles(index_BT if positions_BT is None else positions_BT, inv_freq)
         # Or XLA computes every cosine again for each head of each layer.
         rope = jax.lax.optimization_barrier(rope)
-        x_BTD = ops.embed(embed_VD, tokens_BT)
-        x_BTD = x_BTD.astype(self.dtype or x_BTD.dtype)
+        x_BTD = _embed(embed_VD, tokens_BT, self.dtype, TRAINING if cache is None else DECODING)
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
             x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
         else:
@@ -169,7 +160,10 @@ class LLaMa(nn.Module):
             head_VD = self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
         if hidden:
             return x_BTD, cache
-        return ops.project(x_BTD, head_VD.astype(x_BTD.dtype)), cache
+        logits_BTV = ops.project(x_BTD, head_VD.astype(x_BTD.dtype))
+        if cache is not None:  # each device samples from whole rows, as one device would
+            logits_BTV = constrain(logits_BTV, DECODING, "batch", None, None)
+        return logits_BTV, cache
 
     def _scanned_layers(self):
         """All layers as one loop: compile time does not grow with depth."""
@@ -201,6 +195,45 @@ class LLaMa(nn.Module):
         return x_BTD, cache
 
 
+# Logical axes of every parameter, by its path (utils/sharding.py). The layer axis lies on none.
+PARAM_AXES: dict[str, Axes] = {
+    "embed": ("vocab", "embed"),
+    "lm_head": ("vocab", "embed"),
+    "final_norm": (None,),
+    "layers/(attn|ffn)_norm": (None, None),
+    "layers/attn/wq": (None, "heads", "embed"),
+    "layers/attn/w[kv]": (None, "kv_heads", "embed"),
+    "layers/attn/wo": (None, "embed", "heads"),
+    "layers/attn/bq": (None, "heads"),
+    "layers/attn/b[kv]": (None, "kv_heads"),
+    "layers/attn/bo": (None, None),
+    "layers/mlp/w_(gate|up)": (None, "ffn", "embed"),
+    "layers/mlp/w_down": (None, "embed", "ffn"),
+    "layers/mlp/b_(gate|up)": (None, "ffn"),
+    "layers/mlp/b_down": (None, None),
+}
+
+
+def param_axes(config: ModelConfig) -> dict[str, Axes]:
+    """The rows of PARAM_AXES that a model has parameters for."""
+    absent = {
+        "lm_head": config.tie_embeddings,
+        "layers/attn/b": not config.attention_bias,
+        "layers/mlp/b": not config.mlp_bias,
+    }
+    return {
+        row: axes
+        for row, axes in PARAM_AXES.items()
+        if not any(gone and row.startswith(start) for start, gone in absent.items())
+    }
+
+
+def decoding_axes(table: dict[str, Axes]) -> dict[str, Axes]:
+    """The same rows for the layout of `for_decoding` on a mesh: one array a layer."""
+    one = lambda row, axes: (row.replace("layers/", r"layers/\d+/"), axes[1:])
+    return dict(one(*row) if row[0].startswith("layers/") else row for row in table.items())
+
+
 # Names of the matrix products' results, which `remat="dots"` keeps.
 _DOTS = ("q", "k", "v", "o", "_gate", "_up", "_down")
 _REMAT = {
@@ -225,7 +258,8 @@ def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
 
 def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, int, int, int]:
     """[B, K, S, H] of a KV cache's buffers."""
-    return batch, config.n_kv_heads, capacity, config.head_dim
+    heads = held_heads(config.n_heads, config.n_kv_heads)
+    return batch, heads, capacity, config.head_dim
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
@@ -238,7 +272,8 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
 
     `layers` becomes a tuple of one dict a layer, since a decode step on stacked layers would copy
     every weight out of the stack first; q, k, v and gate, up become one matrix each (fewer and
-    larger products). Copies the layers' weights.
+    larger products). On a mesh they stay apart, and lie as `utils.sharding.DECODING` says. Copies
+    the layers' weights.
 
     Args:
         params: stacked; what is laid out already comes back as it is.
@@ -250,27 +285,46 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
     depth = len(params["layers"]["attn_norm"])
     layers: tuple[dict, ...] = tuple({"attn": {}, "mlp": {}} for _ in range(depth))
 
-    def take(leaves: list[Array], put: Callable[[dict, Array], None]) -> None:
+    def take(leaves: list[Array], *path: str) -> None:
         for i, layer in enumerate(layers):
-            put(
-                layer, leaves[0][i] if len(leaves) == 1 else jnp.concatenate([x[i] for x in leaves])
-            )
+            x = leaves[0][i] if len(leaves) == 1 else jnp.concatenate([x[i] for x in leaves])
+            *parents, name = path
+            target = layer[parents[0]] if parents else layer
+            target[name] = _placed_for_decoding("/".join(("layers", "0", *path)), x)
         jax.block_until_ready(layers)
         for leaf in leaves if donate else ():
             leaf.delete()
 
     for name in ("attn_norm", "ffn_norm"):
-        take([params["layers"][name]], lambda layer, x: layer.update({name: x}))
+        take([params["layers"][name]], name)
     for part, groups in FUSED.items():
         stacked = dict(params["layers"][part])
-        for fused, names in groups.items():
+        for fused, names in groups.items() if sharding.current_mesh() is None else ():
             for kind in "wb":
                 if kind + names[0] in stacked:
-                    leaves = [stacked.pop(kind + name) for name in names]
-                    take(leaves, lambda layer, x: layer[part].update({kind + fused: x}))
+                    take([stacked.pop(kind + name) for name in names], part, kind + fused)
         for name, leaf in stacked.items():
-            take([leaf], lambda layer, x: layer[part].update({name: x}))
-    return {**params, "layers": layers}
+            take([leaf], part, name)
+    rest = {name: _placed_for_decoding(name, x) for name, x in params.items() if name != "layers"}
+    return {**rest, "layers": layers}
+
+
+def _placed_for_decoding(path: str, x: Array) -> Array:
+    """x where the context mesh wants that parameter while decoding."""
+    table = decoding_axes(PARAM_AXES)
+    specs = sharding.specs({path: x}, table, sharding.DECODING, all_rows=False)
+    return sharding.place({path: x}, specs)[path]
+
+
+def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) -> Array:
+    """The tokens' rows of the embedding, in dtype."""
+    if rules is TRAINING:
+        tokens_BT = constrain(tokens_BT, LOOKUP, "batch", None)
+    x_BTD = ops.embed(table_VD, tokens_BT)
+    x_BTD = x_BTD.astype(dtype or x_BTD.dtype)
+    if rules is TRAINING:
+        x_BTD = constrain(x_BTD, LOOKUP, "batch", None, "embed")
+    return constrain(x_BTD, rules, "batch", None, None)
 
 
 # A jit inside a jit is traced once for all layers; XLA inlines it.

@@ -1,0 +1,138 @@
+"""The table of sharding rules: a parameter matches one row, and each broken table says what is wrong."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+from models.llama.lora import LoRAConfig, adapter_axes, init_lora
+from models.llama.model import PARAM_AXES, decoding_axes, init_params, param_axes
+from models.llama.presets import PRESETS
+from tests.small_runs import MODEL
+from utils.errors import ConfigError
+from utils.sharding import DECODING, TRAINING, ShardingRules, make_mesh, param_specs
+
+P = jax.sharding.PartitionSpec
+BIASED = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_embeddings=False)
+
+
+class Sizes:
+    """A mesh is asked for its sizes alone."""
+
+    def __init__(self, **shape):
+        self.shape = {"data": 1, "fsdp": 1, "tensor": 1} | shape
+
+
+def shapes_of(config):
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def flat(tree):
+    is_spec = lambda x: isinstance(x, P)
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)[0]
+    }
+
+
+@pytest.mark.parametrize("config", [BIASED, *PRESETS.values()], ids=lambda c: str(c.n_params))
+def test_every_parameter_matches_one_row_and_every_row_a_parameter(config):
+    specs = param_specs(shapes_of(config), param_axes(config), TRAINING, Sizes())
+    assert flat(specs).keys() == flat(shapes_of(config)).keys()
+
+
+def test_the_whole_table_is_used():
+    assert param_axes(BIASED) == PARAM_AXES
+    lora = LoRAConfig(rank=2)
+    tree = jax.eval_shape(lambda: init_lora(MODEL, lora, jax.random.key(0)))
+    specs = flat(param_specs(tree, adapter_axes(lora, PARAM_AXES), TRAINING, Sizes()))
+    assert specs["layers/attn/wo_a"] == P(None, None, ("tensor",))
+    assert specs["layers/attn/wo_b"] == P(None, ("fsdp",), None)
+
+
+def test_what_lies_where():
+    specs = flat(param_specs(shapes_of(BIASED), PARAM_AXES, TRAINING, Sizes(fsdp=2, tensor=2)))
+    assert specs["embed"] == P(("tensor",), ("fsdp",))
+    assert specs["layers/attn/wk"] == P(None, ("tensor",), ("fsdp",))
+    assert specs["layers/mlp/w_down"] == P(None, ("fsdp",), ("tensor",))
+    assert specs["layers/attn/bq"] == P(None, ("tensor",))
+    assert specs["layers/ffn_norm"] == P(None, None)
+    layer = {"layers": {"7": {"attn": {"wq": jax.ShapeDtypeStruct((16, 8), "float32")}}}}
+    table = decoding_axes(PARAM_AXES)
+    specs = param_specs(layer, table, DECODING, Sizes(fsdp=2, tensor=2), all_rows=False)
+    assert flat(specs)["layers/7/attn/wq"] == P(("tensor", "fsdp"), None)
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"layers/.*": (None,)}, r"embed \[8, 4\] matches no row of the table, expected one"),
+        (
+            {"e.*": ("vocab", "embed"), "embed": ("vocab", "embed")},
+            r"embed \[8, 4\] matches rows \['e\.\*', 'embed'\] of the table, expected one",
+        ),
+        ({"embed": ("vocab", "embed"), "lm_head": (None,)}, "no parameter matches row 'lm_head'"),
+        ({"embed": ("vocab",)}, r"embed has shape \[8, 4\], its row 'embed' axes \('vocab',\)"),
+        (
+            {"embed": ("vocab", "ffn")},
+            r"embed \[8, 4\] has mesh axis 'tensor' twice: \('vocab', 'ffn'\)",
+        ),
+        (
+            {"embed": ("embed", "vocab")},
+            r"embed \[8, 4\]: embed has size 8, not a multiple of fsdp=3",
+        ),
+    ],
+)
+def test_each_broken_table_says_what_is_wrong(table, message):
+    params = {"embed": jax.ShapeDtypeStruct((8, 4), "float32")}
+    with pytest.raises(ConfigError, match=message):
+        param_specs(params, table, TRAINING, Sizes(fsdp=3, tensor=2))
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    params = {name: jax.ShapeDtypeStruct((6, 4), "float32") for name in ("a", "b")}
+    with pytest.raises(ConfigError) as error:
+        param_specs(params, {"b": ("vocab", "embed"), "c": ()}, TRAINING, Sizes(fsdp=8, tensor=4))
+    for text in ("a [6, 4] matches no row", "vocab has size 6", "embed has size 4", "row 'c'"):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("axes", [("fsdp", "fsdp"), ("model",), "fsdp"])
+def test_rules_name_the_mesh_axes_once(axes):
+    with pytest.raises(ConfigError, match=r"ShardingRules: embed=.*expected a tuple of data, fsdp"):
+        dataclasses.replace(TRAINING, embed=axes)
+    assert isinstance(TRAINING, ShardingRules)
+
+
+@pytest.mark.parametrize(
+    "spec, devices, shape",
+    [
+        (None, 8, (1, 8, 1)),
+        ("data=2,fsdp=4", 8, (2, 4, 1)),
+        (" tensor = 2 , data=-1", 8, (4, 1, 2)),
+        ({"tensor": 8}, 8, (1, 1, 8)),
+    ],
+)
+def test_a_mesh_is_made_of_what_is_given(spec, devices, shape, monkeypatch):
+    made = {}
+    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: made.setdefault("shape", shape))
+    make_mesh(spec, ["device"] * devices)
+    assert made["shape"] == shape
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("fsdp=3", "--mesh data=1,fsdp=3,tensor=1 is for 3 devices, and there are 8"),
+        ("data=3,fsdp=-1", "is for 3 devices or a multiple, and there are 8"),
+        ("fsdp=2,fsdp=4", "expected for example data=2,fsdp=4,tensor=2"),
+        ("fsdp", "expected for example data=2,fsdp=4,tensor=2"),
+        ("model=8", "no axis 'model'; axes are data, fsdp, tensor"),
+        ("data=-1,fsdp=-1", "expected sizes from 1, and -1 for one axis at most"),
+        ("data=0", "expected sizes from 1"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(spec, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_mesh(spec, ["device"] * 8)

@@ -1,0 +1,308 @@
+"""From one device to a mesh of many: which axis of which array lies on which axis of the mesh.
+
+The mesh is JAX's context mesh: whatever runs under `jax.set_mesh(make_mesh(...))` is sharded, and the
+same code without one runs on a single device. XLA (GSPMD) inserts the collectives; kernels and the
+KV cache, whose layout is local, run under `shard_map` (`per_device`).
+
+Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch, `tensor`
+has parts of each layer's heads, features and vocabulary.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from utils.errors import ConfigError, raise_all
+
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """Which mesh axes each logical axis lies on; () is none.
+
+    Attributes:
+        batch: rows.
+        embed: the model dimension, of parameters only.
+        heads, kv_heads: queries' heads; keys' and values'.
+        ffn: features of the feed-forward layer.
+        vocab: rows of the embedding and of the output head.
+    """
+
+    batch: tuple[str, ...]
+    embed: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+    ffn: tuple[str, ...]
+    vocab: tuple[str, ...]
+
+    def __post_init__(self):
+        raise_all(
+            "ShardingRules",
+            [
+                f"{field.name}={axes!r}, expected a tuple of {', '.join(MESH_AXES)}, each once"
+                for field in dataclasses.fields(self)
+                if not isinstance(axes := getattr(self, field.name), tuple)
+                or not set(axes) <= set(MESH_AXES)
+                or len(set(axes)) < len(axes)
+            ],
+        )
+
+    def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
+        """Of a logical axis; None lies on none."""
+        return () if logical is None else getattr(self, logical)
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """Of an array with these logical axes."""
+        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+
+
+# Training gathers a layer's parameters over fsdp when it is that layer's turn (ZeRO, 1910.02054).
+TRAINING = ShardingRules(
+    batch=("data", "fsdp"),
+    embed=("fsdp",),
+    heads=("tensor",),
+    kv_heads=("tensor",),
+    ffn=("tensor",),
+    vocab=("tensor",),
+)
+# A decode step has few activations and all the parameters: those stay where they are.
+_STAY = ("tensor", "fsdp")
+DECODING = ShardingRules(
+    batch=("data",), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
+)
+
+# Each device looks up its columns of the embedding for all rows of its fsdp group: no device needs the
+# whole table, nor its gradient.
+LOOKUP = dataclasses.replace(TRAINING, batch=("data",))
+
+
+def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices, those of other processes too.
+
+    Args:
+        spec: "data=2,fsdp=4" or a dict; axes that are left out have size 1, one may be -1: all devices
+            that are left. None: all on `fsdp`.
+        devices: default: jax.devices().
+
+    Raises:
+        ConfigError: an unknown axis, or another number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    sizes |= _parse(spec) if isinstance(spec, str) else dict(spec or {"fsdp": -1})
+    text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    if unknown := set(sizes) - set(MESH_AXES):
+        known = ", ".join(MESH_AXES)
+        raise ConfigError(f"--mesh {text}: no axis {sorted(unknown)[0]!r}; axes are {known}")
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"--mesh {text}: expected sizes from 1, and -1 for one axis at most")
+    if open_axes and len(devices) % given == 0:
+        sizes[open_axes[0]] = len(devices) // given
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"--mesh {text} is for {given} devices{' or a multiple' if open_axes else ''}, and "
+            f"there are {len(devices)}; their product must be that"
+        )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(
+        shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def _parse(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d{1,9})\s*", part)
+        if match is None or match[1] in sizes:
+            raise ConfigError(f"--mesh {text!r:.60}, expected for example data=2,fsdp=4,tensor=2")
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
+def current_mesh() -> Any:
+    """The mesh that is being traced for, or None: without one, on one device, or inside `per_device`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not set(mesh.axis_names) <= set(MESH_AXES):
+        return None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def axis_size(axes: Sequence[str]) -> int:
+    """Devices along these mesh axes; 1 without a mesh."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """The mesh axes, or () where they do not divide a dimension of that size: then it is on all."""
+    return axes if size % axis_size(axes) == 0 else ()
+
+
+def constrain(x: Array, rules: ShardingRules, *axes: str | None) -> Array:
+    """x, which XLA is told to shard so; a dimension that its mesh axes do not divide is not sharded."""
+    if current_mesh() is None:
+        return x
+    names = (fitting(rules.mesh_axes(axis), size) or None for axis, size in zip(axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
+
+
+def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """The function on each device's own part of its arguments; as it is without a mesh."""
+    if current_mesh() is None:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def param_specs(
+    params: Any,
+    table: Mapping[str, Axes],
+    rules: ShardingRules,
+    mesh: Any,
+    *,
+    all_rows: bool = True,
+) -> Any:
+    """A PartitionSpec for every parameter.
+
+    Args:
+        params: a tree of arrays or of shapes.
+        table: logical axes by a regex that matches the whole path, "layers/attn/wq".
+        rules: logical to mesh axes.
+        mesh: the mesh, for its sizes.
+        all_rows: whether a row of the table without a parameter is an error.
+
+    Raises:
+        ConfigError: no row or two for a parameter, an unused row, another rank, a mesh axis twice in
+            one parameter, a size that its mesh axes do not divide; all of them at once.
+    """
+    problems, used = [], set()
+
+    def spec(path, leaf) -> PartitionSpec:
+        name, shape = path_name(path), tuple(leaf.shape)
+        rows = [row for row in table if re.fullmatch(row, name)]
+        used.update(rows)
+        if len(rows) != 1:
+            found = f"rows {rows}" if rows else "no row"
+            problems.append(f"{name} {list(shape)} matches {found} of the table, expected one")
+            return PartitionSpec()
+        axes = table[rows[0]]
+        if len(axes) != len(shape):
+            problems.append(f"{name} has shape {list(shape)}, its row {rows[0]!r} axes {axes}")
+            return PartitionSpec()
+        problems.extend(_problems(name, shape, axes, rules, mesh))
+        return rules.spec(axes)
+
+    specs = jax.tree_util.tree_map_with_path(spec, params)
+    if all_rows:
+        problems += [f"no parameter matches row {row!r}" for row in table if row not in used]
+    raise_all("sharding", problems)
+    return specs
+
+
+def specs(
+    params: Any, table: Mapping[str, Axes], rules: ShardingRules, *, all_rows: bool = True
+) -> Any:
+    """`param_specs` on the context mesh; without one, a spec of nothing for every parameter."""
+    mesh = current_mesh()
+    if mesh is None:
+        return jax.tree.map(lambda _: PartitionSpec(), params)
+    return param_specs(params, table, rules, mesh, all_rows=all_rows)
+
+
+def _problems(name: str, shape: tuple[int, ...], axes: Axes, rules: ShardingRules, mesh: Any):
+    mesh_axes = [rules.mesh_axes(axis) for axis in axes]
+    flat = [axis for group in mesh_axes for axis in group]
+    for axis in sorted({axis for axis in flat if flat.count(axis) > 1}):
+        yield f"{name} {list(shape)} has mesh axis {axis!r} twice: {axes}"
+    for size, logical, group in zip(shape, axes, mesh_axes):
+        parts = math.prod(mesh.shape[axis] for axis in group)
+        if size % parts:
+            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in group)
+            yield f"{name} {list(shape)}: {logical} has size {size}, not a multiple of {over}"
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A leaf's path in a tree as "layers/attn/wq"."""
+    key = lambda k: getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))
+    return "/".join(str(key(k)) for k in path)
+
+
+def state_specs(state: Any, params: Any, specs: Any) -> Any:
+    """Specs of an optimizer's state: what has a parameter's name and shape lies where that does."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    known = {
+        path_name(path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(flat, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)
+    }
+
+    def spec(path, leaf):
+        names = path_name(path).split("/")
+        for start in range(len(names)):
+            shape, found = known.get("/".join(names[start:]), (None, None))
+            if shape == leaf.shape:
+                return found
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def constrain_tree(tree: Any, specs: Any) -> Any:
+    """Each array of a tree by its spec; as it is without a mesh."""
+    if current_mesh() is None:
+        return tree
+    return jax.tree.map(
+        lambda spec, x: jax.lax.with_sharding_constraint(x, spec), specs, tree, is_leaf=_is_spec
+    )
+
+
+def replicate(tree: Any) -> Any:
+    """Each array of a tree whole on every device; as it is without a mesh."""
+    return constrain_tree(tree, jax.tree.map(lambda _: PartitionSpec(), tree))
+
+
+def place(tree: Any, specs: Any) -> Any:
+    """Puts each array where its spec says, on the context mesh; as it is without one.
+
+    Of a numpy array each process takes the parts of its own devices.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(
+        lambda spec, x: _put(x, NamedSharding(mesh, spec)), specs, tree, is_leaf=_is_spec
+    )
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    if isinstance(x, np.ndarray):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.device_put(x, sharding)
+
+
+def place_batch(batch: Any) -> Any:
+    """A batch of numpy arrays, rows over the mesh; as it is without one, and where they do not fit."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return batch
+
+    def put(x):
+        parts = math.prod(mesh.shape[axis] for axis in TRAINING.batch)
+        axes = TRAINING.batch if x.ndim and x.shape[0] % parts == 0 else None
+        return _put(x, NamedSharding(mesh, PartitionSpec(axes)))
+
+    return jax.tree.map(put, batch)
