@@ -237,6 +237,7 @@ def main(
     allow_extra: bool = False,
     check_finite: bool = False,
     tie: bool | None = None,
+    mesh: str | None = None,
     debug: bool = False,
 ) -> None:
     """Chats in the terminal; /help lists the commands. With stdin piped, a line is a message.
@@ -258,6 +259,7 @@ def main(
         allow_extra: ignore tensors of the checkpoint that the model does not have.
         check_finite: refuse weights with NaN or infinity, instead of a warning.
         tie: use the embedding as output head, whatever the file says; --notie: the file's own head.
+        mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         debug: show the traceback of an error.
     """
     interrupts = console.Interrupts()
@@ -266,8 +268,8 @@ def main(
     sampling.check_sampler(sampler)
     key = random_key(seed)
     GenerationConfig(max_new_tokens=max_gen_len, max_seq_len=max_seq_len)
-    checks = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = console.load_model(ckpt_dir, tokenizer_path, dtype, **checks)
+    options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
+    model = console.load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
     context = context_length(model.llama.config, max_seq_len)
     conversation = Conversation(model, chat_format_for(model.tokenizer, chat_format), context, key)
     conversation.sampler = sampler

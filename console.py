@@ -23,12 +23,13 @@ import rich.console
 import rich.progress
 
 from models.llama.hub import DEFAULT_MODEL, resolve
-from models.llama.load import load_checkpoint
+from models.llama.load import load_checkpoint, load_config
 from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
 from utils import memory
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
 from utils.files import InputFile, parse_json
+from utils.sharding import default_mesh, make_mesh
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 
@@ -258,6 +259,7 @@ def load_model(
     ckpt_dir: str = DEFAULT_MODEL,
     tokenizer_path: str | None = None,
     dtype: str = "auto",
+    mesh: str | None = None,
     **options: Any,
 ) -> Model:
     """Loads weights and tokenizer, with a progress bar on stderr.
@@ -266,17 +268,37 @@ def load_model(
         ckpt_dir: see `load_checkpoint`.
         tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        mesh: see `use_mesh`.
         options: allow_extra, check_finite and tie of `load_checkpoint`.
     """
     dtype = _auto(dtype)
     with progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
+        use_mesh(mesh, path)
         config, params = load_checkpoint(
             path, dtype=dtype, decoding=True, progress=report, **options
         )
     check_against_model(tokenizer, config.vocab_size)
     return Model(LLaMa(config), params, tokenizer)
+
+
+def use_mesh(spec: str | None, path: Path) -> None:
+    """Shares the model at a path by all devices, from here on.
+
+    Args:
+        spec: see `utils.sharding.make_mesh`; None: as fits the model, see `default_mesh`.
+        path: the checkpoint's, for its config.
+    """
+    if jax.device_count() == 1 and spec is None:
+        return
+    if spec is None:
+        config = load_config(path)
+        matrices = [size for shape in config.matrix_shapes.values() for size in shape]
+        spec = default_mesh([config.vocab_size, *matrices], jax.device_count())
+    mesh = make_mesh(spec)
+    say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}", "")
+    jax.set_mesh(mesh)
 
 
 def busy(what: str) -> contextlib.AbstractContextManager:

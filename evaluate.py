@@ -47,6 +47,7 @@ def ppl(
     chat_format: str | None = None,
     skip_bad: int = 0,
     dtype: str = "auto",
+    mesh: str | None = None,
     json: bool = False,
     debug: bool = False,
 ) -> None:
@@ -65,6 +66,7 @@ def ppl(
         chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
         skip_bad: so many broken rows are left out.
         dtype: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         json: one JSON object, with the counts of what became of the rows.
         debug: show the traceback of an error.
     """
@@ -83,6 +85,7 @@ def ppl(
     with console.progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
+        console.use_mesh(mesh, path)
         context = load_config(path).max_seq_len
         if seq_len is None:
             config = dataclasses.replace(config, seq_len=min(config.seq_len, context))
@@ -130,6 +133,7 @@ def task(
     skip_bad: int = 0,
     reward_timeout: float = 60.0,
     dtype: str = "auto",
+    mesh: str | None = None,
     out: str | None = None,
     json: bool = False,
     debug: bool = False,
@@ -157,6 +161,7 @@ def task(
         skip_bad: so many broken rows of the data are left out.
         reward_timeout: seconds that a reward may take for a batch.
         dtype: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         out: a .jsonl file for the completions with their scores.
         json: one JSON object instead of a table.
         debug: show the traceback of an error.
@@ -183,6 +188,7 @@ def task(
     with console.progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
+        console.use_mesh(mesh, path)
         if task is not None:
             asked = load_task(task, tokenizer, args=args, size=size, seed=seed, **prompting)
         else:

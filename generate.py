@@ -208,6 +208,7 @@ def main(
     allow_extra: bool = False,
     check_finite: bool = False,
     tie: bool | None = None,
+    mesh: str | None = None,
     logprobs: bool = False,
     json: bool = False,
     debug: bool = False,
@@ -236,6 +237,7 @@ def main(
         allow_extra: ignore tensors of the checkpoint that the model does not have.
         check_finite: refuse weights with NaN or infinity, instead of a warning.
         tie: use the embedding as output head, whatever the file says; --notie: the file's own head.
+        mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         logprobs: each token's log-probability, in the JSON.
         json: one JSON object a completion.
         debug: show the traceback of an error.
@@ -254,8 +256,8 @@ def main(
     prompts, chat = console.read_prompts(prompt, prompts_file, chat)
     if not chat and (system is not None or chat_format is not None):
         raise ConfigError("--system and --chat_format need --chat")
-    checks = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = console.load_model(ckpt_dir, tokenizer_path, dtype, **checks)
+    options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
+    model = console.load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
     ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
     interrupts.set(raises=False, leave_at=1)
     run = Generation(model.llama, model.params, sampler, _complete(config, model, ids))

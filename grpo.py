@@ -75,6 +75,7 @@ def grpo(
     reward_timeout: float = 60.0,
     reward_failure: str = "unscorable",
     dtype: str = "auto",
+    mesh: str | None = None,
     param_dtype: str = "float32",
     state_dtype: str = "float32",
     remat: str = "dots",
@@ -143,6 +144,7 @@ def grpo(
         reward_failure: what a crash or time-out of a reward does: unscorable leaves its prompts out,
             stop ends the run.
         dtype: of activations: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         param_dtype: of the trained parameters.
         state_dtype: of the optimizer's moments.
         remat: what the backward pass computes again: none, dots or block; block needs least memory.
@@ -223,7 +225,7 @@ def grpo(
         functools.partial(rewards_of, data, reward),
     )
     key = random_key(seed)
-    source = load_source(ckpt_dir, tokenizer_path)
+    source = load_source(ckpt_dir, tokenizer_path, mesh)
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
     evaluated = None
     if task is not None:

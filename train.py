@@ -46,6 +46,7 @@ def sft(
     lora_rank: int = 0,
     lora_alpha: float | None = None,
     dtype: str = "auto",
+    mesh: str | None = None,
     param_dtype: str = "float32",
     state_dtype: str = "float32",
     remat: str = "dots",
@@ -88,6 +89,7 @@ def sft(
         lora_rank: above 0 trains adapters of that rank next to the frozen model.
         lora_alpha: default: twice the rank.
         dtype: of activations: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
+        mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         param_dtype: of the trained parameters.
         state_dtype: of the optimizer's moments.
         remat: what the backward pass computes again: none, dots or block; block needs least memory.
@@ -151,7 +153,7 @@ def sft(
         functools.partial(known_remat, remat),
     )
     key = random_key(seed)
-    source = load_source(ckpt_dir, tokenizer_path)
+    source = load_source(ckpt_dir, tokenizer_path, mesh)
     dataset = load_dataset(data, source.tokenizer, data_config, skip_bad=skip_bad)
     dataset.check_full_batch()
     say_counts("data", dataset)

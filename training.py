@@ -32,6 +32,7 @@ from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.tasks import Task
 from trainers.trainer import Trainer, TrainState
+from utils import sharding
 from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
 from utils.memory import cache_bytes, human
@@ -49,10 +50,11 @@ class Source:
     tokenizer: Tokenizer
 
 
-def load_source(ckpt_dir: str, tokenizer_path: str | None) -> Source:
-    """Finds or fetches a checkpoint, and loads its tokenizer."""
+def load_source(ckpt_dir: str, tokenizer_path: str | None, mesh: str | None) -> Source:
+    """Finds or fetches a checkpoint, and loads its tokenizer; devices will share it as `mesh` says."""
     with console.progress() as report:
         path = resolve(ckpt_dir, report)
+    console.use_mesh(mesh, path)
     found = Path(tokenizer_path or path)
     return Source(path=path, tokenizer_path=found, tokenizer=load_tokenizer(found))
 
@@ -92,6 +94,8 @@ class SFTJob(Job):
 
     def trainer(self, model: ModelConfig) -> SFTTrainer:
         self.dataset.check_context(model.max_seq_len)
+        rows = self.dataset.config.batch_size
+        sharding.check_rows(batch_size=rows, micro_batch_size=self.config.micro_batch_size)
         return SFTTrainer(LLaMa(model, self.dtype, self.remat), self.config, self.lora)
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
@@ -128,6 +132,10 @@ class GRPOJob(Job):
     rollouts: bool
 
     def trainer(self, model: ModelConfig) -> GRPOTrainer:
+        sharding.check_rows(
+            prompts_per_step=self.rollout.prompts_per_step // self.rollout.mini_batches,
+            micro_batch_size=self.config.micro_batch_size,
+        )
         limit = min(self.tokenizer.vocab_size, model.vocab_size)
         llama = LLaMa(model, self.dtype, self.remat)
         return GRPOTrainer(
@@ -218,6 +226,8 @@ class Run:
         like = jax.eval_shape(
             lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
         )
+        if sharding.current_mesh() is not None:
+            like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.state_specs(like))
         need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
         meta = describe(trainer, source, job)
         with contextlib.ExitStack() as stack:

@@ -16,6 +16,7 @@ import numpy as np
 
 from models.llama.model import Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, split_rows
+from utils import sharding
 from utils.cross_entropy import token_logprobs
 from utils.errors import is_int, is_number
 
@@ -347,9 +348,9 @@ class GRPOTrainer(Trainer):
         rows = {k: batch[k] for k in ("prompts", "prompt_lengths", "tokens", "target_mask")}
         size, n_rows = self.config.micro_batch_size, len(rows["prompts"])
         if size is None or size >= n_rows:
-            return self.logprobs(model, rows)[0]
+            return sharding.replicate(self.logprobs(model, rows)[0])
         parts = jax.lax.map(lambda part: self.logprobs(model, part)[0], split_rows(rows, size))
-        return parts.reshape(-1, *parts.shape[2:])[:n_rows]
+        return sharding.replicate(parts.reshape(-1, *parts.shape[2:])[:n_rows])
 
     def work(self, batch: Batch) -> tuple[float, float]:
         """As Trainer.work; a prompt counts once, and its completions see all of it."""

@@ -23,6 +23,7 @@ from trainers.metrics import (
 )
 from trainers.trainer import Batch, Trainer, TrainState
 from utils.errors import TrainError
+from utils.sharding import place_batch
 
 
 class Data(Protocol):
@@ -166,7 +167,7 @@ class _Run:
             self._note_compilations()  # of sampling, if any
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
             with self.clock("step"):
-                state, metrics = self.trainer.train_step(state, self.frozen, batch)
+                state, metrics = self.trainer.train_step(state, self.frozen, place_batch(batch))
             # While the device computes, unless it is the new policy that makes the next one.
             done, batch = batch, None if on_policy else self._next(batches)
             with self.clock("step"):
@@ -205,7 +206,7 @@ class _Run:
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (preflight)")
             key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
             with self.clock("preflight"):
-                state, _ = self.trainer.train_step(state, self.frozen, batch)
+                state, _ = self.trainer.train_step(state, self.frozen, place_batch(batch))
                 state = jax.block_until_ready(state.replace(key=key))
         self._note_compilations()
         return state

@@ -310,7 +310,9 @@ class Trainer(abc.ABC):
         """Means over all batches with one denominator, with `weight`."""
         total = None
         for batch in batches:
-            loss = jax.tree.map(np.float64, self.eval_step(params, frozen, batch))
+            loss = jax.tree.map(
+                np.float64, self.eval_step(params, frozen, sharding.place_batch(batch))
+            )
             total = loss if total is None else total + loss
         if total is None:
             raise ConfigError("there is nothing to evaluate: no batch was given")

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,21 +58,29 @@ class InputFile:
 
         Raises ArtifactError if the file is too short, or is not the file first seen any more.
         """
+        self.read_each([(offset, out)])
+
+    def read_each(self, parts: Iterable[tuple[int, memoryview]]) -> None:
+        """Fills each buffer from its offset. Raises as `read_into`."""
+        need = 0
         try:
             with self._open() as fd:
-                done = 0
-                while done < len(out):
-                    n = os.preadv(fd, [out[done : done + _READ_CHUNK]], offset + done)
-                    if n == 0:
+                for offset, out in parts:
+                    done = 0
+                    while done < len(out):
+                        n = os.preadv(fd, [out[done : done + _READ_CHUNK]], offset + done)
+                        if n == 0:
+                            break
+                        done += n
+                    if done < len(out):
+                        need = offset + len(out)
                         break
-                    done += n
                 unchanged = _state(fd) == self._state
         except OSError as e:
             raise self._error(f"cannot read {self.path}: {_reason(e)}") from e
         if not unchanged:
             raise self._error(f"{self.path} changed while it was being read; load it again")
-        if done < len(out):
-            need = offset + len(out)
+        if need:
             raise self._error(f"{self.path} is truncated: needs {need} bytes, has {self.size}")
 
     @contextlib.contextmanager

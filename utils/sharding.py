@@ -121,6 +121,26 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
     )
 
 
+def default_mesh(sizes: Sequence[int], n_devices: int) -> dict[str, int]:
+    """As much on `fsdp` as divides all of these sizes of a model's parameters, the rest on `data`."""
+    fsdp = math.gcd(n_devices, *sizes)
+    return {"data": n_devices // fsdp, "fsdp": fsdp}
+
+
+def check_rows(**rows: int | None) -> None:
+    """Raises ConfigError, by the names given, if a training step's rows cannot be shared by the mesh."""
+    parts = axis_size(TRAINING.batch)
+    over = " x ".join(f"{axis}={axis_size([axis])}" for axis in TRAINING.batch)
+    raise_all(
+        "rows",
+        [
+            f"{name}={n} cannot be shared by {over} devices; use a multiple of {parts}"
+            for name, n in rows.items()
+            if n is not None and n % parts
+        ],
+    )
+
+
 def _parse(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -280,12 +300,20 @@ def place(tree: Any, specs: Any) -> Any:
 
     Of a numpy array each process takes the parts of its own devices.
     """
+    if current_mesh() is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return constrain_tree(tree, specs)
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return tree
     return jax.tree.map(
         lambda spec, x: _put(x, NamedSharding(mesh, spec)), specs, tree, is_leaf=_is_spec
     )
+
+
+def shapes_on(mesh: Mesh, tree: Any, specs: Any) -> Any:
+    """The shapes of a tree's arrays, as they lie on a mesh."""
+    shape = lambda spec, x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    )
+    return jax.tree.map(shape, specs, tree, is_leaf=_is_spec)
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:
@@ -296,9 +324,9 @@ def _put(x: Any, sharding: NamedSharding) -> Array:
 
 def place_batch(batch: Any) -> Any:
     """A batch of numpy arrays, rows over the mesh; as it is without one, and where they do not fit."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
+    if current_mesh() is None:
         return batch
+    mesh = jax.sharding.get_mesh()
 
     def put(x):
         parts = math.prod(mesh.shape[axis] for axis in TRAINING.batch)

@@ -21,9 +21,12 @@ from models.llama.gguf_file import open_gguf
 from models.llama.hub import resolve
 from models.llama.layout import Leaf, leaves, same_bits
 from models.llama.meta_file import MetaFolder
+from models.llama.model import PARAM_AXES, decoding_axes
 from models.llama.safetensors_file import INDEX, SINGLE, SafetensorsFolder
 from models.llama.save import save_checkpoint
 from models.llama.stream import Params, Progress, TensorSource, read_params
+from models.llama.stream_sharded import read_sharded
+from utils import sharding
 from utils.errors import ArtifactError, ConfigError
 from utils.files import list_folder, member_path, read_json
 
@@ -64,6 +67,7 @@ def load_checkpoint(
         tie: whether the output head is the embedding. None: as the config says, and the file must
             agree. True leaves out a head that the file has, False takes it against the config.
         decoding: whether the params shall be as `for_decoding` lays them out: no second copy.
+            On a context mesh (utils/sharding.py) each process reads its own parts.
         progress: called with (what, bytes done, bytes in all).
 
     Returns:
@@ -79,7 +83,14 @@ def load_checkpoint(
     # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)
-    params, broken = read_params(source, parts, target, decoding=decoding, progress=progress)
+    if sharding.current_mesh() is None:
+        params, broken = read_params(source, parts, target, decoding=decoding, progress=progress)
+    else:
+        table = decoding_axes(PARAM_AXES) if decoding else PARAM_AXES
+        rules = sharding.DECODING if decoding else sharding.TRAINING
+        params, broken = read_sharded(
+            source, parts, target, table, rules, decoding=decoding, progress=progress
+        )
     if broken:
         shown = ", ".join(f"{name!r} ({n})" for name, n in list(broken.items())[:10])
         message = f"{source.description}: NaN or infinity in {len(broken)} tensors: {shown}"

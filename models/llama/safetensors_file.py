@@ -72,6 +72,26 @@ class SafetensorsFile:
         self._file.read_into(self._data_start + start, memoryview(raw))
         return out
 
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[part]`; of the file, only that is read."""
+        rows, columns = part[0], part[1:]
+        row_shape = self.shapes[name][1:]
+        out = np.empty(
+            (rows.stop - rows.start, *(c.stop - c.start for c in columns)), self.dtypes[name]
+        )
+        row_bytes = math.prod(row_shape) * out.itemsize
+        start = self._data_start + self._spans[name][0] + rows.start * row_bytes
+        raw = memoryview(out.reshape(-1).view(np.uint8))
+        if out.shape[1:] == row_shape:
+            self._file.read_into(start, raw)
+            return out
+        [column] = columns
+        start, size = start + column.start * out.itemsize, out.shape[1] * out.itemsize
+        self._file.read_each(
+            (start + i * row_bytes, raw[i * size : (i + 1) * size]) for i in range(len(out))
+        )
+        return out
+
     def _check_layout(self, data_size: int) -> None:
         """The spans must cover the data exactly: no gap, no overlap, nothing behind."""
         expected = 0
@@ -146,6 +166,10 @@ class SafetensorsFolder:
     def read(self, name: str) -> np.ndarray:
         """The tensor, in an array of its own."""
         return self._files[name].read(name)
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[part]`; of the file, only that is read."""
+        return self._files[name].read_part(name, part)
 
 
 def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]:

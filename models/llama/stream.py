@@ -35,6 +35,13 @@ class TensorSource(Protocol):
         """The tensor in a new array, dequantised where needed."""
 
 
+class PartialSource(TensorSource, Protocol):
+    """A format of which a part of a tensor can be read alone."""
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """`read(name)[part]`, slices with both ends."""
+
+
 def read_params(
     source: TensorSource,
     parts: list[Leaf],

@@ -1,0 +1,181 @@
+"""What 8 fake devices compute next to one; a script, since JAX counts devices once a process.
+
+Prints a JSON line a check: its name, and what is wrong or null. Started by test_mesh.py.
+"""
+
+import dataclasses
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sampling
+from completions import GenerationConfig
+from generate import generate
+from models.llama.config import ModelConfig
+from models.llama.load import load_checkpoint
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa, for_decoding, init_params
+from models.llama.save import save_checkpoint
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.sft_trainer import SFTConfig, SFTTrainer
+from utils import sharding
+
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
+MODEL = ModelConfig(
+    dim=64,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,  # fewer than 8 parts: each is held twice
+    head_dim=8,
+    ffn_dim=96,
+    vocab_size=128,
+    max_seq_len=64,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tie_embeddings=True,
+    activation="silu",
+    attention_bias=True,
+    mlp_bias=False,
+)
+# Heads that no axis of size 2 divides, and a vocabulary of its own for the output.
+ODD = dataclasses.replace(
+    MODEL, n_heads=9, n_kv_heads=3, dim=72, tie_embeddings=False, attention_bias=False
+)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(0, MODEL.vocab_size, (8, 16)).astype(np.int32)
+
+
+def sft(model: ModelConfig = MODEL, lora=None, **config: Any) -> list[np.ndarray]:
+    """Losses, gradient norms and parameters of three steps with masks of unequal lengths."""
+    # SGD-like: Adam would turn a gradient of about 0 into a step of either sign.
+    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant")
+    trainer = SFTTrainer(LLaMa(model, jnp.float32, "block"), SFTConfig(**known | config), lora)
+    state, frozen = trainer.init(params_of(model), jax.random.key(1))
+    mask = np.arange(16) < np.arange(3, 11)[:, None]
+    batch = sharding.place_batch({"tokens": TOKENS, "target_mask": mask})
+    found = []
+    for _ in range(3):
+        state, metrics = trainer.train_step(state, frozen, batch)
+        found += [metrics["loss"], metrics["grad_norm"]]
+    return [np.asarray(x) for x in [*found, *jax.tree.leaves(state.params)]]
+
+
+def grpo(**config: Any) -> list[np.ndarray]:
+    """Metrics, parameters and scores of a step on ragged completions."""
+    rng = np.random.default_rng(1)
+    B, G, P, C = 8, 4, 8, 6
+    batch = {
+        "prompts": rng.integers(0, 128, (B, P)).astype(np.int32),
+        "prompt_lengths": rng.integers(1, P + 1, B).astype(np.int32),
+        "tokens": rng.integers(0, 128, (B, G, C)).astype(np.int32),
+        "target_mask": np.arange(C) < rng.integers(1, C + 1, (B, G, 1)),
+        "counts": np.ones((B, G), np.float32),
+        "advantages": rng.normal(size=(B, G)).astype(np.float32),
+        "sampler_logprobs": np.full((B, G, C), -5.0, np.float32),
+        "old_logprobs": np.full((B, G, C), -5.0, np.float32),
+        "ref_logprobs": np.full((B, G, C), -5.0, np.float32),
+    }
+    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", beta=0.1)
+    trainer = GRPOTrainer(
+        LLaMa(MODEL, jnp.float32, "block"), GRPOConfig(max_completion_len=C, **known | config)
+    )
+    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
+    batch = sharding.place_batch(batch)
+    scores = trainer.score(state.params, frozen, batch)
+    state, metrics = trainer.train_step(state, frozen, batch)
+    found = [metrics[name] for name in sorted(metrics)]
+    return [np.asarray(x) for x in [scores, *found, *jax.tree.leaves(state.params)]]
+
+
+def sample(model: ModelConfig, n: int, sampler) -> list[np.ndarray]:
+    """Tokens, exactly, and log-probs of prompts that no number of devices divides."""
+    params = for_decoding(params_of(model))
+    prompts = [[3, 5, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    config = GenerationConfig(max_new_tokens=12, n=n)
+    done = generate(
+        LLaMa(model), params, prompts, sampler=sampler, key=jax.random.key(3), config=config
+    )
+    return [done.tokens * 1000, done.logprobs]
+
+
+def logits(model: ModelConfig) -> list[np.ndarray]:
+    """Of the whole model."""
+    return [np.asarray(LLaMa(model).apply({"params": params_of(model)}, TOKENS)[0])]
+
+
+def load(folder: Path, decoding: bool) -> list[np.ndarray]:
+    """A checkpoint's parameters, by their names; of the decoding layout, unfused rows."""
+    _, params = load_checkpoint(folder, dtype="float32", decoding=decoding)
+    if decoding:
+        params = {**params, "layers": [_apart(layer) for layer in params["layers"]]}
+    return [np.asarray(x) for x in jax.tree.leaves(params)]
+
+
+def _apart(layer: dict) -> dict:
+    """A layer with q, k, v and gate, up below each other, as one device holds them."""
+    attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
+    for kind in "wb":
+        if f"{kind}q" in attn:
+            attn[f"{kind}qkv"] = np.concatenate([attn.pop(kind + name) for name in "qkv"])
+    if "w_gate" in mlp:
+        mlp["w_gate_up"] = np.concatenate([mlp.pop("w_gate"), mlp.pop("w_up")])
+    return {**layer, "attn": attn, "mlp": mlp}
+
+
+def params_of(model: ModelConfig):
+    """Always the same; on the mesh where there is one."""
+    return jax.tree.map(jnp.asarray, _PARAMS[model])
+
+
+_PARAMS = {
+    model: jax.tree.map(np.asarray, init_params(model, jax.random.key(0))) for model in (MODEL, ODD)
+}
+
+
+def checks(folder: Path) -> dict[str, Any]:
+    """Functions by name; each returns arrays that are equal on all meshes."""
+    save_checkpoint(folder / "hf", MODEL, params_of(MODEL), format="hf")
+    save_checkpoint(folder / "meta", ODD, params_of(ODD), format="meta")
+    return {
+        "logits": lambda: logits(MODEL),
+        "logits, odd heads": lambda: logits(ODD),
+        "sft": sft,
+        "sft, micro-batches": lambda: sft(micro_batch_size=4),
+        "sft, odd heads": lambda: sft(ODD),
+        "sft, lora": lambda: sft(lora=LoRAConfig(rank=8)),
+        "sft, adafactor": lambda: sft(optimizer="adafactor"),
+        "grpo": grpo,
+        "greedy": lambda: sample(MODEL, 1, sampling.Greedy()),
+        "greedy, odd heads": lambda: sample(ODD, 1, sampling.Greedy()),
+        "two samples a prompt": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9)),
+        "load, hf": lambda: load(folder / "hf", False),
+        "load, meta": lambda: load(folder / "meta", False),
+        "load for decoding": lambda: load(folder / "hf", True),
+    }
+
+
+def main(folder: str, meshes: list[str]) -> None:
+    """Runs every check on one device, then on each mesh."""
+    known = checks(Path(folder))
+    wanted = {name: check() for name, check in known.items()}
+    for mesh in meshes:
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            for name, check in known.items():
+                problem = None
+                try:
+                    for a, b in zip(wanted[name], check(), strict=True):
+                        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+                except Exception:
+                    problem = traceback.format_exc()
+                print(json.dumps({"mesh": mesh, "check": name, "problem": problem}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,50 @@
+"""One device = eight fake ones: logits, training, GRPO, sampling and loading, on five meshes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import cli
+from tests.mesh_checks import MESHES
+
+CHECKS = (
+    "logits",
+    "logits, odd heads",
+    "sft",
+    "sft, micro-batches",
+    "sft, odd heads",
+    "sft, lora",
+    "sft, adafactor",
+    "grpo",
+    "greedy",
+    "greedy, odd heads",
+    "two samples a prompt",
+    "load, hf",
+    "load, meta",
+    "load for decoding",
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    args = [sys.executable, "-m", "tests.mesh_checks", tmp_path_factory.mktemp("mesh"), *MESHES]
+    done = subprocess.run(args, cwd=cli.ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    found = map(json.loads, done.stdout.splitlines())
+    return {(row["mesh"], row["check"]): row["problem"] for row in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_compute_what_one_does(results, mesh, check):
+    assert results[mesh, check] is None, results[mesh, check]
+
+
+@pytest.mark.slow
+def test_no_check_is_forgotten(results):
+    assert set(results) == {(mesh, check) for mesh in MESHES for check in CHECKS}
