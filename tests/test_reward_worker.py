@@ -1,13 +1,17 @@
 """Rewards that crash, hang and misbehave, in real processes: what is lost, and what is not."""
 
 import contextlib
+import errno
 import functools
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import pytest
 
 from tests import reward_faults
 from tests.reward_faults import FAULTS, HARMLESS, OnBad, lengths, whoami
+from trainers import reward_worker
+from trainers.reward_process import RewardProcess
 from trainers.rewards import Reward, RewardPool
 from utils.errors import TrainError
 
@@ -70,6 +76,33 @@ def test_a_fault_costs_its_prompt_and_no_other(after_faults, name):
     text = f"reward {name!r} on prompt 1 ('question 1'): "
     assert message.startswith(text)
     assert re.fullmatch(FAULTS[name][1], message.removeprefix(text)), message
+
+
+@pytest.mark.covers("D11")
+def test_a_process_that_closes_its_connection_may_end_by_itself():
+    code = "import os, time; os.close(0); time.sleep(0.3); os._exit(5)"
+    process = RewardProcess("f", lengths, 20.0)
+    process.connection, theirs = connection.Pipe()
+    with theirs:
+        process._process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=theirs.fileno(), start_new_session=True
+        )
+    connection.wait([process.connection], 10)
+    assert process.answer()["failed"] == "its process ended (exit code 5)"
+
+
+@pytest.mark.covers("D11")
+@pytest.mark.parametrize(
+    "error, killed", [(EOFError(), 1), (ConnectionResetError(), 1), (OSError(errno.EBADF, ""), 0)]
+)
+def test_a_worker_ends_with_its_parent_but_not_for_a_closed_descriptor(error, killed, monkeypatch):
+    def raise_error():
+        raise error
+
+    calls = []
+    monkeypatch.setattr(os, "killpg", lambda *args: calls.append(args))
+    reward_worker._receive(types.SimpleNamespace(recv_bytes=raise_error), queue.SimpleQueue())
+    assert calls == [(os.getpid(), signal.SIGKILL)] * killed
 
 
 @pytest.mark.covers("D11")

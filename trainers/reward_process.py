@@ -5,6 +5,7 @@ Inside is `trainers.reward_worker`.
 
 import inspect
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -13,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import connection
-from os import killpg
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class RewardProcess:
             self.kill()
             return {"failed": f"timed out after {self._timeout:g} s", "timeout": True}
         except (EOFError, OSError):
+            self._let_end()
             code = self.kill()
             how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
             return {"failed": f"its process ended ({how})", "timeout": False}
@@ -99,13 +100,27 @@ class RewardProcess:
                 start_new_session=True,  # Ctrl-C is for us; and one signal ends all that it forks
             )
 
+    def _let_end(self) -> None:
+        """Waits up to a second for the end of a process that has closed its connection.
+
+        What it exits with says more than that it was killed. It is not fetched: see `kill`.
+        """
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13
+            time.sleep(1.0)
+            return
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        for _ in range(100):
+            if os.waitid(os.P_PID, self._process.pid, how):
+                return
+            time.sleep(0.01)
+
     def kill(self) -> int:
         """Ends the process, if there is one, with its group. Returns its exit code."""
         if self._process is None:
             return 0
         # Before wait(), while its number is still taken; macOS refuses where all have ended.
         with suppress(ProcessLookupError, PermissionError):
-            killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         self.connection.close()
         self._process = None

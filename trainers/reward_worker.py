@@ -5,6 +5,7 @@ up in some 50 ms. Whatever the function does to its process, the pool sees an an
 or silence.
 """
 
+import errno
 import json
 import math
 import numbers
@@ -58,7 +59,9 @@ def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
     try:
         while True:
             frames.put(connection.recv_bytes())
-    except (EOFError, OSError):
+    except (EOFError, OSError) as error:
+        if getattr(error, "errno", None) == errno.EBADF:
+            return  # the function has closed it: whoever asked knows, and its exit code says more
         # The worker leads a group of its own; what the function has forked goes with it.
         os.killpg(os.getpid(), signal.SIGKILL)
 
