@@ -222,7 +222,7 @@ class Trainer(abc.ABC):
         sums, loss = self._gradient_sums(state.params, frozen, batch, loss_key)
         # Of the sums: of their quotients, XLA would keep a copy for the norm alone.
         inverse = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
-        norm = optax.tree.norm(sums) * inverse
+        norm = optax.tree.norm(cast_floats(sums, jnp.float32)) * inverse
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
         params, moments = self._update(sums, norm, inverse, updated, state)
@@ -242,26 +242,30 @@ class Trainer(abc.ABC):
         return sharding.constrain_tree(state, self.state_specs(state)), metrics
 
     def _update(self, sums: Params, norm: Array, scale: Array, updated: Array, state: TrainState):
-        """(parameters, moments) after the update, where `updated`.
-
-        Moments are updated after the parameters, which read the old ones, and XLA is made to see
-        it: on CPU it copied all moments otherwise, before the forward pass.
-        """
+        """(parameters, moments) after the update, where `updated`."""
         if self.config.clip_norm is not None:
             scale *= jnp.minimum(1, self.config.clip_norm / norm)
-        grads = jax.tree.map(lambda x: x * scale, sums)
         optimizer = make_optimizer(self.config)
-        keep = lambda new, old: jax.tree.map(
-            lambda n, o: jnp.where(updated, n.astype(o.dtype), o), new, old
+
+        def update(sums, scale, updated, params, moments):
+            grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, sums)
+            updates, new = optimizer.update(grads, moments, params)
+            params = _where(updated, optax.apply_updates(params, updates), params)
+            return params, _where(updated, new, moments)
+
+        def params_first(sums, scale, updated, params, moments):
+            # Moments are updated after the parameters, which read the old ones, and XLA is made to
+            # see it: on CPU it copied all moments otherwise, before the forward pass.
+            new, _ = update(sums, scale, updated, params, moments)
+            new, sums, updated = jax.lax.optimization_barrier((new, sums, updated))
+            # Always true, but not for XLA. (A barrier alone is gone before copies are decided on.)
+            first = sum(x.reshape(-1)[0] for x in jax.tree.leaves(new))
+            updated = updated & ((first < jnp.inf) | ~(first < 0))
+            return new, update(sums, scale, updated, params, moments)[1]
+
+        return jax.lax.platform_dependent(
+            sums, scale, updated, state.params, state.opt_state, cpu=params_first, default=update
         )
-        updates, _ = optimizer.update(grads, state.opt_state, state.params)
-        params = keep(optax.apply_updates(state.params, updates), state.params)
-        params, grads, updated = jax.lax.optimization_barrier((params, grads, updated))
-        # Always true, but not for XLA. (A barrier alone is gone before copies are decided on.)
-        first = sum(x.reshape(-1)[0] for x in jax.tree.leaves(params))
-        updated = updated & ((first < jnp.inf) | ~(first < 0))
-        _, moments = optimizer.update(grads, state.opt_state, state.params)
-        return params, keep(moments, state.opt_state)
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: Array
@@ -269,12 +273,15 @@ class Trainer(abc.ABC):
         """(float32 gradients of total / weight over the whole batch, the Loss of the whole batch)."""
         sums, loss = self._gradient_sums(params, frozen, batch, key)
         weight = jnp.where(loss.weight > 0, loss.weight, 1)
-        return jax.tree.map(lambda x: x / weight, sums), loss
+        return jax.tree.map(lambda x: x.astype(jnp.float32) / weight, sums), loss
 
     def _gradient_sums(
         self, params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[Params, Loss]:
-        """(float32 gradients of the total over the whole batch, its Loss)."""
+        """(gradients of the total over the whole batch, its Loss).
+
+        The gradients are float32 where micro-batches are added up, else of the parameters' dtype.
+        """
 
         def of_rows(rows: Batch, key: Array) -> tuple[Params, Loss]:
             def total(params):
@@ -289,8 +296,7 @@ class Trainer(abc.ABC):
             grads, loss = of_rows(batch, key)
         else:
             grads, loss = _accumulate(of_rows, split_rows(batch, size), key)
-        grads = sharding.constrain_tree(grads, self.specs(params))
-        return cast_floats(grads, jnp.float32), loss
+        return sharding.constrain_tree(grads, self.specs(params)), loss
 
     @functools.partial(jax.jit, static_argnums=0)
     def eval_step(self, params: Params, frozen: Params, batch: Batch) -> Loss:
@@ -317,6 +323,11 @@ class Trainer(abc.ABC):
         if total is None:
             raise ConfigError("there is nothing to evaluate: no batch was given")
         return {k: float(v) for k, v in (total.means() | {"weight": total.weight}).items()}
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+    """Each array of one tree or the other, of the old one's dtype."""
+    return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
 
 
 def split_rows(batch: Batch, size: int) -> Batch:
