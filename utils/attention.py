@@ -119,7 +119,7 @@ def _by_platform(plain, q_BTNH, k_XHS, v_XSH, key_mask_BS, segment_ids_BS) -> Ar
     v_BSKH = v_XSH.reshape(B, -1, S, H).transpose(0, 2, 1, 3)
     if key_mask_BS is not None:
         ids = 0 if segment_ids_BS is None else segment_ids_BS
-        segment_ids_BS = jnp.where(key_mask_BS, ids, -1)
+        segment_ids_BS = jnp.where(key_mask_BS, ids, jnp.iinfo(jnp.int32).min)
     return kernels.attend(plain, q_BTNH, k_BSKH, v_BSKH, segment_ids_BS)
 
 

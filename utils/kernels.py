@@ -71,12 +71,9 @@ def flash_attention(
     block_q, block_kv = _block(T), _block(S)
     # Keys that are filled in lie in every query's future, and queries that are filled in are cut off.
     heads_first = lambda x, block: _fill(x, 1, block).transpose(0, 2, 1, 3)
-    q_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(k_BSKH.dtype)
-    q, k, v = (
-        heads_first(q_BTNH, block_q),
-        heads_first(k_BSKH, block_kv),
-        heads_first(v_BSKH, block_kv),
-    )
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(k_BSKH.dtype)
+    q = heads_first(scaled_BTNH, block_q)
+    k, v = heads_first(k_BSKH, block_kv), heads_first(v_BSKH, block_kv)
     segments = None
     if segment_ids_BS is not None:
         segments = splash.SegmentIds(
@@ -88,7 +85,8 @@ def flash_attention(
         block_sizes=_block_sizes(block_q, block_kv, H),
         interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v, segments)[:, :, :T].transpose(0, 2, 1, 3)
+    out_BNTH = jax.vmap(kernel)(q, k, v, segments)[:, :, :T]
+    return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
 
 class _CausalMask(splash_mask.CausalMask):
