@@ -147,7 +147,7 @@ def test_attention_hands_its_masks_to_the_kernel(monkeypatch):
     shown = jnp.stack([hidden, ~hidden])[..., None, None]
     masked = lambda *args: jnp.where(shown, run(*args), 0)
     exact = jax.jit(with_gradients, static_argnums=0)(masked, q, k, v, do, None)
-    monkeypatch.setattr(kernels, "attend", as_on_tpu)
+    monkeypatch.setattr(kernels, "causal_attention", as_on_tpu)
     again = lambda *args: masked(*args)
     ours = jax.jit(with_gradients, static_argnums=0)(again, q, k, v, do, None)
     for a, b in zip(ours, exact, strict=True):
@@ -163,7 +163,7 @@ def test_branches_take_the_kernel(monkeypatch):
         shown, attention(q, *heads_first(k, v), branches=(prefix, branches)), 0
     )
     exact = jax.jit(with_gradients, static_argnums=0)(run, q, k, v, do, None)
-    monkeypatch.setattr(kernels, "attend", as_on_tpu)
+    monkeypatch.setattr(kernels, "causal_attention", as_on_tpu)
     again = lambda *args: run(*args)
     ours = jax.jit(with_gradients, static_argnums=0)(again, q, k, v, do, None)
     for a, b in zip(ours, exact, strict=True):

@@ -120,7 +120,7 @@ def _by_platform(plain, q_BTNH, k_XHS, v_XSH, key_mask_BS, segment_ids_BS) -> Ar
     if key_mask_BS is not None:
         ids = 0 if segment_ids_BS is None else segment_ids_BS
         segment_ids_BS = jnp.where(key_mask_BS, ids, jnp.iinfo(jnp.int32).min)
-    return kernels.attend(plain, q_BTNH, k_BSKH, v_BSKH, segment_ids_BS)
+    return kernels.causal_attention(plain, q_BTNH, k_BSKH, v_BSKH, segment_ids_BS)
 
 
 def _plain(q_BTNH, k_XHS, v_XSH, slots_BT, key_mask_BS, segment_ids_BT) -> Array:

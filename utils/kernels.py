@@ -20,7 +20,7 @@ Array = jax.Array
 LANES, LARGEST_BLOCK = 128, 512
 
 
-def attend(
+def causal_attention(
     plain: Callable[[], Array],
     q_BTNH: Array,
     k_BSKH: Array,
@@ -61,7 +61,7 @@ def flash_attention(
     Source: Dao et al. (2205.14135); the sparse blocks: jax.experimental.pallas.ops.tpu.
 
     Args:
-        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `attend`.
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
         interpret: run the kernel's body by XLA, on any device (slow; for tests).
 
     Returns:
@@ -146,7 +146,7 @@ def cudnn_attention(
     Segments cost a bias of [B, 1, T, S], which all heads share.
 
     Args:
-        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `attend`.
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
         implementation: of `jax.nn.dot_product_attention`; "xla" runs anywhere (for tests).
 
     Returns:
