@@ -1,17 +1,17 @@
-"""Attention behind one function, which picks the kernel.
+"""Attention behind one function: plain XLA, or an accelerator's kernel (`utils.kernels`).
 
-Today that is plain XLA everywhere; the kernels for TPU and GPU belong in `attention` and nowhere else.
 On a mesh, each device attends with its own rows and heads (`attend`).
 Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, X = B · K.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from utils import kvcache, sharding
+from utils import kernels, kvcache, sharding
 
 Array = jax.Array
 
@@ -98,10 +98,33 @@ def attention(
             on the right.
 
     Returns:
-        [B, T, N, H], of q's dtype; a query that sees no key gives zeros.
+        [B, T, N, H], of q's dtype. What a query whose own key is hidden gives is finite, and zeros
+        in plain XLA where it sees no key.
     """
     if branches is not None:
         return _branched(q_BTNH, k_XHS, v_XSH, *branches)
+    masks = (slots_BT, key_mask_BS, segment_ids_BT)
+    plain = functools.partial(_plain, q_BTNH, k_XHS, v_XSH, *masks)
+    if slots_BT is not None:
+        return plain()
+    return _by_platform(plain, q_BTNH, k_XHS, v_XSH, *masks[1:])
+
+
+def _by_platform(plain, q_BTNH, k_XHS, v_XSH, key_mask_BS, segment_ids_BS) -> Array:
+    """`plain()`, or the kernel of the platform, for queries that are the last T of S tokens."""
+    (B, T), (_, H, S) = q_BTNH.shape[:2], k_XHS.shape
+    if T < SMALLEST_BLOCK:
+        return plain()
+    k_BSKH = k_XHS.reshape(B, -1, H, S).transpose(0, 3, 1, 2)
+    v_BSKH = v_XSH.reshape(B, -1, S, H).transpose(0, 2, 1, 3)
+    if key_mask_BS is not None:
+        ids = 0 if segment_ids_BS is None else segment_ids_BS
+        segment_ids_BS = jnp.where(key_mask_BS, ids, jnp.iinfo(jnp.int32).min)
+    return kernels.causal_attention(plain, q_BTNH, k_BSKH, v_BSKH, segment_ids_BS)
+
+
+def _plain(q_BTNH, k_XHS, v_XSH, slots_BT, key_mask_BS, segment_ids_BT) -> Array:
+    """`attention` in plain XLA, a block of queries at a time."""
     B, T, N, H = q_BTNH.shape
     S, K = k_XHS.shape[2], k_XHS.shape[0] // B
     q_XGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(-1, N // K, T, H)
@@ -140,13 +163,12 @@ def _branched(
     k = jnp.concatenate([shared(k_XHS[:, :, :P]), k_own], axis=-1)
     v = jnp.concatenate([shared(v_XSH[:, :P]), v_own], axis=-2)
     seen_BGP = jnp.broadcast_to(prefix_mask_BP[:, None], (B, G, P))
-    out = attention(
-        q_BTNH[:, P:].reshape(B * G, C, N, H),
-        k.reshape(B * G * K, H, P + C),
-        v.reshape(B * G * K, P + C, H),
-        slots_BT=jnp.broadcast_to(P + jnp.arange(C), (B * G, C)),
-        key_mask_BS=jnp.concatenate([seen_BGP, branch_mask_BGC], axis=-1).reshape(B * G, P + C),
-    )
+    seen = jnp.concatenate([seen_BGP, branch_mask_BGC], axis=-1).reshape(B * G, P + C)
+    q = q_BTNH[:, P:].reshape(B * G, C, N, H)
+    k, v = k.reshape(B * G * K, H, P + C), v.reshape(B * G * K, P + C, H)
+    slots_BT = jnp.broadcast_to(P + jnp.arange(C), (B * G, C))
+    plain = functools.partial(_plain, q, k, v, slots_BT, seen, None)
+    out = _by_platform(plain, q, k, v, seen, None)
     return jnp.concatenate([prefix_BPNH, out.reshape(B, G * C, N, H)], axis=1)
 
 

@@ -1,0 +1,173 @@
+"""Attention kernels of accelerators, on the arrays of one device: JAX's own, behind one signature.
+
+Queries are the last T of S keys: S = T is plain causal attention, S > T a continuation. Padding and
+packing are segment ids: a query sees the keys up to itself that have its own id, itself always.
+Dimension key: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+Array = jax.Array
+
+# A TPU's vector register has 128 lanes. Blocks of 512 keep the matrix unit busy (512 multiplications
+# for each key that is read) and a block's scores within the vector memory of every TPU since v4.
+LANES, LARGEST_BLOCK = 128, 512
+
+
+def causal_attention(
+    plain: Callable[[], Array],
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BS: Array | None = None,
+) -> Array:
+    """Causal attention by the kernel of the platform that the program is lowered for.
+
+    The choice is the compiler's, not the tracer's, so a program compiled on a laptop for a TPU gets
+    the TPU's kernel. In one for a CPU they leave no trace.
+
+    Args:
+        plain: the same in plain XLA.
+        q_BTNH: [B, T, N, H] queries, the last T of the S tokens.
+        k_BSKH, v_BSKH: [B, S, K, H].
+        segment_ids_BS: [B, S] int32. None: all tokens are of one segment.
+
+    Returns:
+        [B, T, N, H], of q's dtype.
+    """
+    kernels = {"tpu": flash_attention, "default": lambda *_: plain()}
+    # cuDNN's function asks the installed library while it is traced: only where there is one.
+    if jax.default_backend() == "gpu" and _cudnn_takes(q_BTNH, k_BSKH, segment_ids_BS):
+        kernels["cuda"] = cudnn_attention
+    return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, **kernels)
+
+
+def flash_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BS: Array | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """JAX's splash attention for TPU, with its backward pass; softmax in float32.
+
+    Source: Dao et al. (2205.14135); the sparse blocks: jax.experimental.pallas.ops.tpu.
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
+        interpret: run the kernel's body by XLA, on any device (slow; for tests).
+
+    Returns:
+        [B, T, N, H], of q's dtype.
+    """
+    (T, N, H), S = q_BTNH.shape[1:], k_BSKH.shape[1]
+    block_q, block_kv = _block(T), _block(S)
+    # Keys that are filled in lie in every query's future, and queries that are filled in are cut off.
+    heads_first = lambda x, block: _fill(x, 1, block).transpose(0, 2, 1, 3)
+    scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(k_BSKH.dtype)
+    q = heads_first(scaled_BTNH, block_q)
+    k, v = heads_first(k_BSKH, block_kv), heads_first(v_BSKH, block_kv)
+    segments = None
+    if segment_ids_BS is not None:
+        segments = splash.SegmentIds(
+            q=_fill(segment_ids_BS[:, S - T :], 1, block_q), kv=_fill(segment_ids_BS, 1, block_kv)
+        )
+    mask = _CausalMask((q.shape[2], k.shape[2]), offset=S - T)
+    kernel = splash.make_splash_mha_single_device(
+        splash_mask.MultiHeadMask([mask] * N),
+        block_sizes=_block_sizes(block_q, block_kv, H),
+        interpret=interpret,
+    )
+    out_BNTH = jax.vmap(kernel)(q, k, v, segments)[:, :, :T]
+    return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
+
+
+class _CausalMask(splash_mask.CausalMask):
+    """The causal mask for splash attention, which evaluates it to find out what a block holds.
+
+    Two corners tell: any key of the block is seen if the last query sees the first key, all are if
+    the first query sees the last. Evaluated in full, 65,536 tokens take half a minute.
+    """
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = block
+        some = queries.stop - 1 + self.offset >= keys.start
+        every = queries.start + self.offset >= keys.stop - 1
+        return np.asarray([some, every])
+
+    # A class that defines one of both has to define the other.
+    __eq__, __hash__ = splash_mask.CausalMask.__eq__, splash_mask.CausalMask.__hash__
+
+
+def _block(length: int) -> int:
+    """A block's length: as few blocks as possible, of equal whole registers."""
+    count = -(-length // LARGEST_BLOCK)
+    return -(-length // (count * LANES)) * LANES
+
+
+def _fill(x: Array, axis: int, block: int) -> Array:
+    """x with zeros at the end of an axis, up to a multiple of the block."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, widths)
+
+
+def _block_sizes(q: int, kv: int, head_dim: int) -> splash.BlockSizes:
+    """The same blocks in all three kernels.
+
+    Head dims that do not fill registers lie across them: 64 would be padded to 128 in memory.
+    The fused backward kernel would write a dq for every block of keys.
+    """
+    layout = splash.QKVLayout.SEQ_MINOR if head_dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
+    return splash.BlockSizes(
+        **{name: q for name in ("block_q", "block_q_dkv", "block_q_dq")},
+        **{name: kv for name in ("block_kv", "block_kv_dkv", "block_kv_dq")},
+        **{name: layout for name in ("q_layout", "k_layout", "v_layout")},
+    )
+
+
+def cudnn_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    segment_ids_BS: Array | None = None,
+    *,
+    implementation: str = "cudnn",
+) -> Array:
+    """cuDNN's flash attention for CUDA GPUs, with its backward pass.
+
+    Segments cost a bias of [B, 1, T, S], which all heads share.
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
+        implementation: of `jax.nn.dot_product_attention`; "xla" runs anywhere (for tests).
+
+    Returns:
+        [B, T, N, H], of q's dtype.
+    """
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    seen = None
+    if segment_ids_BS is not None:
+        seen = segment_ids_BS[:, None, S - T :, None] == segment_ids_BS[:, None, None, :]
+    if S > T:
+        # cuDNN's causal mask begins at the first key.
+        causal = jnp.tri(T, S, S - T, dtype=bool)[None, None]
+        seen = causal if seen is None else seen & causal
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=seen, is_causal=S == T, implementation=implementation
+    )
+
+
+def _cudnn_takes(q_BTNH: Array, k_BSKH: Array, segment_ids_BS: Array | None) -> bool:
+    """Whether cuDNN has a kernel for these arrays on every GPU since Ampere."""
+    (T, H), S = q_BTNH.shape[1::2], k_BSKH.shape[1]
+    half = q_BTNH.dtype == k_BSKH.dtype and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+    has_bias = segment_ids_BS is not None or S > T
+    return half and H % 8 == 0 and H <= 128 and not (has_bias and (T % 2 or S % 2))
