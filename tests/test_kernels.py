@@ -106,7 +106,7 @@ def test_blocks_are_whole_registers_and_few(T):
 
 
 @pytest.mark.parametrize("bq, bkv", [(128, 128), (128, 256)])
-@pytest.mark.parametrize("offset", [0, 1, 127, 300])
+@pytest.mark.parametrize("offset", [0, 1, 126, 127, 300])
 def test_the_mask_tells_what_a_block_holds(offset, bq, bkv):
     T, S = 256, 768
     ours = kernels._CausalMask((T, S), offset=offset)
