@@ -230,7 +230,9 @@ def test_a_kernel_costs_its_own_estimate_or_the_callers():
     assert (cost.flops, cost.bytes_accessed, cost.kernels) == (1234, 678, {"jit(f)/splash": 1})
     seen = []
     text = module(ARGUMENT + KERNEL.replace("ESTIMATE", ""))
-    cost = analyse(text, lambda name, shapes: seen.append((name, shapes)) or (50, 60))
+    cost = analyse(
+        text, lambda name, arrays: seen.append((name, [a.dims for a in arrays])) or (50, 60)
+    )
     assert (cost.flops, cost.bytes_accessed) == (50, 60)
     assert seen == [("jit(f)/splash", [(1000, 32), (8, 1000), (8,)])]
     assert analyse(text).bytes_accessed == 128000 + 16000 + 32

@@ -55,8 +55,8 @@ class Cost:
         return sum(self.collectives.values())
 
 
-# (a kernel's name, shapes of its operands and then of its results) -> (FLOPs, bytes)
-KernelCost = Callable[[str, list[tuple[int, ...]]], tuple[float, float]]
+# (a kernel's name, its operands and then its results) -> (FLOPs, bytes)
+KernelCost = Callable[[str, list[Array]], tuple[float, float]]
 
 
 def analyse(
@@ -187,7 +187,7 @@ class _Program:
             numbers = dict(re.findall(r'"(\w+)":"?(\d+)', found[1]))
             return float(numbers.get("flops", 0)), float(numbers.get("bytes_accessed", 0))
         if self._kernel is not None:
-            return self._kernel(i.label, [array.dims for array in operands + i.arrays])
+            return self._kernel(i.label, operands + i.arrays)
         return 0, sum(array.bytes for array in operands + i.arrays)
 
     def _traffic(self, i: Instruction, within: Computation) -> float:
@@ -275,6 +275,6 @@ def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...
         places = np.arange(out[out_labels.index(axis)]) * stride - low
         for tap in range(rhs[kernel_labels.index(axis)]):
             at = places + tap * step
-            taps += np.count_nonzero((at >= 0) & (at <= ends) & (at % base == 0))
+            taps += int(np.count_nonzero((at >= 0) & (at <= ends) & (at % base == 0)))
         total *= taps
     return total
