@@ -222,7 +222,8 @@ def report(found: dict[str, Any]) -> str:
     rows, job = found["programs"], found["job"]
     axes = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
     how = f"{job['kind']} of {job['batch']} x {job['seq']} tokens, remat {job['remat']}"
-    memory = rich.table.Table(title=f"{found['topology']} ({axes or 'one device'}): {how}")
+    title = f"{found['topology']} ({axes or 'one device'}): {how}"
+    memory = rich.table.Table()
     memory.add_column("of one device")
     for row in rows:
         memory.add_column(row["name"], justify="right")
@@ -253,7 +254,7 @@ def report(found: dict[str, Any]) -> str:
         else "estimated, not compiled"
     )
     return (
-        page.file.getvalue() + f"{verdict} ({source}). A step takes {seconds:.3g} s at least: "
+        f"{title}\n{page.file.getvalue()}{verdict} ({source}). A step takes {seconds:.3g} s at least: "
         f"{found['tokens_per_second']:,.0f} tokens/s at most{money}\n"
     )
 

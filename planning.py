@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 import decoding
 import sampling
@@ -183,7 +183,10 @@ class _Compiler:
         if compiled is None:  # what does not fit here does not fit there
             return [prefill, self.estimates["decode step"]]
         results = jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_shardings)
-        leaves = [_shape(x, where) for x, where in zip(*results, strict=True)]
+        leaves = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            for x, where in zip(*results, strict=True)
+        ]
         state = jax.tree.unflatten(jax.tree.structure(compiled.out_info), leaves)
         decode, _ = self._compiled(
             "decode step",
@@ -281,8 +284,7 @@ class _Compiler:
         return -(-tokens // chunk_size(tokens, job.model.vocab_size))
 
     def _sharded(self, tree: Any, specs: Any) -> Any:
-        put = lambda spec, x: _shape(x, NamedSharding(self.mesh, spec))
-        return jax.tree.map(put, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        return sharding.shapes_on(self.mesh, tree, specs)
 
     def _everywhere(self, tree: Any) -> Any:
         return self._sharded(tree, jax.tree.map(lambda _: PartitionSpec(), tree))
@@ -326,10 +328,6 @@ def attention_cost(name: str, arrays: list[Array]) -> tuple[float, float]:
 
 def _key() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def _bytes(tree: Any) -> int:
