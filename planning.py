@@ -278,10 +278,14 @@ class _Compiler:
         )
 
     def _chunks(self) -> int:
-        job = self.job
-        parts = math.prod(self.mesh.shape[axis] for axis in sharding.TRAINING.batch)
+        """Rounds of the loss's loop: devices that share its tokens and vocabulary go over both."""
+        job, V = self.job, self.job.model.vocab_size
+        parts = sharding.axis_size(sharding.TRAINING.batch)
         tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * job.seq // parts)
-        return -(-tokens // chunk_size(tokens, job.model.vocab_size))
+        vocab_axes = sharding.fitting(sharding.DECODING.vocab, V)
+        sharers = self.mesh.shape["fsdp"] if vocab_axes else 1
+        chunk = chunk_size(tokens * sharers, V // sharding.axis_size(vocab_axes)) // sharers or 1
+        return -(-tokens // chunk)
 
     def _sharded(self, tree: Any, specs: Any) -> Any:
         return sharding.shapes_on(self.mesh, tree, specs)
