@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 }
 
 
-def plan(
+def main(
     model: str,
     topology: str,
     job: str = "sft",
@@ -121,6 +121,7 @@ def plan(
         if not compiles:
             return estimate_job(wanted, sizes)
         with console.busy(f"compiling for {where.name}") as status:
+            # On no terminal there is no status.
             say = lambda what: status and status.update(f"[dim]compiling the {what}[/]")
             return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), say)
 
@@ -260,4 +261,4 @@ def report(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    console.run(plan)
+    console.run(main)
