@@ -98,6 +98,15 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
         ConfigError: an unknown axis, or another number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(spec, len(devices))
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(
+        shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str, int]:
+    """The size of every axis of `make_mesh`; the same errors."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1}
     sizes |= _parse(spec) if isinstance(spec, str) else dict(spec or {"fsdp": -1})
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -108,17 +117,14 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
     given = math.prod(size for size in sizes.values() if size != -1)
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"--mesh {text}: expected sizes from 1, and -1 for one axis at most")
-    if open_axes and len(devices) % given == 0:
-        sizes[open_axes[0]] = len(devices) // given
-    if math.prod(sizes.values()) != len(devices):
+    if open_axes and n_devices % given == 0:
+        sizes[open_axes[0]] = n_devices // given
+    if math.prod(sizes.values()) != n_devices:
         raise ConfigError(
             f"--mesh {text} is for {given} devices{' or a multiple' if open_axes else ''}, and "
-            f"there are {len(devices)}; their product must be that"
+            f"there are {n_devices}; their product must be that"
         )
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(
-        shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    return sizes
 
 
 def default_mesh(sizes: Sequence[int], n_devices: int) -> dict[str, int]:

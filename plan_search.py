@@ -1,0 +1,97 @@
+"""The cheapest mesh, batch and rematerialisation of a job that fit on a topology."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from models.llama.model import init_params, param_axes
+from planning import REMATS, Job
+from utils import sharding
+from utils.chips import Topology, roofline
+from utils.errors import ConfigError
+from utils.estimate import Program, estimate_job
+
+_COMPILES = 4
+
+
+class Candidate(NamedTuple):
+    """One way to run a job, by its estimate."""
+
+    job: Job
+    mesh: dict[str, int]
+    seconds_a_token: float
+    peak_bytes: int
+
+
+def search_job(
+    job: Job, topology: Topology, programs_of: Callable[[Job, dict[str, int]], list[Program]]
+) -> tuple[Job, dict[str, int], list[Program]]:
+    """(the job, its mesh, its programs) of the fewest seconds a token that fit.
+
+    All ways are estimated; the best are compiled, until one fits.
+
+    Args:
+        job: its batch is the most rows that are tried.
+        topology: where it runs.
+        programs_of: compiles, or estimates where it cannot.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    limit, wrong = topology.chip.memory_bytes, 1.0
+    ways = sorted(_candidates(job, topology), key=lambda way: way.seconds_a_token)
+    for _ in range(_COMPILES):
+        way = next((way for way in ways if way.peak_bytes * wrong <= limit), None)
+        if way is None:
+            break
+        programs = programs_of(way.job, way.mesh)
+        peak = max(program.peak_bytes for program in programs)
+        if peak <= limit:
+            return way.job, way.mesh, programs
+        wrong = max(peak, limit * 1.05) / way.peak_bytes  # so far off are the estimates
+    raise ConfigError(
+        f"--search: no mesh, batch and remat of {job.kind} fits {topology.name}; pass a larger "
+        "topology, --param_dtype bfloat16, --state_dtype bfloat16, --optimizer adafactor or "
+        "--job lora"
+    )
+
+
+def _candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
+    chip = topology.chip
+    for mesh in _meshes(job, topology.n_chips):
+        rows = mesh["data"] * (mesh["fsdp"] if job.trains else 1)
+        for remat in REMATS if job.trains else (job.remat,):
+            batch = rows * job.samples_a_prompt
+            while batch <= job.batch:
+                way = dataclasses.replace(job, batch=batch, remat=remat)
+                programs = estimate_job(way, mesh)
+                seconds = 0.0
+                for program in programs:
+                    cost = program.cost
+                    bounds = roofline(chip, cost.flops, cost.bytes_accessed, cost.collective_bytes)
+                    seconds += program.runs * max(bounds.values())
+                peak = max(program.peak_bytes for program in programs)
+                yield Candidate(way, mesh, seconds / way.tokens, peak)
+                batch *= 2
+
+
+def _meshes(job: Job, n_chips: int) -> Iterator[dict[str, int]]:
+    """All that divide the model's parameters."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(job.model, key, jnp.bfloat16), key)
+    rules = [sharding.TRAINING] * job.trains + [sharding.DECODING] * job.samples
+    sides = [n for n in range(1, n_chips + 1) if n_chips % n == 0]
+    for fsdp in sides:
+        for tensor in [n for n in sides if (n_chips // fsdp) % n == 0]:
+            mesh = {"data": n_chips // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
+            try:
+                for rule in rules:
+                    like = types.SimpleNamespace(shape=mesh)
+                    sharding.param_specs(params, param_axes(job.model), rule, like)
+            except ConfigError:
+                continue
+            yield mesh

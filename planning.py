@@ -1,0 +1,344 @@
+"""What a job asks of each device: its real steps, compiled for machines that need not be there."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+import decoding
+import sampling
+from models.llama.config import ModelConfig
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa, cache_shape, decoding_axes, for_decoding
+from models.llama.model import init_params, param_axes
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.optimizer import DTYPES, OPTIMIZERS
+from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.trainer import Trainer
+from utils import sharding
+from utils.cross_entropy import chunk_size
+from utils.errors import is_int, raise_all
+from utils.estimate import Program, estimate_job
+from utils.hlo import analyse
+from utils.hlo_text import Array
+from utils.kvcache import KVCache, bucket
+
+KINDS = ("sft", "lora", "grpo", "generate")
+REMATS = ("none", "dots", "block")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is planned.
+
+    Attributes:
+        model: the model.
+        kind: one of KINDS; lora is sft with adapters, and lora_rank makes grpo train adapters too.
+        batch: rows of a step; for grpo completions.
+        seq: tokens of a row, prompt and completion together.
+        prompt_len: tokens of the prompt, for grpo and generate.
+        group_size: completions a prompt, for grpo.
+        micro_batch_size: rows whose gradients are computed at once; None: all.
+        lora_rank: 0 trains all parameters.
+        remat, dtype, param_dtype, state_dtype, optimizer: as in train.py.
+    """
+
+    model: ModelConfig
+    kind: str
+    batch: int
+    seq: int
+    prompt_len: int
+    group_size: int = 8
+    micro_batch_size: int | None = None
+    lora_rank: int = 0
+    remat: str = "dots"
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    state_dtype: str = "float32"
+    optimizer: str = "adamw"
+
+    def __post_init__(self):
+        bad = []
+        known = dict(kind=KINDS, remat=REMATS, dtype=DTYPES, param_dtype=DTYPES)
+        known |= dict(state_dtype=DTYPES, optimizer=OPTIMIZERS)
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                got = getattr(self, name)
+                bad.append(f"{name}={got!r:.40}, expected one of {', '.join(values)}")
+        for name, least in dict(batch=1, seq=2, prompt_len=1, group_size=1, lora_rank=0).items():
+            if not is_int(getattr(self, name)) or getattr(self, name) < least:
+                bad.append(f"{name}={getattr(self, name)!r:.40}, expected an integer from {least}")
+        micro = self.micro_batch_size
+        if micro is not None and not (is_int(micro) and micro >= 1):
+            bad.append(f"micro_batch_size={micro!r:.40}, expected an integer from 1, or None")
+        raise_all("plan", bad)
+        if self.seq > self.model.max_seq_len:
+            bad.append(f"seq={self.seq} exceeds the model's context of {self.model.max_seq_len}")
+        if self.samples and self.prompt_len >= self.seq:
+            bad.append(
+                f"prompt_len={self.prompt_len} leaves no room for a completion in seq={self.seq}"
+            )
+        if self.kind == "grpo" and (self.batch % self.group_size or (micro or 0) % self.group_size):
+            bad.append(
+                f"batch={self.batch} and micro_batch_size={micro} are not multiples of a group"
+            )
+        if self.kind == "lora" and not self.lora_rank:
+            bad.append("lora_rank=0 for a lora job, expected an integer from 1")
+        raise_all("plan", bad)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has a training step."""
+        return self.kind != "generate"
+
+    @property
+    def samples(self) -> bool:
+        """Whether it generates."""
+        return self.kind in ("grpo", "generate")
+
+    @property
+    def samples_a_prompt(self) -> int:
+        """Completions that share a prefill."""
+        return self.group_size if self.kind == "grpo" else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a step: those that are trained on or generated."""
+        return self.batch * (self.seq - self.prompt_len if self.samples else self.seq)
+
+
+def compile_job(
+    job: Job, mesh: Mesh, say: Callable[[str], Any] = lambda what: None
+) -> list[Program]:
+    """A job's programs, compiled.
+
+    Args:
+        job: what to plan.
+        mesh: over the devices of a topology.
+        say: is told what is being compiled.
+
+    Raises:
+        ConfigError: the mesh does not divide the model.
+    """
+    with jax.set_mesh(mesh):
+        one = _Compiler(job, mesh, say)
+        programs = one.sampling() if job.samples else []
+        return programs + ([one.training()] if job.trains else [])
+
+
+class _Compiler:
+    """Compiles on a mesh on which nothing can run: all arrays are shapes."""
+
+    def __init__(self, job: Job, mesh: Mesh, say: Callable[[str], Any]):
+        self.job, self.mesh, self.say = job, mesh, say
+        self.estimates = {program.name: program for program in estimate_job(job, mesh.shape)}
+        self.stays: dict[str, int] = {}
+        if job.trains:
+            self.trainer = make_trainer(job)
+            self.state, self.frozen = self._state()
+            self.stays = {
+                "parameters": _bytes(self.state.params),
+                "frozen parameters": _bytes(self.frozen),
+                "optimizer": _bytes(self.state.opt_state),
+            }
+
+    def training(self) -> Program:
+        """The training step."""
+        trainer, batch = self.trainer, self._batch()
+        lower = lambda: type(trainer).train_step.lower(trainer, self.state, self.frozen, batch)
+        return self._compiled("train step", lower, self.stays | {"batch": _bytes(batch)})[0]
+
+    def sampling(self) -> list[Program]:
+        """Prefill and a decode step, on parameters laid out for them."""
+        job, n = self.job, self.job.samples_a_prompt
+        prompts, dtype = job.batch // n, jnp.dtype(job.dtype)
+        model, capacity = LLaMa(job.model), bucket(job.seq, 64)
+        whole = jax.eval_shape(lambda key: init_params(job.model, key, dtype), _key())
+        params = jax.eval_shape(for_decoding, whole)
+        specs = sharding.specs(params, decoding_axes(param_axes(job.model)), sharding.DECODING)
+        params = self._sharded(params, specs)
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        sampler = jax.eval_shape(lambda: sampling.traced(sampling.TopP()))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+        rules, batch, steps = self._everywhere(
+            (
+                decoding.Rules(sampler, ints(8), ints()),
+                (ints(prompts, job.prompt_len), ints(prompts), ints(prompts), keys),
+                ints(),
+            )
+        )
+        cache = self._cache(prompts, capacity)
+        held = self.stays | {"policy for sampling" if job.trains else "parameters": _bytes(params)}
+        prefill, compiled = self._compiled(
+            "prefill",
+            lambda: decoding.prefill.lower(model, (n, capacity), params, rules, cache, batch),
+            held | {"KV cache": _bytes(cache)},
+        )
+        if compiled is None:  # what does not fit here does not fit there
+            return [prefill, self.estimates["decode step"]]
+        results = jax.tree.leaves(compiled.out_info), jax.tree.leaves(compiled.output_shardings)
+        leaves = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            for x, where in zip(*results, strict=True)
+        ]
+        state = jax.tree.unflatten(jax.tree.structure(compiled.out_info), leaves)
+        decode, _ = self._compiled(
+            "decode step",
+            lambda: decoding.decode.lower(model, params, rules, state, steps),
+            held | {"KV cache": _bytes(state.cache)},
+        )
+        return [prefill, decode]
+
+    def _state(self) -> tuple[Any, Any]:
+        trainer, job = self.trainer, self.job
+        dtype = jnp.dtype(job.dtype if trainer.keeps_frozen else job.param_dtype)
+        init = lambda key: trainer.init(init_params(job.model, key, dtype), key)
+        state, frozen = jax.eval_shape(init, _key())
+        frozen_specs = trainer.model_specs(frozen) if frozen else {}
+        return (
+            self._sharded(state, trainer.state_specs(state)),
+            self._sharded(frozen, frozen_specs),
+        )
+
+    def _batch(self) -> dict[str, Any]:
+        job = self.job
+        groups, length = job.batch // job.group_size, job.seq - job.prompt_len
+        if job.kind == "grpo":
+            by_token, by_row = (groups, job.group_size, length), (groups, job.group_size)
+            shapes = {
+                "prompts": ((groups, job.prompt_len), jnp.int32),
+                "prompt_lengths": ((groups,), jnp.int32),
+                "tokens": (by_token, jnp.int32),
+                "target_mask": (by_token, bool),
+                "counts": (by_row, jnp.float32),
+                "advantages": (by_row, jnp.float32),
+                "sampler_logprobs": (by_token, jnp.float32),
+            }
+        else:
+            by_token = (job.batch, job.seq)
+            shapes = {"tokens": (by_token, jnp.int32), "target_mask": (by_token, bool)}
+        batch = {name: jax.ShapeDtypeStruct(*of) for name, of in shapes.items()}
+        rows = sharding.fitting(sharding.TRAINING.batch, batch["tokens"].shape[0])
+        return self._sharded(batch, {name: PartitionSpec(rows) for name in batch})
+
+    def _cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty one: `prefill` itself would ask this machine for its dtype, and not the mesh."""
+        shape = cache_shape(self.job.model, rows, capacity)
+        dtype, depth = jnp.dtype(self.job.dtype), self.job.model.n_layers
+        cache = jax.eval_shape(lambda: KVCache.create(shape, depth, dtype))
+        batch = sharding.fitting(sharding.DECODING.batch, rows)
+        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, shape[1]))
+        specs = jax.tree.map(lambda _: spec, cache).replace(lengths=PartitionSpec(batch))
+        return self._sharded(cache, specs)
+
+    def _compiled(
+        self, name: str, lower: Callable[[], Any], held: dict[str, int]
+    ) -> tuple[Program, Any]:
+        """(the program, what was compiled, or None if it did not fit), next to what is held."""
+        self.say(name)
+        start, estimate = time.perf_counter(), self.estimates[name]
+        try:
+            compiled = lower().compile()
+        except jax.errors.JaxRuntimeError as e:
+            if (needed := _needed_bytes(str(e))) is None:
+                raise
+            temp = max(needed - sum(held.values()), 0)
+            return (
+                dataclasses.replace(
+                    estimate,
+                    parts=_some(held | {"temporaries": temp}),
+                    argument_bytes=sum(held.values()),
+                    temp_bytes=temp,
+                    compile_seconds=time.perf_counter() - start,
+                ),
+                None,
+            )
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # A decode step's loop is one step; others of unknown rounds go over the loss's chunks.
+        rounds = lambda loop: 1 if loop.startswith("jit(decode)") else self._chunks()
+        return (
+            Program(
+                name=name,
+                runs=estimate.runs,
+                parts=_some(held | {"results": results, "temporaries": memory.temp_size_in_bytes}),
+                argument_bytes=memory.argument_size_in_bytes,
+                temp_bytes=memory.temp_size_in_bytes,
+                cost=analyse(compiled.as_text(), attention_cost, rounds),
+                compile_seconds=seconds,
+            ),
+            compiled,
+        )
+
+    def _chunks(self) -> int:
+        """Rounds of the loss's loop: devices that share its tokens and vocabulary go over both."""
+        job, V = self.job, self.job.model.vocab_size
+        parts = sharding.axis_size(sharding.TRAINING.batch)
+        tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * job.seq // parts)
+        vocab_axes = sharding.fitting(sharding.DECODING.vocab, V)
+        sharers = self.mesh.shape["fsdp"] if vocab_axes else 1
+        chunk = chunk_size(tokens * sharers, V // sharding.axis_size(vocab_axes)) // sharers or 1
+        return -(-tokens // chunk)
+
+    def _sharded(self, tree: Any, specs: Any) -> Any:
+        return sharding.shapes_on(self.mesh, tree, specs)
+
+    def _everywhere(self, tree: Any) -> Any:
+        return self._sharded(tree, jax.tree.map(lambda _: PartitionSpec(), tree))
+
+
+def make_trainer(job: Job) -> Trainer:
+    """The trainer of a job that trains."""
+    llama = LLaMa(job.model, jnp.dtype(job.dtype), job.remat)
+    lora = LoRAConfig(rank=job.lora_rank) if job.lora_rank else None
+    rest = dict(optimizer=job.optimizer, param_dtype=job.param_dtype, state_dtype=job.state_dtype)
+    if job.kind != "grpo":
+        return SFTTrainer(llama, SFTConfig(micro_batch_size=job.micro_batch_size, **rest), lora)
+    micro = None if job.micro_batch_size is None else job.micro_batch_size // job.group_size
+    length = job.seq - job.prompt_len
+    config = GRPOConfig(micro_batch_size=micro, max_completion_len=length, **rest)
+    return GRPOTrainer(llama, config, lora)
+
+
+def _needed_bytes(message: str) -> int | None:
+    """Of XLA's error for a program that does not fit: "Used 17.5G of 15.75G hbm"."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    return found and int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
+
+
+def attention_cost(name: str, arrays: list[Array]) -> tuple[float, float]:
+    """FLOPs and bytes of a kernel of JAX's splash attention; of another, only what it takes and gives.
+
+    A block of queries reads the keys and values that it sees, half of them for a causal mask.
+    """
+    moved = sum(array.bytes for array in arrays)
+    found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
+    heads = [array for array in arrays if len(array.dims) == 4]
+    if found is None or len(heads) < 3:
+        return 0, moved
+    q, k = heads[:2]
+    T, S = max(q.dims[2:]), max(k.dims[2:])
+    # Products: q·k and weights·v; backward q·k again, dv, dp and dq or dk.
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[found[1]]
+    return products * math.prod(q.dims) * (2 * S - T), moved
+
+
+def _key() -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device's part of sharded shapes."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def _some(parts: dict[str, int]) -> dict[str, int]:
+    return {part: n for part, n in parts.items() if n > 0}

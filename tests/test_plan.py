@@ -1,0 +1,200 @@
+"""What a job needs: closed forms, the command line, and one real step compiled for a TPU."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import plan
+from models.llama.presets import PRESETS
+from plan_search import search_job
+from planning import Job, _needed_bytes, attention_cost
+from tests.cli import run
+from utils.chips import CHIPS, parse_topology, roofline
+from utils.errors import ConfigError
+from utils.estimate import estimate_job
+from utils.hlo_text import Array
+
+KEYS = "fits argument_bytes temp_bytes peak_bytes flops bytes_accessed collective_bytes"
+KEYS += " roofline_seconds compile_seconds"
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+SMOL = PRESETS["smollm2-135m"]
+
+
+def job(name="llama-3.2-1b", **changes):
+    fields = dict(model=PRESETS[name], kind="sft", batch=4, seq=2048, prompt_len=512)
+    return Job(**fields | dict(remat="block") | changes)
+
+
+def programs(mesh=None, **changes):
+    return {p.name: p for p in estimate_job(job(**changes), ONE | (mesh or {}))}
+
+
+def test_a_step_computes_six_products_a_parameter_and_token_and_two_more_where_it_recomputes():
+    n, tokens = PRESETS["llama-3.2-1b"].n_params, 4 * 2048
+    attention = 2 * 4 * 2048**2 * 2048 * 16
+    step = programs(remat="dots")["train step"]
+    assert step.cost.flops == pytest.approx(6 * n * tokens + 3.5 * attention, rel=0.001)
+    again = programs()["train step"].cost.flops - step.cost.flops
+    layers = n - 128256 * 2048
+    assert again == pytest.approx(2 * layers * tokens + attention, rel=0.001)
+    assert programs({"fsdp": 4})["train step"].cost.flops * 4 == pytest.approx(
+        programs()["train step"].cost.flops
+    )
+
+
+def test_decoding_reads_the_weights_and_the_cache():
+    step = programs({"tensor": 8}, name="llama-3.1-8b", kind="generate", batch=32, seq=4096)
+    weights = PRESETS["llama-3.1-8b"].n_params * 2
+    cache = 2 * 32 * 32 * 8 * 4096 * 128 * 2
+    found = step["decode step"].cost
+    assert found.bytes_accessed == pytest.approx((weights + cache) / 8, rel=0.001)
+    assert step["decode step"].argument_bytes == pytest.approx((weights + cache) / 8, rel=0.001)
+    assert step["decode step"].runs == 4096 - 512 - 1
+
+
+def test_sharing_parameters_costs_gathering_them():
+    alone, shared = programs()["train step"], programs({"fsdp": 8}, batch=32)["train step"]
+    assert alone.cost.collectives == {}
+    weights = 2 * PRESETS["llama-3.2-1b"].n_params
+    assert shared.cost.collectives == {
+        "all-gather": pytest.approx(3 * weights * 7 / 8, rel=0.001),
+        "reduce-scatter": pytest.approx(weights * 7 / 8, rel=0.001),
+    }
+    assert shared.parts["parameters"] == alone.parts["parameters"] // 8
+    tensor = programs({"tensor": 4})["train step"].cost.collectives
+    assert tensor == {
+        "all-reduce": pytest.approx(6 * 16 * 2 * (3 / 4) * 4 * 2048 * 2048 * 2, rel=0.001)
+    }
+
+
+def test_adapters_need_neither_gradients_nor_moments_of_the_model():
+    lora = programs(kind="lora", lora_rank=16)["train step"].parts
+    full = programs()["train step"].parts
+    assert lora["frozen parameters"] == 2 * PRESETS["llama-3.2-1b"].n_params
+    assert lora["parameters"] == 4 * 16 * 16 * (2 * 2048 * 2 + 2 * 2560 + 3 * (2048 + 8192))
+    assert (
+        lora["optimizer"] == 2 * lora["parameters"] and full["optimizer"] > 30 * lora["optimizer"]
+    )
+
+
+def test_a_rollout_is_held_beside_the_training_state():
+    found = programs(kind="grpo", batch=16)
+    state = found["train step"].parts
+    for name in ("prefill", "decode step"):
+        assert found[name].parts["optimizer"] == state["optimizer"]
+        assert found[name].parts["policy for sampling"] == 2 * PRESETS["llama-3.2-1b"].n_params
+
+
+def test_a_kernels_cost_by_its_name_and_shapes():
+    array = lambda *dims: Array(dims, 16, False)
+    info, q, k = array(4, 4, 1), array(2, 32, 1024, 64), array(2, 8, 1024, 64)
+    one = 2 * 32 * 1024 * 1024 * 64  # half of a product of all pairs, two a multiply-add
+    for name, products in {"fwd_residuals": 2, "dq_no_residuals": 3, "dkv_segmented": 4}.items():
+        flops, moved = attention_cost(f"jit(f)/splash_mha_{name}", [info, q, k, k, q])
+        assert flops == products * one
+        assert moved == 2 * (2 * q.size / 2 + 2 * k.size / 2 + info.size / 2)
+    turned = [info, array(2, 32, 64, 1024), array(2, 8, 64, 2048), array(2, 8, 64, 2048), q]
+    assert attention_cost("splash_mqa_fwd", turned)[0] == 2 * one * 3
+    assert attention_cost("other", [q, k, k])[0] == 0
+
+
+def test_the_roofline_is_flops_bytes_and_links_over_the_chips_own():
+    v5e = CHIPS["v5e"]
+    assert roofline(v5e, 197e12, 819e9 / 2, 50e9) == {"compute": 1, "memory": 0.5, "links": 0.25}
+    assert v5e.memory_bytes < 16 * 2**30 < CHIPS["v6e"].memory_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["v5e", "v5e:", "v9e:4", "v5e:4x", "v5e:0x4", "v5e:2x2x2", "v5p:4x4", "v5e:x", "h100:-1"],
+)
+def test_an_unknown_topology_says_what_is_known(text):
+    with pytest.raises(ConfigError, match=re.escape(repr(text))):
+        parse_topology(text)
+    assert parse_topology("v5p:2x2x4").n_chips == 16 and parse_topology("h100:8").n_chips == 8
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(kind="dpo"), ["kind='dpo'", "sft, lora, grpo, generate"]),
+        (dict(batch=0, seq=True, remat="all"), ["batch=0", "seq=True", "remat='all'"]),
+        (dict(dtype="float8", optimizer="sgd"), ["dtype='float8'", "optimizer='sgd'"]),
+        (dict(seq=10**6), ["seq=1000000", "131072"]),
+        (dict(kind="generate", prompt_len=2048), ["prompt_len=2048", "seq=2048"]),
+        (dict(kind="grpo", batch=12), ["batch=12"]),
+        (dict(kind="lora"), ["lora_rank=0"]),
+    ],
+)
+def test_a_wrong_job_says_all_that_is_wrong(changes, named):
+    with pytest.raises(ConfigError) as e:
+        job(**changes)
+    assert all(text in str(e.value) for text in named)
+
+
+def test_what_xla_says_of_a_program_that_does_not_fit():
+    text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    assert _needed_bytes(text + "Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == 22.5 * 2**30
+    assert _needed_bytes("INTERNAL: something else") is None
+
+
+def test_a_model_may_be_a_preset_a_config_or_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMOL.to_hf()))
+    assert plan.model_config("smollm2-135m") == plan.model_config(str(tmp_path)) == SMOL
+    assert plan.model_config(str(tmp_path / "config.json")) == SMOL
+    with pytest.raises(ConfigError, match="llama-3.1-405b"):
+        plan.model_config("llama-9")
+
+
+def test_the_search_takes_the_cheapest_way_that_fits():
+    topology = parse_topology("v5e:2x4")
+    tried = []
+
+    def compile_(job, mesh):
+        tried.append((job, mesh))
+        found = estimate_job(job, mesh)
+        # Twice what was estimated, as a compiler might find.
+        return [dataclasses.replace(p, parts={k: 2 * n for k, n in p.parts.items()}) for p in found]
+
+    best, mesh, found = search_job(job(batch=512), topology, estimate_job)
+    assert max(p.peak_bytes for p in found) <= topology.chip.memory_bytes
+    with_less, _, found = search_job(job(batch=512), topology, compile_)
+    assert len(tried) == 2 and max(p.peak_bytes for p in found) <= topology.chip.memory_bytes
+    assert (with_less.batch, with_less.remat) != (best.batch, best.remat)
+    with pytest.raises(ConfigError, match="no mesh"):
+        search_job(job("llama-3.1-405b", batch=64), topology, estimate_job)
+
+
+def cli(*args):
+    done = run("plan.py", "--estimate", *args)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_says_what_fits_and_exits_by_it():
+    flags = "--model llama-3.2-1b --seq 1024 --remat block --json".split()
+    code, out, err = cli(*flags, "--topology", "v5e:2x2")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and found["fits"] and set(KEYS.split()) <= set(found)
+    assert found["peak_bytes"] + found["spare_bytes"] == 15.75 * 2**30
+    assert found["peak_bytes"] == sum(found["programs"][0]["parts"].values())
+    code, out, _ = cli("--model", "llama-3.1-70b", "--topology", "h100:8", "--batch", "8")
+    assert code == 1 and re.search(r"does not fit, by [\d.]+ GB \(estimated", out)
+    code, out, err = cli("--model", "llama-3.1-8b", "--topology", "v5e:2x4", "--mesh", "fsdp=3")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "8" in err
+
+
+@pytest.mark.slow
+def test_a_real_step_compiled_for_a_tpu():
+    """SmolLM2's step on 4 chips, next to its closed form."""
+    flags = "--model smollm2-135m --topology v5e:2x2 --batch 4 --seq 1024 --remat block --json"
+    flags += " --param_dtype bfloat16"
+    done = run("plan.py", *flags.split(), timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    estimate = json.loads(run("plan.py", "--estimate", *flags.split()).stdout)
+    assert found["compiled"] and not estimate["compiled"]
+    assert found["argument_bytes"] == pytest.approx(estimate["argument_bytes"], rel=0.05)
+    assert found["flops"] == pytest.approx(estimate["flops"], rel=0.1)
+    assert found["compile_seconds"] > 1 and found["collective_bytes"] > 0
