@@ -24,7 +24,7 @@ from models.llama.load import load_config
 from models.llama.presets import PRESETS
 from planning import Job, compile_job
 from plan_search import search_job
-from utils.chips import Topology, parse_topology, roofline
+from utils.chips import Topology, parse_topology, roofline, slices
 from utils.errors import ConfigError
 from utils.estimate import Program, estimate_job
 from utils.files import parse_json
@@ -74,7 +74,8 @@ def main(
     Args:
         model: a known one by its name, as llama-3.1-8b, or a checkpoint or its config.json; weights are
             not needed.
-        topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8.
+        topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8. A search takes a kind
+            alone too, and finds the smallest slice.
         job: sft, lora, grpo or generate.
         mesh: as fsdp=16,tensor=2; default: all on fsdp; for generate all on tensor.
         batch: rows a step; for grpo completions. Default: one a device.
@@ -96,7 +97,12 @@ def main(
     os.environ.update(_ENVIRONMENT | dict(os.environ))
     jax.config.update("jax_platforms", "cpu")
     console.Interrupts().set(raises=False, leave_at=1)
-    config, where = console.all_of(lambda: model_config(model), lambda: parse_topology(topology))
+    everywhere = search and ":" not in topology
+    config, places = console.all_of(
+        lambda: model_config(model),
+        lambda: slices(topology) if everywhere else [parse_topology(topology)],
+    )
+    where = places[-1]
     if job == "generate":
         mesh = mesh or "tensor=-1"
     wanted = Job(
@@ -114,10 +120,9 @@ def main(
         state_dtype=state_dtype,
         optimizer=optimizer,
     )
-    sizes = mesh_sizes(mesh, where.n_chips)
     compiles = where.chip.tpu and not estimate and importlib.util.find_spec("libtpu") is not None
 
-    def programs_of(wanted: Job, sizes: dict[str, int]) -> list[Program]:
+    def programs_of(wanted: Job, where: Topology, sizes: dict[str, int]) -> list[Program]:
         if not compiles:
             return estimate_job(wanted, sizes)
         with console.busy(f"compiling for {where.name}") as status:
@@ -126,9 +131,10 @@ def main(
             return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), say)
 
     if search:
-        wanted, sizes, programs = search_job(wanted, where, programs_of)
+        wanted, where, sizes, programs = search_job(wanted, places, programs_of)
     else:
-        programs = programs_of(wanted, sizes)
+        sizes = mesh_sizes(mesh, where.n_chips)
+        programs = programs_of(wanted, where, sizes)
     found = summary(wanted, where, sizes, programs)
     console.write(jsonlib.dumps(found) + "\n" if json else report(found))
     if not found["fits"]:

@@ -1,8 +1,8 @@
-"""The cheapest mesh, batch and rematerialisation of a job that fit on a topology."""
+"""The cheapest mesh, batch and rematerialisation of a job that fit on a topology, or the least of many."""
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from models.llama.model import init_params, param_axes
 from planning import REMATS, Job
 from utils import sharding
-from utils.chips import Topology, roofline
+from utils.chips import Chip, Topology, roofline
 from utils.errors import ConfigError
 from utils.estimate import Program, estimate_job
 
@@ -27,36 +27,40 @@ class Candidate(NamedTuple):
     peak_bytes: int
 
 
-def search_job(
-    job: Job, topology: Topology, programs_of: Callable[[Job, dict[str, int]], list[Program]]
-) -> tuple[Job, dict[str, int], list[Program]]:
-    """(the job, its mesh, its programs) of the fewest seconds a token that fit.
+ProgramsOf = Callable[[Job, Topology, dict[str, int]], list[Program]]
 
-    All ways are estimated; the best are compiled, until one fits.
+
+def search_job(
+    job: Job, topologies: Sequence[Topology], programs_of: ProgramsOf
+) -> tuple[Job, Topology, dict[str, int], list[Program]]:
+    """(the job, where, its mesh, its programs) of the first topology that it fits, in the cheapest way.
+
+    All ways are estimated; those of the fewest seconds a token are compiled, until one fits.
 
     Args:
         job: its batch is the most rows that are tried.
-        topology: where it runs.
+        topologies: where it may run.
         programs_of: compiles, or estimates where it cannot.
 
     Raises:
         ConfigError: nothing fits.
     """
-    limit, wrong = topology.chip.memory_bytes, 1.0
-    ways = sorted(_candidates(job, topology), key=lambda way: way.seconds_a_token)
-    for _ in range(_COMPILES):
-        way = next((way for way in ways if way.peak_bytes * wrong <= limit), None)
-        if way is None:
-            break
-        programs = programs_of(way.job, way.mesh)
-        peak = max(program.peak_bytes for program in programs)
-        if peak <= limit:
-            return way.job, way.mesh, programs
-        wrong = max(peak, limit * 1.05) / way.peak_bytes  # so far off are the estimates
+    for topology in topologies:
+        limit, wrong = topology.chip.memory_bytes, 1.0
+        ways = sorted(_candidates(job, topology), key=lambda way: way.seconds_a_token)
+        for _ in range(_COMPILES):
+            way = next((way for way in ways if way.peak_bytes * wrong <= limit), None)
+            if way is None:
+                break
+            programs = programs_of(way.job, topology, way.mesh)
+            peak = max(program.peak_bytes for program in programs)
+            if peak <= limit:
+                return way.job, topology, way.mesh, programs
+            wrong = max(peak, limit * 1.05) / way.peak_bytes  # so far off are the estimates
+    names = ", ".join(topology.name for topology in topologies)
     raise ConfigError(
-        f"--search: no mesh, batch and remat of {job.kind} fits {topology.name}; pass a larger "
-        "topology, --param_dtype bfloat16, --state_dtype bfloat16, --optimizer adafactor or "
-        "--job lora"
+        f"--search: no mesh, batch and remat of {job.kind} fits {names}; pass a larger topology, "
+        "--param_dtype bfloat16, --state_dtype bfloat16, --optimizer adafactor or --job lora"
     )
 
 
@@ -69,14 +73,18 @@ def _candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
             while batch <= job.batch:
                 way = dataclasses.replace(job, batch=batch, remat=remat)
                 programs = estimate_job(way, mesh)
-                seconds = 0.0
-                for program in programs:
-                    cost = program.cost
-                    bounds = roofline(chip, cost.flops, cost.bytes_accessed, cost.collective_bytes)
-                    seconds += program.runs * max(bounds.values())
+                seconds = sum(program.runs * _seconds(program, chip) for program in programs)
                 peak = max(program.peak_bytes for program in programs)
                 yield Candidate(way, mesh, seconds / way.tokens, peak)
                 batch *= 2
+
+
+def _seconds(program: Program, chip: Chip) -> float:
+    """Of a run. Gathering parameters goes on beside the work; adding up results is waited for."""
+    cost, reduced = program.cost, program.cost.collectives.get("all-reduce", 0)
+    gathered = cost.collective_bytes - reduced
+    bounds = roofline(chip, cost.flops, cost.bytes_accessed, gathered)
+    return max(bounds.values()) + reduced / chip.links
 
 
 def _meshes(job: Job, n_chips: int) -> Iterator[dict[str, int]]:

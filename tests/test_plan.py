@@ -11,7 +11,7 @@ from models.llama.presets import PRESETS
 from plan_search import search_job
 from planning import Job, _needed_bytes, attention_cost
 from tests.cli import run
-from utils.chips import CHIPS, parse_topology, roofline
+from utils.chips import CHIPS, parse_topology, roofline, slices
 from utils.errors import ConfigError
 from utils.estimate import estimate_job
 from utils.hlo_text import Array
@@ -152,19 +152,25 @@ def test_the_search_takes_the_cheapest_way_that_fits():
     topology = parse_topology("v5e:2x4")
     tried = []
 
-    def compile_(job, mesh):
+    def compile_(job, topology, mesh):
         tried.append((job, mesh))
         found = estimate_job(job, mesh)
         # Twice what was estimated, as a compiler might find.
         return [dataclasses.replace(p, parts={k: 2 * n for k, n in p.parts.items()}) for p in found]
 
-    best, mesh, found = search_job(job(batch=512), topology, estimate_job)
+    estimated = lambda job, topology, mesh: estimate_job(job, mesh)
+    best, where, mesh, found = search_job(job(batch=512), [topology], estimated)
     assert max(p.peak_bytes for p in found) <= topology.chip.memory_bytes
-    with_less, _, found = search_job(job(batch=512), topology, compile_)
+    with_less, *_, found = search_job(job(batch=512), [topology], compile_)
     assert len(tried) == 2 and max(p.peak_bytes for p in found) <= topology.chip.memory_bytes
     assert (with_less.batch, with_less.remat) != (best.batch, best.remat)
     with pytest.raises(ConfigError, match="no mesh"):
-        search_job(job("llama-3.1-405b", batch=64), topology, estimate_job)
+        search_job(job("llama-3.1-405b", batch=64), [topology], estimated)
+    _, where, _, _ = search_job(job("llama-3.1-70b", batch=64), slices("v5p"), estimated)
+    smaller = [place for place in slices("v5p") if place.n_chips < where.n_chips]
+    assert smaller
+    with pytest.raises(ConfigError, match="v5p:2x2x1"):
+        search_job(job("llama-3.1-70b", batch=64), smaller, estimated)
 
 
 def cli(*args):

@@ -90,6 +90,26 @@ class Topology:
         return math.prod(self.grid)
 
 
+# Slices that can be rented: the same documentation's "supported configurations".
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x16"
+SLICES = {
+    "v5e": _FLAT,
+    "v6e": _FLAT,
+    "v5p": _CUBES,
+    "v4": _CUBES,
+    "a100": "1 2 4 8",
+    "h100": "1 2 4 8",
+}
+
+
+def slices(kind: str) -> list[Topology]:
+    """All slices of a kind of chip, the smallest first. Raises ConfigError if there is no such kind."""
+    if kind not in SLICES:
+        raise ConfigError(f"topology {kind!r:.40}, expected one of {', '.join(SLICES)}")
+    return [parse_topology(f"{kind}:{grid}") for grid in SLICES[kind].split()]
+
+
 def parse_topology(text: str) -> Topology:
     """v5e:4x8 or h100:8. Raises ConfigError that says what is known."""
     kind, _, sides = text.partition(":")
