@@ -316,15 +316,16 @@ def _needed_bytes(message: str) -> int | None:
 def attention_cost(name: str, arrays: list[Array]) -> tuple[float, float]:
     """FLOPs and bytes of a kernel of JAX's splash attention; of another, only what it takes and gives.
 
-    A block of queries reads the keys and values that it sees, half of them for a causal mask.
+    A causal mask halves the products of new tokens with each other.
     """
     moved = sum(array.bytes for array in arrays)
     found = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", name)
-    heads = [array for array in arrays if len(array.dims) == 4]
+    # Masks come first, as integers; a batch of one row has no axis of its own.
+    heads = [array for array in arrays if "f" in array.kind and len(array.dims) >= 3]
     if found is None or len(heads) < 3:
         return 0, moved
     q, k = heads[:2]
-    T, S = max(q.dims[2:]), max(k.dims[2:])
+    T, S = max(q.dims[-2:]), max(k.dims[-2:])
     # Products: q·k and weights·v; backward q·k again, dv, dp and dq or dk.
     products = {"fwd": 2, "dq": 3, "dkv": 4}[found[1]]
     return products * math.prod(q.dims) * (2 * S - T), moved

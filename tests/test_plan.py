@@ -88,8 +88,8 @@ def test_a_rollout_is_held_beside_the_training_state():
 
 
 def test_a_kernels_cost_by_its_name_and_shapes():
-    array = lambda *dims: Array(dims, 16, False)
-    info, q, k = array(4, 4, 1), array(2, 32, 1024, 64), array(2, 8, 1024, 64)
+    array = lambda *dims, kind="bf": Array(dims, kind, 16, False)
+    info, q, k = array(2, 4, 4, kind="s"), array(2, 32, 1024, 64), array(2, 8, 1024, 64)
     one = 2 * 32 * 1024 * 1024 * 64  # half of a product of all pairs, two a multiply-add
     for name, products in {"fwd_residuals": 2, "dq_no_residuals": 3, "dkv_segmented": 4}.items():
         flops, moved = attention_cost(f"jit(f)/splash_mha_{name}", [info, q, k, k, q])

@@ -13,9 +13,10 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 
 
 class Array(NamedTuple):
-    """One array of a shape; those outside main memory (memory space 0) cost no traffic."""
+    """One array of a shape: kind f and bits 32 is f32. What is not in memory space 0 is on the chip."""
 
     dims: tuple[int, ...]
+    kind: str
     bits: int
     on_chip: bool
 
@@ -131,7 +132,7 @@ def _instruction(name: str, text: str) -> Instruction:
 def _arrays(shape: str) -> Iterator[Array]:
     for kind, bits, dims, layout in _ARRAY.findall(shape):
         width = int(bits) if bits else 8 * (kind == "pred")
-        yield Array(tuple(map(int, filter(None, dims.split(",")))), width, "S(" in layout)
+        yield Array(tuple(map(int, filter(None, dims.split(",")))), kind, width, "S(" in layout)
 
 
 def _closing(text: str, start: int) -> int:
