@@ -284,18 +284,11 @@ def load_model(
 
 
 def use_mesh(spec: str | None, path: Path) -> None:
-    """Shares the model at a path by all devices, from here on.
-
-    Args:
-        spec: see `utils.sharding.make_mesh`; None: as fits the model, see `default_mesh`.
-        path: the checkpoint's, for its config.
-    """
+    """Shares the model at a path by all devices from here on, see `utils.sharding.make_mesh`."""
     if jax.device_count() == 1 and spec is None:
         return
     if spec is None:
-        config = load_config(path)
-        matrices = [size for shape in config.matrix_shapes.values() for size in shape]
-        spec = default_mesh([config.vocab_size, *matrices], jax.device_count())
+        spec = default_mesh(load_config(path).matrix_shapes.values(), jax.device_count())
     mesh = make_mesh(spec)
     say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}", "")
     jax.set_mesh(mesh)

@@ -161,7 +161,9 @@ class _Compiler:
         model, capacity = LLaMa(job.model), bucket(job.seq, 64)
         whole = jax.eval_shape(lambda key: init_params(job.model, key, dtype), _key())
         params = jax.eval_shape(for_decoding, whole)
-        specs = sharding.specs(params, decoding_axes(param_axes(job.model)), sharding.DECODING)
+        specs = sharding.specs(
+            params, lambda: decoding_axes(param_axes(job.model)), sharding.DECODING
+        )
         params = self._sharded(params, specs)
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         sampler = jax.eval_shape(lambda: sampling.traced(sampling.TopP()))

@@ -180,16 +180,23 @@ class Trainer(abc.ABC):
         state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
         return sharding.constrain_tree(state, self.state_specs(state))
 
+    def model_axes(self) -> dict[str, sharding.Axes]:
+        """The logical axes of the model's parameters."""
+        return param_axes(self.model.config)
+
+    def trained_axes(self) -> dict[str, sharding.Axes]:
+        """The logical axes of what is trained."""
+        if self.lora is None:
+            return self.model_axes()
+        return adapters.adapter_axes(self.lora, self.model_axes())
+
     def model_specs(self, params: Params) -> Params:
         """How the context mesh shares the model's parameters, see `utils.sharding`."""
-        return sharding.specs(params, param_axes(self.model.config), sharding.TRAINING)
+        return sharding.specs(params, self.model_axes, sharding.TRAINING)
 
     def specs(self, params: Params) -> Params:
         """How the context mesh shares what is trained."""
-        table = param_axes(self.model.config)
-        if self.lora is not None:
-            table = adapters.adapter_axes(self.lora, table)
-        return sharding.specs(params, table, sharding.TRAINING)
+        return sharding.specs(params, self.trained_axes, sharding.TRAINING)
 
     def state_specs(self, state: TrainState) -> TrainState:
         """How the context mesh shares the state: moments lie where their parameters do."""

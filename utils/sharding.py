@@ -11,7 +11,7 @@ has parts of each layer's heads, features and vocabulary.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,9 +127,9 @@ def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str
     return sizes
 
 
-def default_mesh(sizes: Sequence[int], n_devices: int) -> dict[str, int]:
-    """As much on `fsdp` as divides all of these sizes of a model's parameters, the rest on `data`."""
-    fsdp = math.gcd(n_devices, *sizes)
+def default_mesh(shapes: Iterable[tuple[int, ...]], n_devices: int) -> dict[str, int]:
+    """As much on `fsdp` as divides all sizes of these matrices of a model, the rest on `data`."""
+    fsdp = math.gcd(n_devices, *(size for shape in shapes for size in shape))
     return {"data": n_devices // fsdp, "fsdp": fsdp}
 
 
@@ -237,13 +237,17 @@ def param_specs(
 
 
 def specs(
-    params: Any, table: Mapping[str, Axes], rules: ShardingRules, *, all_rows: bool = True
+    params: Any,
+    table: Callable[[], Mapping[str, Axes]],
+    rules: ShardingRules,
+    *,
+    all_rows: bool = True,
 ) -> Any:
-    """`param_specs` on the context mesh; without one, a spec of nothing for every parameter."""
+    """`param_specs` on the context mesh; without one nothing is looked up, and nothing is shared."""
     mesh = current_mesh()
     if mesh is None:
         return jax.tree.map(lambda _: PartitionSpec(), params)
-    return param_specs(params, table, rules, mesh, all_rows=all_rows)
+    return param_specs(params, table(), rules, mesh, all_rows=all_rows)
 
 
 def _problems(name: str, shape: tuple[int, ...], axes: Axes, rules: ShardingRules, mesh: Any):

@@ -311,7 +311,7 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
 
 def _placed_for_decoding(path: str, x: Array) -> Array:
     """x where the context mesh wants that parameter while decoding."""
-    table = decoding_axes(PARAM_AXES)
+    table = lambda: decoding_axes(PARAM_AXES)
     specs = sharding.specs({path: x}, table, sharding.DECODING, all_rows=False)
     return sharding.place({path: x}, specs)[path]
 

@@ -41,7 +41,7 @@ def read_sharded(
         ConfigError: the mesh does not divide a parameter; before anything is read.
     """
     shapes = _shapes(parts, dtype, decoding)
-    specs = sharding.specs(shapes, table, rules, all_rows=False)
+    specs = sharding.specs(shapes, lambda: table, rules, all_rows=False)
     total = sum(math.prod(leaf.shape) * len(leaf.names) for leaf in parts) * dtype.itemsize
     done, params, broken = 0, {}, {}
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
