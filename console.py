@@ -288,7 +288,9 @@ def use_mesh(spec: str | None, path: Path) -> None:
     if jax.device_count() == 1 and spec is None:
         return
     if spec is None:
-        spec = default_mesh(load_config(path).matrix_shapes.values(), jax.device_count())
+        config = load_config(path)
+        shapes = [(config.vocab_size,), *config.matrix_shapes.values()]
+        spec = default_mesh(shapes, jax.device_count())
     mesh = make_mesh(spec)
     say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}", "")
     jax.set_mesh(mesh)
