@@ -13,13 +13,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import tokenizers
 from transformers import LlamaConfig
 
 import console
-from tests import tiny
+from tests import compiling, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,10 +63,8 @@ def environment(optimized: bool = False) -> dict[str, str]:
     Args:
         optimized: whether XLA shall optimise: it costs a tiny model more time than it saves.
     """
-    changes = {"XDG_CACHE_HOME": str(tiny.cache_dir() / "xdg")}
-    if not optimized:
-        changes["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    return os.environ | changes
+    cache = {"XDG_CACHE_HOME": str(tiny.cache_dir() / "xdg")}
+    return os.environ | compiling.environment(optimized) | cache
 
 
 def share_default_model(path: Path) -> None:
@@ -113,13 +110,11 @@ def inside(program: str, *args: str, input: str | bytes = b"") -> subprocess.Com
         patch.setattr(console, "keep_compilations", lambda: None)
         idle = types.SimpleNamespace(count=0, set=lambda **_: None)
         patch.setattr(console, "Interrupts", lambda: idle)
-        jax.config.update("jax_disable_most_optimizations", True)
         try:
             console.run(importlib.import_module(program.removesuffix(".py")).main)
         except SystemExit as e:
             code = e.code
         finally:
             signal.signal(signal.SIGINT, on_interrupt)
-            jax.config.update("jax_disable_most_optimizations", False)
     stdout, stderr = (stream.buffer.getvalue().decode() for stream in (out, err))
     return subprocess.CompletedProcess([program, *args], code, stdout, stderr)

@@ -123,10 +123,7 @@ def picky(prompts, completions, completion_ids, **_):
 def loaded():
     """(model, params, tokenizer)."""
     config, params = load_checkpoint(cli.checkpoint(), decoding=True)
-    # To optimise costs a tiny model more time than it saves.
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield LLaMa(config), params, load_tokenizer(cli.checkpoint())
-    jax.config.update("jax_disable_most_optimizations", False)
+    return LLaMa(config), params, load_tokenizer(cli.checkpoint())
 
 
 LENGTHS = (3, 16, 9, 4, 11)

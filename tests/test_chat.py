@@ -29,14 +29,6 @@ TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperatu
 ENDLESS = ["--ckpt_dir", str(cli.checkpoint(32768)), "--max_gen_len", "15000", "--temperature", "0"]
 
 
-@pytest.fixture(autouse=True)
-def fast_compilations():
-    """XLA's optimisations cost a tiny model more time than they save."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def model(context=256):
     folder = cli.checkpoint(context)

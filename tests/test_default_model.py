@@ -32,6 +32,15 @@ CHAT = (
 NEW = 40
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimized():
+    """A model of this size is worth it."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def ours(default_model_path):
     """(config, params in float32)."""

@@ -1,6 +1,7 @@
 """What README.md and CLAUDE.md name exists, and README's Python runs."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import compiling
 
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "CLAUDE.md")
@@ -74,6 +77,7 @@ def test_the_python_in_the_readme_runs(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
         cwd=tmp_path,
+        env=os.environ | compiling.environment(optimized=True),
         capture_output=True,
         text=True,
     )

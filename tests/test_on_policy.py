@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.llama.lora import LoRAConfig
+from tests.grpo_rewards import failing, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
 from trainers.accuracy import EvaluationConfig
@@ -148,16 +149,6 @@ def test_what_cannot_be_scored_is_left_out():
     assert tuple(batch["prompts"][row][: batch["prompt_lengths"][row]]) == only.prompts[7].ids
     assert not batch["target_mask"][row].any() and not batch["advantages"][row].any()
     assert np.delete(batch["counts"], row, 0).all()
-
-
-def same(completions, **_):
-    """Equal rewards, with residues of rounding."""
-    return [0.35 + (0.1 + 0.2 - 0.3)] * len(completions)
-
-
-def sometimes(completions, answer, **_):
-    """Differ only where the answer is 3 or 8."""
-    return [float(len(c)) if a in (3, 8) else 1.0 for c, a in zip(completions, answer)]
 
 
 @pytest.mark.covers("D13")
@@ -355,16 +346,6 @@ def test_an_evaluation_comes_before_the_first_step_and_decides_on_the_best(tmp_p
     assert rewards.keys() == {0, 2, 4}
     kept = CheckpointReader(tmp_path / "c").steps
     assert kept == ([2, 4] if rewards[2] > rewards[4] else [4])
-
-
-def wrong_type(completions, **_):
-    """No numbers."""
-    return ["good"] * len(completions)
-
-
-def failing(completions, **_):
-    """Raises."""
-    raise RuntimeError("no score today")
 
 
 @pytest.mark.covers("D11", "D12")
