@@ -1,0 +1,108 @@
+"""What fits where, compiled for TPUs that need not be there: `python benchmarks/scale.py`.
+
+Each line is a real step of this code, compiled ahead of time by `plan.py`, next to what it is to reach;
+google-tunix 0.1.7's figures are its compiled step of the same shape. No line is a measured speed.
+`--docs` writes the tables of docs/scale.md anew instead.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "scale.md"
+GIB = 2**30
+
+SFT = "--job sft --remat block --param_dtype bfloat16 --state_dtype bfloat16"
+ONE_B = f"--model llama-3.2-1b --topology v5e:2x2 {SFT}"
+# Shape: tunix's temporaries, GiB a device.
+TUNIX = {(4, 2048): 3.47, (4, 4096): 5.73, (8, 4096): 8.11}
+MODELS = "llama-3.2-1b llama-3.1-8b llama-3.1-70b llama-3.1-405b".split()
+MARKS = "<!-- tables: python benchmarks/scale.py --docs -->", "<!-- end of tables -->"
+
+
+def plan(flags: str) -> dict:
+    """plan.py's JSON."""
+    command = [sys.executable, str(ROOT / "plan.py"), *flags.split(), "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode > 1:
+        raise SystemExit(f"plan.py {flags} failed")
+    return json.loads(done.stdout)
+
+
+def numbers() -> None:
+    """Prints what is to be reached, and what is."""
+    print("| what | found | to reach |\n|---|---|---|")
+    for (batch, seq), theirs in TUNIX.items():
+        found = plan(f"{ONE_B} --batch {batch} --seq {seq}")
+        show = lambda *cells: print("|", " | ".join(cells), "|", flush=True)
+        name = f"1B SFT, v5e:2x2, {batch} x {seq}"
+        temp = found["temp_bytes"] / GIB
+        show(f"{name}: temporaries", f"{temp:.2f} GiB", f"{theirs / 2:.2f} GiB")
+        show(f"{name}: compiled in", f"{found['compile_seconds']:.0f} s", "40 s")
+        show(f"{name}: FLOPs", f"{found['flops'] / bound_flops(batch, seq):.2f} x", "1.05 x")
+    flags = "--model llama-3.1-8b --job generate --topology v5e:2x4 --batch 32 --seq 4096"
+    found = plan(f"{flags} --prompt_len 128")
+    decode = found["programs"][-1]
+    held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
+    show("8B decode, v5e:2x4: bytes moved", f"{decode['bytes_accessed'] / held:.2f} x", "1.15 x")
+    for flags, name in (
+        (f"--model llama-3.1-405b --topology v5p:8x8x8 {SFT} --seq 4096", "405B SFT, v5p:8x8x8"),
+        ("--model llama-3.1-70b --topology v5e:8x8 --job lora --remat block", "70B LoRA, v5e:8x8"),
+    ):
+        found = plan(flags)
+        spare = f"{found['spare_bytes'] / GIB:.1f} GiB to spare"
+        show(name, spare if found["fits"] else f"does not fit ({spare})", "fits")
+
+
+def bound_flops(batch: int, seq: int, devices: int = 4) -> float:
+    """6 a parameter and token, attention, and one forward pass again; a device's share."""
+    layers, head, dim, depth = 973_146_112, 262_668_288, 2048, 16
+    tokens = batch * seq
+    attention = 2 * tokens * seq * dim * depth  # half of all pairs, two products
+    return ((8 * layers + 6 * head) * tokens + (1 + 1 + 2.5) * attention) / devices
+
+
+def docs() -> None:
+    """Writes the smallest slices that hold each job into docs/scale.md."""
+    lines = []
+    for job in ("sft", "lora", "grpo"):
+        lines += [f"\n### {job}\n", "| model | slice | mesh | rows | remat | a device | at least |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for model in MODELS:
+            for kind in ("v5e", "v5p", "v6e"):
+                lines.append(f"| {model} | {smallest(model, kind, job)} |")
+    text = DOCS.read_text()
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    DOCS.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n\n{MARKS[1]}{after}")
+
+
+def smallest(model: str, kind: str, job: str) -> str:
+    """The cells of one row."""
+    flags = f"--model {model} --topology {kind} --job {job} --search --estimate --seq 4096"
+    command = [sys.executable, str(ROOT / "plan.py"), *flags.split(), "--json"]
+    command += ["--param_dtype", "bfloat16", "--state_dtype", "bfloat16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return f"none of {kind} | | | | |"
+    found = json.loads(done.stdout)
+    mesh = ", ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1) or "one chip"
+    seconds, price = found["roofline_seconds"], found["dollars_per_step"]
+    cells = found["topology"], mesh, str(found["job"]["batch"]), found["job"]["remat"]
+    return " | ".join(
+        [*cells, f"{found['peak_bytes'] / GIB:.1f} GiB", f"{seconds:.2g} s, ${price:.2g}"]
+    )
+
+
+def main() -> None:
+    """Chooses."""
+    parser = argparse.ArgumentParser(description=re.sub(r"\s+", " ", __doc__))
+    parser.add_argument("--docs", action="store_true")
+    docs() if parser.parse_args().docs else numbers()
+
+
+if __name__ == "__main__":
+    main()
