@@ -26,6 +26,7 @@ from models.llama.chat_format import chat_format_for
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer
+from prompts import read_prompts
 from utils import memory
 from utils.errors import ConfigError, SamplingError, is_int
 
@@ -253,7 +254,7 @@ def main(
     config = GenerationConfig(
         max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stop_strings(stop)
     )
-    prompts, chat = console.read_prompts(prompt, prompts_file, chat)
+    prompts, chat = read_prompts(prompt, prompts_file, chat)
     if not chat and (system is not None or chat_format is not None):
         raise ConfigError("--system and --chat_format need --chat")
     options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
