@@ -212,6 +212,7 @@ def main(
     mesh: str | None = None,
     logprobs: bool = False,
     json: bool = False,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """Completes prompts. stdout carries the text and nothing else.
@@ -241,6 +242,7 @@ def main(
         mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         logprobs: each token's log-probability, in the JSON.
         json: one JSON object a completion.
+        distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
     clock, interrupts = console.Clock(), console.Interrupts()

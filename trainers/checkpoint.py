@@ -22,7 +22,7 @@ from typing import Any
 
 from trainers import processes
 from trainers.arrays import describe, finish_parts, read_arrays, to_host, write_arrays, write_part
-from trainers.checkpoint_files import LEFTOVER, hide, reason, sweep, try_out
+from trainers.checkpoint_files import LEFTOVER, LOCK, explaining, hide, reason, sweep, try_out
 from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
 from utils.errors import CheckpointError, is_int, raise_all
 from utils.files import (
@@ -33,7 +33,7 @@ from utils.files import (
     reading_folder,
 )
 
-_META, _STATE, _LOCK = "meta.json", "state", ".lock"
+_META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
 
 
@@ -221,7 +221,7 @@ class Checkpointer(CheckpointReader):
         self._lock: FolderLock | None = None
         try:
             locked = processes.from_first(self._take)
-            processes.together(lambda: self._check_folder(locked, need_bytes))
+            processes.together(lambda: try_out(self.folder, locked, need_bytes))
             # The step that the run goes on from. None: there is something, and nothing was restored.
             self._base = None if self._names() else -1
         except BaseException:
@@ -309,20 +309,12 @@ class Checkpointer(CheckpointReader):
         """Makes and locks the folder; returns what the lock's file holds."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder / _LOCK, self._clock())
-            return (self.folder / _LOCK).read_text()
+            self._lock = FolderLock(self.folder / LOCK, self._clock())
+            return (self.folder / LOCK).read_text()
         except CheckpointError:
             raise
         except OSError as e:
             raise CheckpointError(f"cannot write into {self.folder}: {reason(e)}") from e
-
-    def _check_folder(self, locked: str, need_bytes: int) -> None:
-        path = self.folder / _LOCK
-        if not path.is_file() or path.read_text() != locked:
-            raise CheckpointError(
-                f"{self.folder} is not the folder that process 0 sees; all need one that they share"
-            )
-        try_out(self.folder, need_bytes)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -338,7 +330,7 @@ class Checkpointer(CheckpointReader):
         return restored
 
     def _write(self, known: dict[str, Any], arrays: dict[str, Any], meta: bytes) -> None:
-        with self._explaining(known["step"]):
+        with explaining(self.folder, known["step"]):
             self._sweep()
             with atomic_directory(self._path(known["step"])) as folder:
                 (folder / _META).write_bytes(meta)
@@ -352,7 +344,7 @@ class Checkpointer(CheckpointReader):
         step, stack = known["step"], contextlib.ExitStack()
 
         def begin() -> str:
-            with self._explaining(step):
+            with explaining(self.folder, step):
                 self._sweep()
                 folder = stack.enter_context(atomic_directory(self._path(step)))
                 (folder / _META).write_bytes(meta)
@@ -360,11 +352,11 @@ class Checkpointer(CheckpointReader):
                 return folder.name
 
         def write() -> None:
-            with self._explaining(step):
+            with explaining(self.folder, step):
                 write_part(folder / _STATE, state)
 
         def finish() -> None:
-            with self._explaining(step):
+            with explaining(self.folder, step):
                 finish_parts(folder / _STATE)
                 self._describe(folder, known)
                 stack.close()
@@ -376,17 +368,6 @@ class Checkpointer(CheckpointReader):
             processes.together(write)
             processes.from_first(finish)
         self._base = step
-
-    @contextlib.contextmanager
-    def _explaining(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        # Orbax and TensorStore raise whatever they like.
-        except Exception as e:
-            raise CheckpointError(
-                f"cannot save step {step} in {self.folder}: {reason(e)}; earlier checkpoints are"
-                " untouched"
-            ) from e
 
     def _describe(self, folder: Path, known: dict[str, Any]) -> None:
         """The last thing that is written; what is no past of this step is out of sight then."""

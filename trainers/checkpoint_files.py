@@ -1,17 +1,18 @@
 """A folder of checkpoints as files: whether one could be written there, and how one goes away."""
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from utils.errors import CheckpointError
 from utils.files import fsync, hide_folder
 
 # What is being written, or was taken out of sight.
-LEFTOVER = re.compile(r"\.step-\d+\.(tmp|old)-[0-9a-f]+")
+LEFTOVER, LOCK = re.compile(r"\.step-\d+\.(tmp|old)-[0-9a-f]+"), ".lock"
 
 # The longest path that Orbax makes in a step's folder, and the folder's own while it is written.
 _DEEPEST = (
@@ -21,8 +22,19 @@ _DEEPEST = (
 )
 
 
-def try_out(folder: Path, need_bytes: int) -> None:
-    """Raises CheckpointError if a checkpoint could not be written: found out before training."""
+def try_out(folder: Path, locked: str, need_bytes: int) -> None:
+    """Raises CheckpointError if a checkpoint could not be written: found out before training.
+
+    Args:
+        folder: of the checkpoints.
+        locked: what the first process wrote into its lock.
+        need_bytes: of one checkpoint.
+    """
+    lock = folder / LOCK
+    if not lock.is_file() or lock.read_text() != locked:
+        raise CheckpointError(
+            f"{folder} is not the folder that process 0 sees; all processes need one that they share"
+        )
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise CheckpointError(
@@ -49,6 +61,18 @@ def reason(e: BaseException) -> str:
     if isinstance(e, OSError) and e.strerror:
         text = f"{e.strerror.lower()}: {e.filename}" if e.filename else e.strerror.lower()
     return " ".join(text.split())[:500]
+
+
+@contextlib.contextmanager
+def explaining(folder: Path, step: int) -> Iterator[None]:
+    """Turns whatever is raised into a CheckpointError of that step."""
+    try:
+        yield
+    # Orbax and TensorStore raise whatever they like.
+    except Exception as e:
+        raise CheckpointError(
+            f"cannot save step {step} in {folder}: {reason(e)}; earlier checkpoints are untouched"
+        ) from e
 
 
 def hide(paths: Sequence[Path], *, even_if_read: bool) -> None:

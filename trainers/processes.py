@@ -108,6 +108,18 @@ def from_first(make: Callable[[], Any]) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].tobytes())
 
 
+def to_first(tree: Any) -> Any:
+    """A tree's arrays in the host memory of the first process, one after the other; else None."""
+    if not several():
+        return tree
+
+    def fetch(x: jax.Array) -> np.ndarray | None:
+        x = multihost_utils.process_allgather(x, tiled=True)
+        return x if is_first() else None
+
+    return jax.tree.map(fetch, tree)
+
+
 def check_same(values: dict[str, Any]) -> None:
     """All processes were started alike.
 
