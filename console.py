@@ -105,10 +105,15 @@ def _run(command: Callable[..., None], debug: bool) -> int:
 def _join_others(flag: str | None) -> None:
     """If this is one of several processes, meets the others; all but the first are silent then."""
     launch = distributed.read_launch(flag, os.environ)
-    if launch is not None:
-        distributed.start(launch, say)
-        if jax.process_index() > 0:
-            stderr.quiet, sys.stdout = True, open(os.devnull, "w")
+    if launch is None:
+        return
+    # gloo tells on stdout of each connection; what is written there is the user's text alone.
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(kept, "w", encoding="utf-8")
+    distributed.start(launch, say)
+    if jax.process_index() > 0:
+        stderr.quiet, sys.stdout = True, open(os.devnull, "w")
 
 
 def run_one_of(commands: dict[str, Callable[..., None]]) -> None:

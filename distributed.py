@@ -137,7 +137,7 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
             heartbeat_timeout_seconds=launch.heartbeat,
             shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
-        _connect()
+        multihost_utils.sync_global_devices("start")
     except (RuntimeError, ValueError, OSError) as e:
         raise ConfigError(f"{who} cannot start: {' '.join(str(e).split()):.300}") from e
     finally:
@@ -154,18 +154,6 @@ def _check_port(port: int) -> None:
         raise ConfigError(
             f"--distributed: port {port} of the coordinator is taken ({e.strerror}); use another one"
         ) from e
-
-
-def _connect() -> None:
-    """The first collective: gloo tells of it on stdout, which is for the user's text alone."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        multihost_utils.sync_global_devices("altiplano")
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def lost(error: Exception) -> bool:
