@@ -22,13 +22,12 @@ import platformdirs
 import rich.console
 import rich.progress
 
+import distributed
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint, load_config
 from models.llama.model import LLaMa, Params
-from models.llama.tokenizer import Tokenizer, check_against_model, decode_utf8, load_tokenizer
-from utils import memory
-from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
-from utils.files import InputFile, parse_json
+from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from utils.errors import AltiplanoError, ArtifactError, ConfigError
 from utils.sharding import default_mesh, make_mesh
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
@@ -60,9 +59,9 @@ class Model(NamedTuple):
 def run(command: Callable[..., None]) -> None:
     """Runs a command line; an error becomes one line and the documented exit code.
 
-    `--debug` shows the traceback as well.
+    `--debug` shows the traceback as well. Of several processes (`distributed.read_launch`, by the
+    command's `--distributed` or the environment) only the first writes.
     """
-    debug = "--debug" in sys.argv
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,26 +69,51 @@ def run(command: Callable[..., None]) -> None:
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model may say anything
-    code = 0
+    code = _run(command, "--debug" in sys.argv)
+    distributed.leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _run(command: Callable[..., None], debug: bool) -> int:
+    """Returns the exit code."""
     try:
         if (arguments := _parse_arguments(command)) is not None:
+            _join_others(arguments.get("distributed"))
             command(**arguments)
         sys.stdout.flush()
     except AltiplanoError as e:
-        code = _report(str(e), e.exit_code, debug)
+        return _report(str(e), e.exit_code, debug, everywhere=getattr(e, "everywhere", False))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        code = INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
-        code = BROKEN_PIPE
+        return BROKEN_PIPE
     except OSError as e:
-        code = _report(f"cannot write or read: {e}", 1, debug)
-    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        return _report(f"cannot write or read: {e}", 1, debug)
+    except SystemExit as e:
+        return e.code or 0
+    except Exception as e:
+        if distributed.lost(e):
+            distributed.abandon(_report(f"another process is gone: {e}", 1, debug))
         if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        code = _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
-    if code:
-        sys.exit(code)
+        return _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
+    return 0
+
+
+def _join_others(flag: str | None) -> None:
+    """If this is one of several processes, meets the others; all but the first are silent then."""
+    launch = distributed.read_launch(flag, os.environ)
+    if launch is None:
+        return
+    # gloo tells on stdout of each connection; what is written there is the user's text alone.
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(kept, "w", encoding="utf-8")
+    distributed.start(launch, say)
+    if jax.process_index() > 0:
+        stderr.quiet, sys.stdout = True, open(os.devnull, "w")
 
 
 def run_one_of(commands: dict[str, Callable[..., None]]) -> None:
@@ -152,9 +176,12 @@ def all_of(*make: Callable[[], Any]) -> list[Any]:
     return made
 
 
-def _report(message: str, code: int, debug: bool) -> int:
+def _report(message: str, code: int, debug: bool, everywhere: bool = False) -> int:
+    """Says an error; one that all processes have is said by the first alone."""
     if debug:
         traceback.print_exc()
+    if stderr.quiet and not everywhere:
+        stderr.quiet, message = False, f"process {jax.process_index()}: {message}"
     say(message)
     return code
 
@@ -317,51 +344,6 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield report
-
-
-def read_prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list[str], bool]:
-    """(the prompts, whether they are messages), from the flags, a file or stdin."""
-    if prompt is not None and path is not None:
-        raise ConfigError("pass --prompt or --prompts_file, not both")
-    if prompt is not None:
-        return [prompt], chat
-    if path is not None:
-        return _read_prompts_file(path), chat
-    text = read_stdin().removesuffix("\n")
-    if text.strip():
-        return [text], chat
-    say(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)", "")
-    return [DEFAULT_QUESTION], True
-
-
-def _read_prompts_file(path: str) -> list[str]:
-    file = InputFile(path, DataError)
-    text = decode_utf8(bytes(file.read(0, file.size)), path)
-    # Not splitlines(): a line may hold U+2028 and the like, JSON's strings too.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise DataError(f"{path} has no prompts: expected one a line")
-    if Path(path).suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(line, f"{path}:{number}") for number, line in numbered]
-
-
-def _prompt_of(line: str, where: str) -> str:
-    value = parse_json(line.encode(), where, DataError).get("prompt")
-    if not isinstance(value, str):
-        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
-    return value
-
-
-def read_stdin() -> str:
-    """All of a piped stdin; nothing from a terminal. Raises DataError if it is no text or huge."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    data = sys.stdin.buffer.read(MAX_STDIN_BYTES + 1)
-    if len(data) > MAX_STDIN_BYTES:
-        raise DataError(f"stdin holds over {memory.human(MAX_STDIN_BYTES)}: that is no prompt")
-    return decode_utf8(data, "stdin")
 
 
 def keep_compilations() -> None:

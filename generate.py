@@ -26,6 +26,7 @@ from models.llama.chat_format import chat_format_for
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer
+from prompts import read_prompts
 from utils import memory
 from utils.errors import ConfigError, SamplingError, is_int
 
@@ -211,6 +212,7 @@ def main(
     mesh: str | None = None,
     logprobs: bool = False,
     json: bool = False,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """Completes prompts. stdout carries the text and nothing else.
@@ -240,6 +242,7 @@ def main(
         mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         logprobs: each token's log-probability, in the JSON.
         json: one JSON object a completion.
+        distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
     clock, interrupts = console.Clock(), console.Interrupts()
@@ -253,7 +256,7 @@ def main(
     config = GenerationConfig(
         max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stop_strings(stop)
     )
-    prompts, chat = console.read_prompts(prompt, prompts_file, chat)
+    prompts, chat = read_prompts(prompt, prompts_file, chat)
     if not chat and (system is not None or chat_format is not None):
         raise ConfigError("--system and --chat_format need --chat")
     options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}

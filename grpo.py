@@ -90,6 +90,8 @@ def grpo(
     allow_config_change: bool = False,
     tensorboard: bool = False,
     export: bool = True,
+    check_every: int = 100,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """Trains on rewards with GRPO: groups of completions, better ones made more likely.
@@ -159,6 +161,9 @@ def grpo(
         allow_config_change: go on although the learning rate, the loss and the like differ.
         tensorboard: write event files too.
         export: write the model to out_dir/export in Hugging Face's format.
+        check_every: steps between comparisons of the parameters' copies on a mesh; 0: none.
+        distributed: this process is one of several, "coordinator=HOST:PORT,processes=4,process=0", or
+            "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
     stop = console.StopSignals()
@@ -213,6 +218,7 @@ def grpo(
         allow_config_change=allow_config_change,
         tensorboard=tensorboard,
         export=export,
+        check_every=check_every,
     )
     config, rollout, lora, run, compute, remat, args, rewards = console.all_of(
         config_of,

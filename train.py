@@ -60,6 +60,8 @@ def sft(
     allow_config_change: bool = False,
     tensorboard: bool = False,
     export: bool = True,
+    check_every: int = 100,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """Fine-tunes on conversations, prompts with completions, or texts.
@@ -103,6 +105,9 @@ def sft(
         allow_config_change: go on although the learning rate, batch size and the like differ.
         tensorboard: write event files too.
         export: write the model to out_dir/export in Hugging Face's format.
+        check_every: steps between comparisons of the parameters' copies on a mesh; 0: none.
+        distributed: this process is one of several, "coordinator=HOST:PORT,processes=4,process=0", or
+            "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
     stop = console.StopSignals()
@@ -143,6 +148,7 @@ def sft(
         allow_config_change=allow_config_change,
         tensorboard=tensorboard,
         export=export,
+        check_every=check_every,
     )
     config, data_config, lora, run, compute, remat = console.all_of(
         config_of,

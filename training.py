@@ -19,10 +19,12 @@ from models.llama.load import load_checkpoint, load_config, save_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params, cache_shape, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from trainers import processes
 from trainers.accuracy import EvaluationConfig
 from trainers.checkpoint import Checkpointer
 from trainers.data import Dataset, tokenizer_digest
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.identity import files_digest, key_words, versions
 from trainers.loop import Data, Evaluation, Progress, fit
 from trainers.metrics import MetricsLog, ProgressBar
 from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
@@ -202,6 +204,7 @@ class Run:
     allow_config_change: bool
     tensorboard: bool
     export: bool
+    check_every: int = 100
 
     def __post_init__(self):
         problems = []
@@ -210,6 +213,8 @@ class Run:
         step = self.resume_step
         if step is not None and not (is_int(step) and step >= 0):
             problems.append(f"resume_step={step!r}, expected an integer from 0")
+        if not is_int(self.check_every) or self.check_every < 0:
+            problems.append(f"check_every={self.check_every!r}, expected an integer from 0")
         raise_all("Run", problems)
 
     def train(
@@ -222,6 +227,11 @@ class Run:
         """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
         trainer = job.trainer(load_config(source.path))
         check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+        meta = describe(trainer, source, job)
+        if processes.several():
+            settings = dataclasses.asdict(self) | {"seed": key_words(key)}
+            known = {"settings": settings, "checkpoint": files_digest(source.path)}
+            processes.check_same(versions() | known | meta)
         check_memory(job.memory(trainer))
         like = jax.eval_shape(
             lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
@@ -229,7 +239,6 @@ class Run:
         if sharding.current_mesh() is not None:
             like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.state_specs(like))
         need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
-        meta = describe(trainer, source, job)
         with contextlib.ExitStack() as stack:
             checkpointer = stack.enter_context(
                 Checkpointer(self.out_dir / "checkpoints", keep=self.keep, need_bytes=need_bytes)
@@ -241,12 +250,14 @@ class Run:
             else:
                 state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
                 progress = Progress()
-            with atomic_file(self.out_dir / "run.json") as file:
-                paths = {"ckpt_dir": str(source.path), "tokenizer": str(source.tokenizer_path)}
-                file.write(json.dumps(meta | {"source": paths}, indent=1).encode())
+            if processes.is_first():
+                with atomic_file(self.out_dir / "run.json") as file:
+                    paths = {"ckpt_dir": str(source.path), "tokenizer": str(source.tokenizer_path)}
+                    file.write(json.dumps(meta | {"source": paths}, indent=1).encode())
             start_step = int(state.step) + 1
             data, evaluated = job.open(trainer, self.out_dir, start_step, stack)
-            bar = stack.enter_context(ProgressBar(trainer.config.max_steps))
+            bar = ProgressBar(trainer.config.max_steps, console=console.stderr)
+            stack.enter_context(bar)
             logged = dict(tensorboard=self.tensorboard, start_step=start_step, sinks=[bar])
             log = stack.enter_context(MetricsLog(self.out_dir, **logged))
             stop.at_once = False
@@ -261,12 +272,13 @@ class Run:
                 meta=meta,
                 progress=progress,
                 should_stop=lambda: stop.code is not None,
+                check_every=self.check_every,
             )
         stop.at_once = True  # nothing is left to finish: the export is written whole or not at all
-        step = int(state.step)
-        if stop.code is not None and (self.export or step < trainer.config.max_steps):
+        step, code = int(state.step), processes.agree(stop.code or 0)
+        if code and (self.export or step < trainer.config.max_steps):
             console.say(f"stopped after step {step}, which is saved; --resume goes on", "")
-            sys.exit(stop.code)
+            sys.exit(code)
         if self.export:
             self._export(trainer, state, frozen, source)
 
@@ -306,17 +318,13 @@ class Run:
         return restored.state, progress
 
     def _export(self, trainer: Trainer, state: TrainState, frozen: Params, source: Source) -> None:
-        params = trainer.export_params(state, frozen)
         folder = self.out_dir / "export"
+        save = functools.partial(
+            save_checkpoint, format="hf", tokenizer=source.tokenizer_path, overwrite=True
+        )
         with console.busy("exporting"):
-            save_checkpoint(
-                folder,
-                trainer.model.config,
-                params,
-                format="hf",
-                tokenizer=source.tokenizer_path,
-                overwrite=True,
-            )
+            params = processes.to_first(trainer.export_params(state, frozen))
+            processes.from_first(lambda: save(folder, trainer.model.config, params))
         console.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
 
 

@@ -15,6 +15,8 @@ RANKS = {
     "sampling": 2,
     "decoding": 3,
     "console": 3,
+    "distributed": 3,
+    "prompts": 3,
     "generate": 4,
 }
 RANKS |= {"conversation": 5, "trainers": 5, "chat": 6, "evaluate": 6, "plan": 6}

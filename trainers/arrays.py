@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from trainers import processes
 from utils.errors import CheckpointError
 
 
@@ -34,7 +36,24 @@ def write_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
         Exception: of any kind, from Orbax or TensorStore.
     """
     # Orbax's tree is flat, so that a checkpoint does not depend on the classes of the state's.
-    _orbax().save(folder, args=ocp.args.StandardSave(dict(arrays)))
+    ocp.Checkpointer(_handler()).save(folder, args=ocp.args.StandardSave(dict(arrays)))
+
+
+def write_part(folder: Path, state: Any) -> None:
+    """Writes this process's part of the arrays into the folder, which is there.
+
+    Not Orbax's Checkpointer: the others would wait in its barriers for one that fails.
+
+    Raises:
+        Exception: of any kind, from Orbax or TensorStore.
+    """
+    plain = {name: _plain(x) for name, x in _by_name(state).items()}
+    _handler().save(epath.Path(folder), args=ocp.args.StandardSave(plain))
+
+
+def finish_parts(folder: Path) -> None:
+    """Joins the parts, once all processes have written theirs. Raises as `write_part`."""
+    _handler().finalize(epath.Path(folder))
 
 
 def read_arrays(folder: Path, like: Any, described: Mapping[str, tuple[list[int], str]]) -> Any:
@@ -54,10 +73,14 @@ def read_arrays(folder: Path, like: Any, described: Mapping[str, tuple[list[int]
     plain = {}
     for name, leaf in wanted.items():
         data = jax.eval_shape(_plain, leaf)
-        sharding = here if _is_key(leaf) else getattr(leaf, "sharding", None) or here
+        sharding = getattr(leaf, "sharding", None) or here
+        # Of a key, its words have an axis more.
+        sharding = here if _is_key(leaf) and not sharding.is_fully_replicated else sharding
         plain[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
     try:
-        arrays = _orbax().restore(folder, args=ocp.args.StandardRestore(plain))
+        arrays = processes.together(
+            lambda: _handler().restore(epath.Path(folder), args=ocp.args.StandardRestore(plain))
+        )
     # Orbax and TensorStore raise whatever they like.
     except Exception as e:
         raise CheckpointError(f"cannot read {folder}: {' '.join(str(e).split()):.500}") from e
@@ -81,8 +104,8 @@ def _check_same(saved: dict[str, tuple[list[int], str]], like: Any, folder: Path
         )
 
 
-def _orbax() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+def _handler() -> ocp.StandardCheckpointHandler:
+    return ocp.StandardCheckpointHandler()
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -4,8 +4,8 @@
                          meta.json        what is no array: config, position in the data
                          state/           the arrays, in Orbax's format
 
-Names that start with a dot are being written or removed; no reader looks at them. Of a run on
-several processes only the first may write here, after Orbax's own barrier.
+Names that start with a dot are being written or removed; no reader looks at them. Several processes
+write their own parts of the arrays at once, into a folder that all of them see; the first does the rest.
 """
 
 import concurrent.futures
@@ -14,37 +14,27 @@ import dataclasses
 import json
 import math
 import os
-import re
-import secrets
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.arrays import describe, read_arrays, to_host, write_arrays
+from trainers import processes
+from trainers.arrays import describe, finish_parts, read_arrays, to_host, write_arrays, write_part
+from trainers.checkpoint_files import LEFTOVER, LOCK, explaining, hide, reason, sweep, try_out
 from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
 from utils.errors import CheckpointError, is_int, raise_all
 from utils.files import (
     FolderLock,
     atomic_directory,
-    fsync,
     fsync_tree,
-    hide_folder,
     read_json,
     reading_folder,
 )
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
-_LEFTOVER = re.compile(r"\.step-\d+\.(tmp|old)-[0-9a-f]+")
-# The longest path that Orbax makes in a step's folder, and the folder's own while it is written.
-_DEEPEST = (
-    ".step-00000000.tmp-00000000",
-    "state.orbax-checkpoint-tmp/ocdbt.process_000/d",
-    "0" * 32,
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +78,7 @@ class CheckpointReader:
                 read_manifest(self._path(step), step)
                 complete.append(step)
             except OSError as e:
-                broken.append(_reason(e))
+                broken.append(reason(e))
         return complete, broken
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
@@ -102,10 +92,17 @@ class CheckpointReader:
         Raises:
             CheckpointError: there is none, that step is broken, or it holds other arrays.
         """
-        with self._find(step, check_digests) as (folder, manifest):
+        check = check_digests
+        if processes.several():  # the first reads every byte, for all
+            step, check = processes.from_first(lambda: self._whole(step)), lambda *_: None
+        with self._find(step, check) as (folder, manifest):
             meta = read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
             state = read_arrays(folder / _STATE, like, manifest.arrays)
             return Restored(step=manifest.step, state=state, meta=meta)
+
+    def _whole(self, step: int | None) -> int:
+        with self._find(step, check_digests) as (_, manifest):
+            return manifest.step
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays, without reading those.
@@ -142,13 +139,13 @@ class CheckpointReader:
                 except OSError as e:
                     if step is not None:
                         raise CheckpointError(
-                            f"cannot use step {step}: {_reason(e)}; there are {self._numbers()}"
+                            f"cannot use step {step}: {reason(e)}; there are {self._numbers()}"
                         ) from e
                     if not os.path.lexists(folder):
                         # A writer removed it; there is a newer one.
                         numbers = self._numbers()
                         continue
-                    broken.append(_reason(e))
+                    broken.append(reason(e))
                     if numbers:
                         warnings.warn(
                             f"checkpoint {folder.name} is broken, an older one is tried:"
@@ -181,8 +178,8 @@ class CheckpointReader:
         try:
             names = sorted(os.listdir(self.folder))
         except OSError as e:
-            raise CheckpointError(f"cannot read folder {self.folder}: {_reason(e)}") from e
-        return [name for name in names if name[0] != "." or _LEFTOVER.fullmatch(name)]
+            raise CheckpointError(f"cannot read folder {self.folder}: {reason(e)}") from e
+        return [name for name in names if name[0] != "." or LEFTOVER.fullmatch(name)]
 
 
 class Checkpointer(CheckpointReader):
@@ -221,19 +218,14 @@ class Checkpointer(CheckpointReader):
         )
         super().__init__(folder)
         self._keep, self._keep_best, self._clock = keep, keep_best, clock
+        self._lock: FolderLock | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder / ".lock", clock())
-        except CheckpointError:
-            raise
-        except OSError as e:
-            raise CheckpointError(f"cannot write into {self.folder}: {_reason(e)}") from e
-        try:
-            _try_out(self.folder, need_bytes)
+            locked = processes.from_first(self._take)
+            processes.together(lambda: try_out(self.folder, locked, need_bytes))
             # The step that the run goes on from. None: there is something, and nothing was restored.
             self._base = None if self._names() else -1
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -294,7 +286,10 @@ class Checkpointer(CheckpointReader):
             "score": float(score) if score is not None and math.isfinite(score) else None,
             "arrays": describe(state),
         }
-        self._pending = self._thread.submit(self._write, known, to_host(state), text)
+        if processes.several():
+            self._write_together(known, state, text)
+        else:
+            self._pending = self._thread.submit(self._write, known, to_host(state), text)
 
     def wait(self) -> None:
         """The last save is on disk when this returns. Raises CheckpointError, once, if it failed."""
@@ -308,6 +303,21 @@ class Checkpointer(CheckpointReader):
             self.wait()
         finally:
             self._thread.shutdown()
+            self._release()
+
+    def _take(self) -> str:
+        """Makes and locks the folder; returns what the lock's file holds."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(self.folder / LOCK, self._clock())
+            return (self.folder / LOCK).read_text()
+        except CheckpointError:
+            raise
+        except OSError as e:
+            raise CheckpointError(f"cannot write into {self.folder}: {reason(e)}") from e
+
+    def _release(self) -> None:
+        if self._lock is not None:
             self._lock.release()
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
@@ -320,23 +330,50 @@ class Checkpointer(CheckpointReader):
         return restored
 
     def _write(self, known: dict[str, Any], arrays: dict[str, Any], meta: bytes) -> None:
-        step = known["step"]
-        try:
+        with explaining(self.folder, known["step"]):
             self._sweep()
-            with atomic_directory(self._path(step)) as folder:
+            with atomic_directory(self._path(known["step"])) as folder:
                 (folder / _META).write_bytes(meta)
                 write_arrays(folder / _STATE, arrays)
-                fsync_tree(folder)
-                write_manifest(folder, **known)
-                self._hide((n for n in self._numbers() if n > self._base), even_if_read=True)
-            self._base = step
+                self._describe(folder, known)
+            self._base = known["step"]
             self._retain()
-        # Orbax and TensorStore raise whatever they like.
-        except Exception as e:
-            raise CheckpointError(
-                f"cannot save step {step} in {self.folder}: {_reason(e)}; earlier checkpoints are"
-                " untouched"
-            ) from e
+
+    def _write_together(self, known: dict[str, Any], state: Any, meta: bytes) -> None:
+        """As `_write`, of all processes; returns when it is done. One that fails fails for all."""
+        step, stack = known["step"], contextlib.ExitStack()
+
+        def begin() -> str:
+            with explaining(self.folder, step):
+                self._sweep()
+                folder = stack.enter_context(atomic_directory(self._path(step)))
+                (folder / _META).write_bytes(meta)
+                (folder / _STATE).mkdir()
+                return folder.name
+
+        def write() -> None:
+            with explaining(self.folder, step):
+                write_part(folder / _STATE, state)
+
+        def finish() -> None:
+            with explaining(self.folder, step):
+                finish_parts(folder / _STATE)
+                self._describe(folder, known)
+                stack.close()
+                self._base = step
+                self._retain()
+
+        with stack:
+            folder = self.folder / processes.from_first(begin)
+            processes.together(write)
+            processes.from_first(finish)
+        self._base = step
+
+    def _describe(self, folder: Path, known: dict[str, Any]) -> None:
+        """The last thing that is written; what is no past of this step is out of sight then."""
+        fsync_tree(folder)
+        write_manifest(folder, **known)
+        self._hide((n for n in self._numbers() if n > self._base), even_if_read=True)
 
     def _retain(self) -> None:
         """Removes what need not stay, now that a newer checkpoint is on disk."""
@@ -349,52 +386,8 @@ class Checkpointer(CheckpointReader):
         self._sweep()
 
     def _hide(self, steps: Iterable[int], *, even_if_read: bool = False) -> None:
-        """Takes checkpoints out of sight in one go each: never is half a one to be seen."""
-        hidden = list(steps)
-        for step in hidden:
-            path = self._path(step)
-            new = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
-            if even_if_read or not path.is_dir():
-                os.rename(path, new)
-            else:
-                # One that is being read is left for the next time.
-                hide_folder(path, new)
-        if hidden:
-            fsync(self.folder)
+        hide([self._path(step) for step in steps], even_if_read=even_if_read)
 
     def _sweep(self) -> None:
         """Removes what is hidden, or was left behind by a save that was killed."""
-        for name in self._names():
-            if _LEFTOVER.fullmatch(name):
-                path = self.folder / name
-                path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-def _try_out(folder: Path, need_bytes: int) -> None:
-    """Raises CheckpointError if a checkpoint could not be written: found out before training."""
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise CheckpointError(
-            f"{folder} has {free} bytes free, a checkpoint needs {need_bytes}; free some, or choose"
-            " another folder"
-        )
-    probe = folder / f".probe-{secrets.token_hex(8)}"
-    try:
-        deep = (probe / os.path.join(*_DEEPEST)).parent
-        deep.mkdir(parents=True)
-        with open(deep / _DEEPEST[-1], "xb") as f:
-            f.write(bytes(1 << 16))
-            f.flush()
-            os.fsync(f.fileno())
-        shutil.rmtree(probe)
-    except OSError as e:
-        shutil.rmtree(probe, ignore_errors=True)
-        raise CheckpointError(f"cannot write into {folder}: {_reason(e)}") from e
-
-
-def _reason(e: BaseException) -> str:
-    """One line."""
-    text = str(e) or type(e).__name__
-    if isinstance(e, OSError) and e.strerror:
-        text = f"{e.strerror.lower()}: {e.filename}" if e.filename else e.strerror.lower()
-    return " ".join(text.split())[:500]
+        sweep(self.folder / name for name in self._names() if LEFTOVER.fullmatch(name))

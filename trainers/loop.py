@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.model import Params
+from trainers import processes
 from trainers.checkpoint import Checkpointer
 from trainers.data import Dataset
 from trainers.metrics import (
@@ -23,7 +24,8 @@ from trainers.metrics import (
 )
 from trainers.trainer import Batch, Trainer, TrainState
 from utils.errors import TrainError
-from utils.sharding import place_batch
+from utils.replicas import check_replicas
+from utils.sharding import current_mesh, place_batch
 
 
 class Data(Protocol):
@@ -104,6 +106,7 @@ def fit(
     meta: dict[str, Any] | None = None,
     progress: Progress = Progress(),
     should_stop: Callable[[], bool] = lambda: False,
+    check_every: int = 0,
 ) -> tuple[TrainState, Progress]:
     """Trains until `max_steps`, or until `should_stop` says so between two steps.
 
@@ -119,15 +122,18 @@ def fit(
         checkpointer: gets the state as the config says and at the end.
         meta: goes into each checkpoint, with `progress`.
         progress: of the checkpoint that is gone on from.
-        should_stop: asked before each step.
+        should_stop: asked before each step; of several processes, one that says so stops all.
+        check_every: steps from one comparison of the parameters' copies on a mesh to the next; 0: none.
 
     Raises:
-        TrainError: more than `max_skipped` updates in a row were not finite, or had no target.
+        TrainError: more than `max_skipped` updates in a row were not finite, or had no target; or
+            copies of a parameter differ.
         CheckpointError: a checkpoint could not be written.
     """
     with contextlib.ExitStack() as stack:
         run = _Run(trainer, frozen, data, eval_data, log, checkpointer, meta or {}, progress)
         stack.callback(run.compilations.close)
+        run.check_every = check_every
         return run.fit(state, should_stop)
 
 
@@ -139,10 +145,12 @@ class _Run:
         self.data, self.eval_data, self.log = data, eval_data, log
         self.checkpointer, self.meta, self.progress = checkpointer, meta, progress
         # Measured before compilations are counted: it compiles too.
-        self.peak = matmul_peak(trainer.model.dtype or self.config.param_dtype)
+        devices = 1 if current_mesh() is None else current_mesh().size
+        self.peak = devices * matmul_peak(trainer.model.dtype or self.config.param_dtype)
         self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
         self.skipped_in_a_row: list[Any] = []
-        self.save_due = False
+        self.save_due, self.check_every = False, 0
+        self.failure: Exception | None = None
 
     def fit(self, state: TrainState, should_stop) -> tuple[TrainState, Progress]:
         batches = self.data.batches()
@@ -157,12 +165,15 @@ class _Run:
         # A run stops behind an update, never between one and the skipped ones that follow it: what is
         # redone after a resume is then exactly what the checkpoint does not hold.
         whole = True
-        while step < self.config.max_steps and (
-            self.skipped_in_a_row or not whole or not should_stop()
-        ):
+        if step < self.config.max_steps and not on_policy:
+            batch = self._next(batches)
+        while step < self.config.max_steps:
+            may_stop = whole and not self.skipped_in_a_row
+            if processes.agree(may_stop and should_stop(), self.failure):
+                break
             if on_policy:
                 batches.sample(state, self.frozen, self.clock)
-            batch = batch or self._next(batches)
+                batch = self._next(batches)
             position = batches.get_state()
             self._note_compilations()  # of sampling, if any
             self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
@@ -185,6 +196,8 @@ class _Run:
             known = evaluation | (batches.report() if on_policy else {})
             self._record(attempted, metrics, known, done, compiling)
             self._check_skipped(metrics)
+            if self.check_every and step % self.check_every == 0:
+                check_replicas(state.params, self.trainer.specs(state.params))
             self.save_due |= metrics["updated"] and self._due(step, self.config.save_every, last)
             if self.save_due and whole and metrics["updated"]:
                 self._save(step, state, evaluation.get("eval_score", evaluation.get("eval_loss")))
@@ -195,9 +208,14 @@ class _Run:
             self.checkpointer.wait()
         return state, self.progress
 
-    def _next(self, batches) -> Batch:
+    def _next(self, batches) -> Batch | None:
+        """The next batch; what fails is raised before the next step, on all processes at once."""
         with self.clock("data"):
-            return next(batches)
+            try:
+                return next(batches)
+            except Exception as e:
+                self.failure = e
+                return None
 
     def _preflight(self, state: TrainState) -> TrainState:
         """A step in which nothing weighs, on the largest batch: it changes nothing."""

@@ -22,6 +22,7 @@ import rich.console
 import rich.progress
 
 from models.llama.config import ModelConfig
+from trainers import processes
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file
 
@@ -64,6 +65,8 @@ class MetricsLog:
         self._sinks: list[Sink] = []
         if tensorboard:
             _import_tensorboard()
+        if not processes.is_first():
+            return
         openers = {_JsonLines: folder / name}
         openers |= {_TensorBoard: folder / "tensorboard"} if tensorboard else {}
         for opener, path in openers.items():

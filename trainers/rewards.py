@@ -15,6 +15,7 @@ from multiprocessing import connection
 
 import numpy as np
 
+from trainers import processes
 from trainers.reward_functions import READY_MADE
 from trainers.reward_process import RewardProcess
 from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
@@ -185,7 +186,7 @@ class RewardPool:
         columns: dict[str, list],
         group_size: int,
     ) -> Scores:
-        """Scores a batch.
+        """Scores a batch. Of several processes the first does, and tells the others.
 
         Args:
             prompts: the text of each row's prompt, R of them.
@@ -199,21 +200,30 @@ class RewardPool:
             ConfigError: a function cannot take these columns.
             DataError: the lists do not fit together.
         """
-        batch = dict(prompts=prompts, completions=completions, completion_ids=completion_ids)
+        rows = dict(prompts=prompts, completions=completions, completion_ids=completion_ids)
+
+        def score() -> tuple[list, list, list[str]]:
+            scores = self._call(rows, columns, group_size)
+            return scores.values.tolist(), scores.failed.tolist(), self.failures
+
+        values, failed, self.failures = processes.from_first(score)
+        return Scores(values=np.asarray(values, np.float64), failed=np.asarray(failed, bool))
+
+    def _call(self, batch: dict[str, list], columns: dict[str, list], group_size: int) -> Scores:
         lengths = {name: len(x) for name, x in (batch | columns).items()}
         if batch.keys() & columns.keys() or len(set(lengths.values())) > 1:
             raise DataError(f"rewards: columns must have names and lengths that fit, got {lengths}")
-        if len(prompts) % group_size:
-            raise DataError(f"rewards: {len(prompts)} rows are no groups of {group_size}")
+        if (n := len(batch["prompts"])) % group_size:
+            raise DataError(f"rewards: {n} rows are no groups of {group_size}")
         batch |= columns
         for process in self._processes:
             process.check_takes(batch)
         self.failures = []
-        shape = (len(self._processes), len(prompts))
+        shape = (len(self._processes), n)
         scores = Scores(values=np.full(shape, np.nan), failed=np.zeros(shape, bool))
         parts = zip(self._processes, scores.values, scores.failed)
         try:
-            if prompts:
+            if n:
                 _run([self._score(*part, batch, group_size) for part in parts])
         except BaseException:  # Ctrl-C too: an answer to this call must not be taken for the next
             self.close()
