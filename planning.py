@@ -310,8 +310,11 @@ def make_trainer(job: Job) -> Trainer:
 
 
 def _needed_bytes(message: str) -> int | None:
-    """Of XLA's error for a program that does not fit: "Used 17.5G of 15.75G hbm"."""
+    """Of XLA's error for a program that does not fit: "Used 17.5G of 15.75G hbm", or "the total memory
+    required for … (17.5G) exceeds available HBM".
+    """
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(r"required for [^(]*\(([\d.]+)([KMGT]?)\) exceeds", message)
     return found and int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
 
 

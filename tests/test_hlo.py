@@ -61,6 +61,35 @@ def test_rounds_are_read_off_the_condition_too():
     assert n and analyse(bare) == analyse(text)
 
 
+@pytest.mark.parametrize("step, rounds", [("%one", 8), ("%two", 4), ("%three", 3)])
+def test_a_counter_may_go_up_by_more_than_one(step, rounds):
+    loop = f"""\
+%body (p: (u32[], f32[8,8])) -> (u32[], f32[8,8]) {{
+  %p = (u32[], f32[8,8]{{1,0}}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %x = f32[8,8]{{1,0}} get-tuple-element(%p), index=1
+  %one = u32[] constant(1)
+  %two = u32[] constant(2)
+  %three = u32[] add(%one, %two)
+  %j = u32[] add(%i, {step})
+  %y = f32[8,8]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %t = (u32[], f32[8,8]{{1,0}}) tuple(%j, %y)
+}}
+
+%cond (p: (u32[], f32[8,8])) -> pred[] {{
+  %p = (u32[], f32[8,8]{{1,0}}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %n = u32[] constant(8)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}}
+"""
+    body = """\
+  %a = (u32[], f32[8,8]{1,0}) parameter(0)
+  ROOT %w = (u32[], f32[8,8]{1,0}) while(%a), condition=%cond, body=%body
+"""
+    assert analyse(module(body, loop)).flops == rounds * 2 * 8**3
+
+
 def test_a_loop_of_unknown_rounds_counts_as_often_as_the_caller_says():
     def until(x, up, down, n):
         return jax.lax.fori_loop(0, n[0].astype(int), lambda i, x: scanned(x, up, down), x)

@@ -137,6 +137,8 @@ def test_a_wrong_job_says_all_that_is_wrong(changes, named):
 def test_what_xla_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     assert _needed_bytes(text + "Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == 22.5 * 2**30
+    text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    assert _needed_bytes(text + "(64.00G) exceeds available HBM (15.75G).") == 64 * 2**30
     assert _needed_bytes("INTERNAL: something else") is None
 
 

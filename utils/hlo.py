@@ -145,15 +145,32 @@ class _Program:
         return collections.Counter({key: n * count for key, n in total.items()})
 
     def _known_rounds(self, i: Instruction) -> int | None:
+        """As XLA knows them, else of a counter that goes from 0 up to a constant."""
         if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest):
             return int(found[1])
         condition = self._computations[i.attribute("condition")[1:]]
         last = condition.root
         compare = self._computations[last.called].root if _fused(last) else last
         bounds = [condition[o] for o in last.operands if condition[o].opcode == "constant"]
-        if compare.attribute("direction") == "LT" and len(bounds) == 1:
-            return int(bounds[0].operands[0])
-        return None
+        counters = [condition[o].attribute("index") for o in last.operands]
+        if compare.attribute("direction") != "LT" or len(bounds) != 1 or not counters[0]:
+            return None
+        body = self._computations[i.attribute("body")[1:]]
+        step = self._added(body[body.root.operands[int(counters[0])]], body)
+        return -(-int(bounds[0].operands[0]) // (step or 1))
+
+    def _added(self, i: Instruction, within: Computation) -> int:
+        """What a round adds to its counter: XLA unrolls some loops, and leaves their bound as it is."""
+        if i.opcode == "constant":
+            return int(i.operands[0])
+        operands = [within[name] for name in i.operands if name in within]
+        if _fused(i):
+            inside = self._computations[i.called]
+            own = [o for o in inside.values() if o.opcode == "constant"]
+            operands += own if inside.root.opcode == "add" else []
+        if i.opcode in ("add", "copy", "bitcast") or _fused(i):
+            return sum(self._added(operand, within) for operand in operands)
+        return 0
 
     def _work(self, i: Instruction, within: Computation) -> collections.Counter:
         """FLOPs, collectives and kernels of an instruction, fused or not."""
