@@ -26,7 +26,7 @@ from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import sharding
 
-MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 MODEL = ModelConfig(
     dim=64,
     n_layers=2,

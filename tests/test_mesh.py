@@ -1,4 +1,4 @@
-"""One device = eight fake ones: logits, training, GRPO, sampling and loading, on five meshes."""
+"""One device = eight fake ones: logits, training, GRPO, sampling and loading, on four meshes."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import cli
+from tests import cli, compiling
 from tests.mesh_checks import MESHES
 
 CHECKS = (
@@ -30,7 +30,8 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = os.environ | compiling.environment(optimized=False)
+    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     args = [sys.executable, "-m", "tests.mesh_checks", tmp_path_factory.mktemp("mesh"), *MESHES]
     done = subprocess.run(args, cwd=cli.ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
