@@ -1,0 +1,289 @@
+"""Two and four processes: the same curve as one, faults of one of them, and going on."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import cli
+from tests.processes import Group, arrays, gone_within
+from tests.programs import check_error, programs, wait_for_lines
+from tests.small_runs import curve
+from tests.test_train_cli import rows
+
+pytestmark = pytest.mark.slow
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    with contextlib.closing(Group(tmp_path_factory.mktemp("group"), 4)) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "train.jsonl").write_text(rows(0))
+    (folder / "other.jsonl").write_text(rows(1))
+    prompts = [{"prompt": "x" * (1 + i % 4), "answer": i} for i in range(9)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return folder
+
+
+def sft(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
+    known = dict(data=files / "train.jsonl", eval_data=files / "train.jsonl", out_dir=out_dir)
+    known |= dict(ckpt_dir=cli.checkpoint(), batch_size=4, micro_batch_size=4, seq_len=64)
+    known |= dict(max_steps=STEPS, lr=0.01, save_every=1, eval_every=3, export=False)
+    return known | options
+
+
+def grpo(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
+    known = dict(data=files / "prompts.jsonl", reward="tests.grpo_rewards:ones", out_dir=out_dir)
+    known |= dict(ckpt_dir=cli.checkpoint(), chat=False, prompts_per_step=4, group_size=4, lr=0.01)
+    known |= dict(max_completion_len=8, max_steps=2, save_every=1, export=False)
+    return known | options
+
+
+def losses(folder: Path, *names: str) -> list[list[float]]:
+    return [[line[name] for name in names if name in line] for line in curve(folder)]
+
+
+def codes(done) -> list[int]:
+    return [one.code for one in done]
+
+
+@pytest.fixture(scope="module")
+def alone(programs, files, tmp_path_factory):
+    """The folder of a run of one process on one device. Read, never written."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = programs.run("train.py", "sft", **sft(files, folder))
+    assert done.code == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(group, files, tmp_path_factory):
+    """The folder of a run of two processes. Read, never written."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    done = group.run(2, "train.py", "sft", **sft(files, folder))
+    assert codes(done) == [0, 0], done
+    # Only the first one speaks.
+    assert f"step {STEPS}/{STEPS}" in done[0].stderr and not done[0].stdout + done[1].stdout
+    said = [line for line in done[1].stderr.splitlines() if "[Gloo]" not in line]
+    assert said == []
+    return folder
+
+
+def test_two_processes_train_as_one(alone, pair):
+    names = "loss", "grad_norm", "eval_loss"
+    for got, wanted in zip(losses(pair, *names), losses(alone, *names), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_four_processes_with_two_devices_each(group, files, alone, tmp_path):
+    mesh = "data=2,fsdp=2,tensor=2"
+    done = group.run(4, "train.py", "sft", devices=2, mesh=mesh, **sft(files, tmp_path))
+    assert codes(done) == [0] * 4, done
+    for got, wanted in zip(losses(tmp_path, "loss"), losses(alone, "loss"), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert programs.run("train.py", "grpo", **grpo(files, one)).code == 0
+    done = group.run(2, "train.py", "grpo", **grpo(files, two))
+    assert codes(done) == [0, 0], done
+    rollouts = lambda folder: [
+        {k: v for k, v in json.loads(line).items() if "logprobs" not in k}
+        for line in (folder / "rollouts.jsonl").read_text().splitlines()
+    ]
+    assert rollouts(one) == rollouts(two)
+    for got, wanted in zip(losses(two, "loss", "reward"), losses(one, "loss", "reward")):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    assert len(curve(two)) == 2
+
+
+@pytest.mark.covers("D23")
+def test_a_run_goes_on_with_another_number_of_processes(
+    group, programs, files, pair, alone, tmp_path
+):
+    """From step 3 on: the bits of the state are read right, as the curve goes on."""
+    import shutil
+
+    for source, count in ((pair, 1), (alone, 2)):
+        folder = shutil.copytree(source, tmp_path / str(count))
+        options = sft(files, folder, resume_step=3)
+        started = group.run(2, "train.py", "sft", **options) if count == 2 else None
+        done = started or [programs.run("train.py", "sft", **options)]
+        assert {one.code for one in done} == {0}, done
+        for got, wanted in zip(losses(folder, "loss"), losses(alone, "loss"), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.covers("E1")
+@pytest.mark.parametrize(
+    "victim, place",
+    [
+        (1, "trainers.loop._Run, '_account', 3"),
+        (0, "trainers.loop._Run, '_account', 3"),
+        (1, "trainers.checkpoint, 'write_part', 3"),
+        (0, "trainers.checkpoint, 'write_manifest', 3"),
+        (1, "distributed, 'start', 1"),
+    ],
+)
+def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place):
+    patch = "import signal, distributed, trainers.loop, trainers.checkpoint\n"
+    patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    short = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=15"
+    launch = {i: short.format(i) for i in range(2)} if "start" in place else {}
+    options = sft(files, tmp_path)
+    pids, wait = group.start(
+        2, "train.py", "sft", patches={victim: patch}, launch=launch, **options
+    )
+    while Path(f"/proc/{pids[victim]}").exists():
+        time.sleep(0.02)
+    assert gone_within(pids, 20)
+    done = wait()
+    assert done[victim].code == -9 and done[1 - victim].code not in (0, -9), done
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    resume = bool(saved)
+    assert resume == ("start" not in place)
+    done = group.run(2, "train.py", "sft", resume=resume, **options)
+    assert codes(done) == [0, 0], done
+    assert arrays(tmp_path, STEPS) == arrays(pair, STEPS)
+    assert losses(tmp_path, "loss", "eval_loss") == losses(pair, "loss", "eval_loss")
+
+
+@pytest.mark.covers("E2")
+@pytest.mark.parametrize(
+    "options, patch, field",
+    [
+        (dict(seed=3), "", r"settings\.seed is"),
+        (dict(lr=0.02), "", r"train\.learning_rate is 0\.02, and 0\.01 there"),
+        (dict(data="other.jsonl"), "", r"data\.digest is"),
+        ({}, "import jax; jax.__version__ = '0.1'", "jax is '0.1', and '0"),
+        ({}, "import trainers.identity as i; i.files_digest\n"
+             "import training; training.files_digest = lambda _: 'x'", "checkpoint is 'x'"),
+    ],
+)  # fmt: skip
+def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):
+    options = {k: files / v if k == "data" else v for k, v in options.items()}
+    done = group.run(
+        2, "train.py", "sft", options_of={1: options}, patches={1: patch}, **sft(files, tmp_path)
+    )
+    assert codes(done) == [2, 2], done
+    check_error(done[0], 2, "process 1 is not like process 0", field)
+    assert "error" not in done[1].stderr
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.covers("E3")
+@pytest.mark.parametrize(
+    "launch, message",
+    [
+        ({1: "coordinator=127.0.0.1:1,processes=2,process=1,timeout=6"}, "not all of 2 processes"),
+        (
+            {1: "coordinator=127.0.0.1:PORT,processes=2,process=2"},
+            "process=2, expected one of 0..1",
+        ),
+        ({0: "coordinator=127.0.0.1:PORT,processes=3,process=0,timeout=6"}, "not all of 3"),
+        ({1: "coordinator=127.0.0.1:PORT,processes=2,process=0,timeout=6"}, "not all of 2|taken"),
+    ],
+)
+def test_processes_that_do_not_come_together(group, files, tmp_path, launch, message):
+    known = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=6"
+    launch = {i: known.format(i) for i in range(2)} | launch
+    start = time.monotonic()
+    pids, wait = group.start(2, "train.py", "sft", launch=launch, **sft(files, tmp_path))
+    assert gone_within(pids, 20)
+    done = wait()
+    assert codes(done) == [2, 2], done
+    assert time.monotonic() - start < 20
+    assert any(__import__("re").search(message, one.stderr) for one in done), done
+
+
+@pytest.mark.covers("E4")
+def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
+    options = sft(files, tmp_path, max_steps=2000, save_every=0, eval_every=0, check_every=0)
+    pids, wait = group.start(2, "train.py", "sft", **options)
+    wait_for_lines(tmp_path, 3, pids[0])
+    os.kill(pids[1], signal.SIGSTOP)
+    assert gone_within(pids[:1], 25)
+    os.kill(pids[1], signal.SIGCONT)
+    assert gone_within(pids[1:], 10)
+    done = wait()
+    assert 0 not in codes(done)
+    assert "tasks are unhealthy (stopped sending heartbeats):\n1" in done[0].stderr
+
+
+@pytest.mark.covers("E4")
+def test_one_that_does_not_come_is_named(group, files, tmp_path):
+    slow = (
+        "import time, trainers.loop\nat(trainers.loop._Run, '_account', 2, lambda: time.sleep(9))"
+    )
+    hasty = "import trainers.processes; trainers.processes.WAIT_SECONDS = 3"
+    done = group.run(
+        2, "train.py", "sft", patches={0: hasty, 1: slow}, **sft(files, tmp_path, save_every=0)
+    )
+    check_error(done[0], 5, "processes did not come together", "task.*1")
+    assert done[1].code != 0
+
+
+@pytest.mark.covers("E5")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
+    patch = "import grain, trainers.loop\nfrom utils.errors import DataError\n"
+    patch += "def fail(): raise DataError('no more of it')\n"
+    patch += "import trainers.data; at(trainers.data.Dataset, '_batch', 9, fail)\n"
+    done = group.run(
+        2, "train.py", "sft", patches={victim: patch}, **sft(files, tmp_path, eval_every=0)
+    )
+    assert codes(done) == [4, 4], done
+    text = "".join(one.stderr for one in done)
+    assert text.count("no more of it") == 1 + victim, text
+    steps = [line["step"] for line in curve(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) < STEPS
+
+
+@pytest.mark.covers("E5")
+def test_a_reward_that_fails_stops_all(group, files, tmp_path):
+    patch = "import trainers.rewards as r\nfrom utils.errors import TrainError\n"
+    patch += "def fail(): raise TrainError('a bad reward')\n"
+    patch += "at(r.RewardPool, '_call', 2, fail)\n"
+    done = group.run(2, "train.py", "grpo", patches={0: patch}, **grpo(files, tmp_path))
+    assert codes(done) == [5, 5], done
+    check_error(done[0], 5, "a bad reward")
+    assert [line["step"] for line in curve(tmp_path)] == [1]
+
+
+@pytest.mark.covers("E6")
+def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair, tmp_path):
+    patch = "import signal, trainers.loop\n"
+    patch += "at(trainers.loop._Run, '_account', 2, lambda: send(signal.SIGTERM))\n"
+    options = sft(files, tmp_path, save_every=0, eval_every=3)
+    done = group.run(2, "train.py", "sft", patches={1: patch}, **options)
+    assert codes(done) == [75, 75], done
+    saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
+    assert saved == [f"step-{len(curve(tmp_path)):08d}"] and len(curve(tmp_path)) < STEPS
+    done = group.run(2, "train.py", "sft", resume=True, **options)
+    assert codes(done) == [0, 0], done
+    assert arrays(tmp_path, STEPS) == arrays(pair, STEPS)
+
+
+@pytest.mark.covers("E7")
+def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
+    patch = "import errno, trainers.checkpoint\n"
+    patch += "def fail(): raise OSError(errno.ENOSPC, 'No space left on device', 'part')\n"
+    patch += "at(trainers.checkpoint, 'write_part', 3, fail)\n"
+    done = group.run(2, "train.py", "sft", patches={1: patch}, **sft(files, tmp_path))
+    assert codes(done) == [6, 6], done
+    check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == [".lock", "step-00000001", "step-00000002"]
