@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import jax
@@ -15,8 +16,8 @@ from utils.errors import ConfigError, raise_all
 
 # A process is given up on when it has been silent for so long; the others leave then.
 HEARTBEAT_SECONDS = 15
-# A process that leaves waits so long for the others to leave too.
-_LEAVE_SECONDS = 10
+# The first process is the last to leave: XLA ends whoever has lost it, with an exit code of its own.
+_LINGER_SECONDS = 2
 
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -135,7 +136,6 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
             cluster_detection_method="deactivate" if explicit else None,
             initialization_timeout=launch.timeout + 30,
             heartbeat_timeout_seconds=launch.heartbeat,
-            shutdown_timeout_seconds=_LEAVE_SECONDS,
         )
         multihost_utils.sync_global_devices("start")
     except (RuntimeError, ValueError, OSError) as e:
@@ -163,12 +163,14 @@ def lost(error: Exception) -> bool:
 
 
 def leave(code: int) -> None:
-    """Before the end: waits a little for the others, who leave for the same reason or do not know."""
-    if jax.distributed.is_initialized():
-        try:
-            jax.distributed.shutdown()
-        except RuntimeError:
-            abandon(code)
+    """Before the end: all are here, or, with an exit code, perhaps only this process knows of it."""
+    if not jax.distributed.is_initialized():
+        return
+    if code == 0:
+        return jax.distributed.shutdown()
+    if jax.process_index() == 0:
+        time.sleep(_LINGER_SECONDS)
+    abandon(code)
 
 
 def abandon(code: int) -> None:
