@@ -79,6 +79,7 @@ def test_every_command_exists_with_its_flags(name):
             assert words[0] in ("black", "."), command
 
 
+@pytest.mark.slow
 def test_the_python_in_the_readme_runs(tmp_path):
     code = "\n".join(code_blocks("README.md", "python"))
     out = subprocess.run(
