@@ -8,9 +8,9 @@ TESTS = Path(__file__).parent
 
 
 def parse_ranges(text: str) -> set[str]:
-    """The ids that "A1-A3, B7" stands for."""
+    """The ids that "A1-A3, B7" stands for, or "none"."""
     ids = set()
-    for part in text.split(","):
+    for part in [] if text == "none" else text.split(","):
         first, _, last = part.strip().partition("-")
         numbers = range(int(first[1:]), int((last or first)[1:]) + 1)
         ids |= {f"{first[0]}{n}" for n in numbers}
