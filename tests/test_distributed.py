@@ -132,8 +132,6 @@ def test_a_run_goes_on_with_another_number_of_processes(
     "victim, place",
     [
         (1, "trainers.loop._Run, '_account', 3"),
-        (0, "trainers.loop._Run, '_account', 3"),
-        (1, "trainers.checkpoint, 'write_part', 3"),
         (0, "trainers.checkpoint, 'write_manifest', 3"),
         (1, "distributed, 'start', 1"),
     ],
