@@ -24,8 +24,15 @@ def state(step: int):
 
 def wait_for_tracer(tasks: list[Path]) -> None:
     """Returns once strace is attached to these threads."""
-    while any("TracerPid:\t0\n" in (task / "status").read_text() for task in tasks):
+    while any(map(_is_untraced, tasks)):
         time.sleep(0.002)
+
+
+def _is_untraced(task: Path) -> bool:
+    try:
+        return "TracerPid:\t0\n" in (task / "status").read_text()
+    except OSError:  # a thread that has ended meanwhile
+        return False
 
 
 def save(what: str, folder: str) -> int:
