@@ -14,7 +14,6 @@ if __name__ == "__main__":
 import dataclasses
 import json as jsonlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np

@@ -15,7 +15,7 @@ import decoding
 import sampling
 from models.llama.config import ModelConfig
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, cache_shape, decoding_axes, for_decoding
+from models.llama.model import REMATS, LLaMa, cache_shape, decoding_axes, for_decoding
 from models.llama.model import init_params, param_axes
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.optimizer import DTYPES, OPTIMIZERS
@@ -27,10 +27,9 @@ from utils.errors import is_int, raise_all
 from utils.estimate import Program, estimate_job
 from utils.hlo import analyse
 from utils.hlo_text import Array
-from utils.kvcache import KVCache, bucket
+from utils.kvcache import KVCache, bucket, buffer_spec
 
 KINDS = ("sft", "lora", "grpo", "generate")
-REMATS = ("none", "dots", "block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,9 +233,9 @@ class _Compiler:
         shape = cache_shape(self.job.model, rows, capacity)
         dtype, depth = jnp.dtype(self.job.dtype), self.job.model.n_layers
         cache = jax.eval_shape(lambda: KVCache.create(shape, depth, dtype))
-        batch = sharding.fitting(sharding.DECODING.batch, rows)
-        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, shape[1]))
-        specs = jax.tree.map(lambda _: spec, cache).replace(lengths=PartitionSpec(batch))
+        spec = buffer_spec(rows, shape[1])
+        lengths = PartitionSpec(sharding.fitting(sharding.DECODING.batch, rows))
+        specs = jax.tree.map(lambda _: spec, cache).replace(lengths=lengths)
         return self._sharded(cache, specs)
 
     def _compiled(

@@ -17,7 +17,7 @@ from models.llama.config import ModelConfig
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, Params, cache_shape, init_params
+from models.llama.model import REMATS, LLaMa, Params, cache_shape, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
 from trainers import processes
 from trainers.accuracy import EvaluationConfig
@@ -39,8 +39,6 @@ from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
 from utils.memory import cache_bytes, human
 from utils.train_memory import check_training_fits, peak_bytes, training_bytes
-
-_REMATS = ("none", "dots", "block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,8 +333,8 @@ def lora_config(rank: int, alpha: float | None) -> LoRAConfig | None:
 
 def known_remat(remat: str) -> str:
     """--remat. Raises ConfigError if it is unknown."""
-    if remat not in _REMATS:
-        raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(_REMATS)}")
+    if remat not in REMATS:
+        raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(REMATS)}")
     return remat
 
 

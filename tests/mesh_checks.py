@@ -22,27 +22,23 @@ from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from models.llama.save import save_checkpoint
+from tests import small_runs
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import sharding
 
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
-MODEL = ModelConfig(
+MODEL = dataclasses.replace(
+    small_runs.MODEL,
     dim=64,
     n_layers=2,
     n_heads=8,
     n_kv_heads=4,  # fewer than 8 parts: each is held twice
-    head_dim=8,
     ffn_dim=96,
     vocab_size=128,
     max_seq_len=64,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
     tie_embeddings=True,
-    activation="silu",
     attention_bias=True,
-    mlp_bias=False,
 )
 # Heads that no axis of size 2 divides, and a vocabulary of its own for the output.
 ODD = dataclasses.replace(

@@ -139,6 +139,16 @@ def as_on_tpu(plain, q, k, v, ids):
     return flash(q, k, v, ids)
 
 
+def check_on_tpu(monkeypatch, function, *arrays):
+    """The same values and gradients with the TPU's kernel as in plain XLA."""
+    exact = jax.jit(with_gradients, static_argnums=0)(function, *arrays, None)
+    monkeypatch.setattr(kernels, "causal_attention", as_on_tpu)
+    again = lambda *args: function(*args)  # another one, or jit would not look again
+    ours = jax.jit(with_gradients, static_argnums=0)(again, *arrays, None)
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
 def test_attention_hands_its_masks_to_the_kernel(monkeypatch):
     q, k, v, do = arrays(130, 130, 1, 2)
     ids, hidden = segments(2, 130), jnp.arange(130) < 9
@@ -148,12 +158,7 @@ def test_attention_hands_its_masks_to_the_kernel(monkeypatch):
     # What a hidden token's own query gives is nobody's, so nothing flows back from there.
     shown = jnp.stack([hidden, ~hidden])[..., None, None]
     masked = lambda *args: jnp.where(shown, run(*args), 0)
-    exact = jax.jit(with_gradients, static_argnums=0)(masked, q, k, v, do, None)
-    monkeypatch.setattr(kernels, "causal_attention", as_on_tpu)
-    again = lambda *args: masked(*args)
-    ours = jax.jit(with_gradients, static_argnums=0)(again, q, k, v, do, None)
-    for a, b in zip(ours, exact, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    check_on_tpu(monkeypatch, masked, q, k, v, do)
 
 
 def test_branches_take_the_kernel(monkeypatch):
@@ -164,12 +169,7 @@ def test_branches_take_the_kernel(monkeypatch):
     run = lambda q, k, v, _: jnp.where(
         shown, attention(q, *heads_first(k, v), branches=(prefix, branches)), 0
     )
-    exact = jax.jit(with_gradients, static_argnums=0)(run, q, k, v, do, None)
-    monkeypatch.setattr(kernels, "causal_attention", as_on_tpu)
-    again = lambda *args: run(*args)
-    ours = jax.jit(with_gradients, static_argnums=0)(again, q, k, v, do, None)
-    for a, b in zip(ours, exact, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+    check_on_tpu(monkeypatch, run, q, k, v, do)
 
 
 def lowered(function, *args, platform):

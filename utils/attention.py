@@ -54,7 +54,7 @@ def attend(
     batch = sharding.fitting(rules.batch, len(q_BTNH))
     heads = sharding.fitting(rules.heads, held)
     rows, values = PartitionSpec(batch), PartitionSpec(batch, None, heads)
-    buffers = kv and (PartitionSpec(batch + heads),) * 2
+    buffers = kv and (kvcache.buffer_spec(len(q_BTNH), held),) * 2
     run = sharding.per_device(
         local, (values, values, values, rows, kv and (*buffers, rows)), (values, buffers)
     )

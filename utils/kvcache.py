@@ -38,8 +38,7 @@ class KVCache:
     def create(cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype) -> "KVCache":
         """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
         B, K, S, H = shape_BKSH
-        batch = sharding.fitting(sharding.DECODING.batch, B)
-        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, K))
+        spec = buffer_spec(B, K)
         zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
         k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
         v = tuple(zeros(B * K, S, H) for _ in range(n_layers))
@@ -66,14 +65,21 @@ class KVCache:
             rows = jnp.repeat(x.reshape(len(lengths), -1, *x.shape[1:]), times, axis=0)
             return rows.reshape(-1, *x.shape[1:])
 
-        batch = sharding.fitting(sharding.DECODING.batch, B)
-        spec = PartitionSpec(batch + sharding.fitting(sharding.DECODING.heads, len(self.k[0]) // B))
-        run = sharding.per_device(repeat, (spec, PartitionSpec(batch)), spec)
+        spec = buffer_spec(B, len(self.k[0]) // B)
+        rows = PartitionSpec(sharding.fitting(sharding.DECODING.batch, B))
+        run = sharding.per_device(repeat, (spec, rows), spec)
         return self.replace(
             k=tuple(run(x, self.lengths) for x in self.k),
             v=tuple(run(x, self.lengths) for x in self.v),
             lengths=jnp.repeat(self.lengths, times),
         )
+
+
+def buffer_spec(
+    rows: int, heads: int, rules: sharding.ShardingRules = sharding.DECODING
+) -> PartitionSpec:
+    """How a mesh shares a layer's buffers: their merged axis by rows and by heads."""
+    return PartitionSpec(sharding.fitting(rules.batch, rows) + sharding.fitting(rules.heads, heads))
 
 
 def held_heads(

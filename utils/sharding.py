@@ -339,8 +339,6 @@ def place_batch(batch: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def put(x):
-        parts = math.prod(mesh.shape[axis] for axis in TRAINING.batch)
-        axes = TRAINING.batch if x.ndim and x.shape[0] % parts == 0 else None
-        return _put(x, NamedSharding(mesh, PartitionSpec(axes)))
+        return _put(x, NamedSharding(mesh, PartitionSpec(fitting(TRAINING.batch, len(x)))))
 
     return jax.tree.map(put, batch)

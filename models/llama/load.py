@@ -21,7 +21,6 @@ from models.llama.gguf_file import open_gguf
 from models.llama.hub import resolve
 from models.llama.layout import Leaf, leaves, same_bits
 from models.llama.meta_file import MetaFolder
-from models.llama.model import PARAM_AXES, decoding_axes
 from models.llama.safetensors_file import INDEX, SINGLE, SafetensorsFolder
 from models.llama.save import save_checkpoint
 from models.llama.stream import Params, Progress, TensorSource, read_params
@@ -83,14 +82,8 @@ def load_checkpoint(
     # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)
-    if sharding.current_mesh() is None:
-        params, broken = read_params(source, parts, target, decoding=decoding, progress=progress)
-    else:
-        table = decoding_axes(PARAM_AXES) if decoding else PARAM_AXES
-        rules = sharding.DECODING if decoding else sharding.TRAINING
-        params, broken = read_sharded(
-            source, parts, target, table, rules, decoding=decoding, progress=progress
-        )
+    read = read_params if sharding.current_mesh() is None else read_sharded
+    params, broken = read(source, parts, target, decoding=decoding, progress=progress)
     if broken:
         shown = ", ".join(f"{name!r} ({n})" for name, n in list(broken.items())[:10])
         message = f"{source.description}: NaN or infinity in {len(broken)} tensors: {shown}"

@@ -241,6 +241,7 @@ _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(*_DOTS),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
+REMATS = tuple(_REMAT)
 
 
 def head_matrix(params: Params) -> Array:

@@ -21,6 +21,8 @@ _BLOCK = 1 << 16  # elements checked together: they stay in the processor's cach
 class TensorSource(Protocol):
     """What the reader of a file format gives. `read` may be called from several threads.
 
+    One that can read a part of a tensor alone has `read_part(name, slices)` too.
+
     Attributes:
         description: the file or folder, for messages.
         shapes: by tensor name, as numpy has them.
@@ -33,13 +35,6 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in a new array, dequantised where needed."""
-
-
-class PartialSource(TensorSource, Protocol):
-    """A format of which a part of a tensor can be read alone."""
-
-    def read_part(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        """`read(name)[part]`, slices with both ends."""
 
 
 def read_params(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from models.llama.layout import Leaf, to_half_split
+from models.llama.model import PARAM_AXES, decoding_axes
 from models.llama.stream import Params, Progress, TensorSource, count_nonfinite
 from utils import sharding
 
@@ -21,8 +22,6 @@ def read_sharded(
     source: TensorSource,
     parts: list[Leaf],
     dtype: np.dtype,
-    table: dict[str, sharding.Axes],
-    rules: sharding.ShardingRules,
     *,
     decoding: bool = False,
     progress: Progress | None = None,
@@ -32,7 +31,6 @@ def read_sharded(
     Args:
         source, parts, dtype, decoding, progress: see `models.llama.stream.read_params`; matrices stay
             apart for decoding.
-        table, rules: see `utils.sharding.param_specs`.
 
     Returns:
         (params, broken) as `read_params`; `broken` counts what this process has read.
@@ -41,6 +39,9 @@ def read_sharded(
         ConfigError: the mesh does not divide a parameter; before anything is read.
     """
     shapes = _shapes(parts, dtype, decoding)
+    rules, table = sharding.TRAINING, PARAM_AXES
+    if decoding:
+        rules, table = sharding.DECODING, decoding_axes(PARAM_AXES)
     specs = sharding.specs(shapes, lambda: table, rules, all_rows=False)
     total = sum(math.prod(leaf.shape) * len(leaf.names) for leaf in parts) * dtype.itemsize
     done, params, broken = 0, {}, {}
