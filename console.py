@@ -315,9 +315,7 @@ def use_mesh(spec: str | None, path: Path) -> None:
     if jax.device_count() == 1 and spec is None:
         return
     if spec is None:
-        config = load_config(path)
-        shapes = [(config.vocab_size,), *config.matrix_shapes.values()]
-        spec = default_mesh(shapes, jax.device_count())
+        spec = default_mesh(load_config(path), jax.device_count())
     mesh = make_mesh(spec)
     say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}", "")
     jax.set_mesh(mesh)

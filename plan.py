@@ -29,7 +29,7 @@ from utils.errors import ConfigError
 from utils.estimate import Program, estimate_job
 from utils.files import parse_json
 from utils.memory import human
-from utils.sharding import make_mesh, mesh_sizes
+from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
 DOES_NOT_FIT = 1
 
@@ -63,6 +63,7 @@ def main(
     optimizer: str = "adamw",
     search: bool = False,
     estimate: bool = False,
+    exact: bool = False,
     json: bool = False,
     debug: bool = False,
 ) -> None:
@@ -77,7 +78,7 @@ def main(
         topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8. A search takes a kind
             alone too, and finds the smallest slice.
         job: sft, lora, grpo or generate.
-        mesh: as fsdp=16,tensor=2; default: all on fsdp; for generate all on tensor.
+        mesh: as fsdp=16,tensor=2; default: train.py's; for generate all on tensor.
         batch: rows a step; for grpo completions. Default: one a device.
         seq: tokens of a row, prompt and completion together.
         prompt_len: tokens of a prompt, for grpo and generate; default: a quarter of seq.
@@ -91,6 +92,8 @@ def main(
         optimizer: adamw, adafactor, lion or muon.
         search: find the cheapest mesh, batch and remat that fit; batch is then the most rows tried.
         estimate: do not compile.
+        exact: compile training and prefill as a run does, in minutes: how many bytes they move is
+            known only then. Otherwise in a hurry, with the same memory within a few percent.
         json: one JSON object instead of tables.
         debug: show the traceback of an error.
     """
@@ -128,12 +131,12 @@ def main(
         with console.busy(f"compiling for {where.name}") as status:
             # On no terminal there is no status.
             say = lambda what: status and status.update(f"[dim]compiling the {what}[/]")
-            return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), say)
+            return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), exact, say)
 
     if search:
         wanted, where, sizes, programs = search_job(wanted, places, programs_of)
     else:
-        sizes = mesh_sizes(mesh, where.n_chips)
+        sizes = mesh_sizes(mesh or default_mesh(config, where.n_chips), where.n_chips)
         programs = programs_of(wanted, where, sizes)
     found = summary(wanted, where, sizes, programs)
     console.write(jsonlib.dumps(found) + "\n" if json else report(found))
@@ -185,6 +188,8 @@ def summary(
     for program in programs:
         cost = program.cost
         bounds = roofline(chip, cost.flops, cost.bytes_accessed, cost.collective_bytes)
+        if program.hurried:
+            del bounds["memory"]
         rows.append(
             {
                 "name": program.name,
@@ -197,6 +202,7 @@ def summary(
                 "bounds": bounds,
                 "bound_by": max(bounds, key=bounds.get),
                 "compile_seconds": program.compile_seconds,
+                "hurried": program.hurried,
             }
         )
     total = lambda value: sum(row["runs"] * value(row) for row in rows)
@@ -239,12 +245,14 @@ def report(found: dict[str, Any]) -> str:
     memory.add_row("all at once", *(human(row["peak_bytes"]) for row in rows), style="bold")
     memory.add_section()
     memory.add_row("FLOPs", *(f"{row['flops']:.3g}" for row in rows))
-    memory.add_row("bytes moved", *(human(row["bytes_accessed"]) for row in rows))
+    at_most = lambda row: "up to " * row["hurried"] + human(row["bytes_accessed"])
+    memory.add_row("bytes moved", *map(at_most, rows))
     for kind in sorted({kind for row in rows for kind in row["collectives"]}):
         memory.add_row(f"{kind}, sent", *(human(row["collectives"].get(kind, 0)) for row in rows))
     memory.add_section()
     for bound in ("compute", "memory", "links"):
-        cells = [f"{row['bounds'][bound] * 1e3:.4g} ms" for row in rows]
+        found_by = [row["bounds"].get(bound) for row in rows]
+        cells = ["--exact" if s is None else f"{s * 1e3:.4g} ms" for s in found_by]
         memory.add_row(f"at least, for {bound}", *cells)
     memory.add_row("times a step", *(str(row["runs"]) for row in rows))
     page = rich.console.Console(file=io.StringIO(), width=40 + 20 * len(rows), markup=False)

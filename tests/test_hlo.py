@@ -146,6 +146,22 @@ def test_slices_and_updates_in_place_touch_no_more_than_they_move():
     assert analyse(program.as_text()).bytes_accessed < 10 * 4096
 
 
+def test_a_fusion_that_only_renames_an_array_hides_no_reading():
+    fused = """\
+%rename (r: f32[1000,32]) -> f32[32000] {
+  %r = f32[1000,32]{1,0} parameter(0)
+  ROOT %b = f32[32000]{0} bitcast(%r)
+}
+%work (w: f32[1000,32]) -> f32[] {
+  %w = f32[1000,32]{1,0} parameter(0)
+  %x = f32[32000]{0} fusion(%w), kind=kLoop, calls=%rename
+  ROOT %y = f32[] reduce(%x), dimensions={0}, to_apply=%add
+}
+"""
+    body = ARGUMENT + "  ROOT %f = f32[] fusion(%p), kind=kLoop, calls=%work\n"
+    assert analyse(module(body, fused)).bytes_accessed == 128000 + 4
+
+
 def module(body, fused="", devices=8):
     return (
         f"HloModule m, num_partitions={devices}\n\n{fused}\nENTRY %main () -> f32[] {{\n{body}}}\n"

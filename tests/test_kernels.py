@@ -207,3 +207,21 @@ def test_short_rows_stay_in_plain_xla():
     q, k, v, _ = arrays(100, 100, 1, 2, 64, B=1)
     run = lambda q, k, v: attention(q, *heads_first(k, v))
     assert "custom_call" not in lowered(run, q, k, v, platform="tpu")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_token_is_written_into_each_rows_slot(axis, dtype):
+    X, H, S = 6, 128, 384
+    rng = np.random.default_rng(axis)
+    array = lambda slots: jnp.asarray(
+        rng.standard_normal((X, slots, H) if axis == 1 else (X, H, slots)), dtype
+    )
+    buffer, new = array(S), array(1)
+    slots = np.asarray([0, 127, 128, 255, 300, 383], np.int32)  # both ends of tiles, and inside one
+    expected = np.asarray(buffer).copy()
+    for row, slot in enumerate(slots):
+        np.moveaxis(expected[row], axis - 1, 0)[slot] = np.asarray(new[row]).reshape(H)
+    assert kernels.writes_tokens(buffer, axis)
+    out = kernels.write_token(buffer, new, slots, axis=axis, interpret=True)
+    np.testing.assert_array_equal(np.asarray(out), expected)

@@ -11,7 +11,8 @@ from models.llama.model import PARAM_AXES, decoding_axes, init_params, param_axe
 from models.llama.presets import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
-from utils.sharding import DECODING, TRAINING, ShardingRules, make_mesh, param_specs
+from utils.sharding import DECODING, TRAINING, ShardingRules
+from utils.sharding import default_mesh, make_mesh, param_specs
 
 P = jax.sharding.PartitionSpec
 BIASED = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_embeddings=False)
@@ -136,3 +137,18 @@ def test_a_mesh_is_made_of_what_is_given(spec, devices, shape, monkeypatch):
 def test_a_mesh_that_cannot_be_is_refused(spec, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_mesh(spec, ["device"] * 8)
+
+
+@pytest.mark.parametrize(
+    "name, devices, fsdp",
+    [
+        ("llama-3.1-8b", 8, 8),
+        ("llama-3.1-8b", 64, 32),  # 4096 / 64 numbers would be half a register
+        ("llama-3.1-8b", 24, 8),
+        ("llama-3.1-405b", 512, 128),
+        ("smollm2-135m", 8, 4),
+        ("llama-3.2-1b", 1, 1),
+    ],
+)
+def test_the_default_mesh_leaves_each_device_a_register_of_the_model_dimension(name, devices, fsdp):
+    assert default_mesh(PRESETS[name], devices) == {"data": devices // fsdp, "fsdp": fsdp}

@@ -29,6 +29,7 @@ class Program:
             beside it is in `parts` alone.
         cost: of one run.
         compile_seconds: tracing included; None: it was not compiled, and all this is estimated.
+        hurried: compiled without the passes that keep arrays on the chip: a run moves fewer bytes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Program:
     temp_bytes: int
     cost: Cost
     compile_seconds: float | None = None
+    hurried: bool = False
 
     @property
     def peak_bytes(self) -> int:

@@ -247,7 +247,11 @@ class _Program:
             elif _fused(user):
                 inside = self._computations[user.called]
                 for name, parameter in zip(user.operands, inside.parameters, strict=True):
-                    total += self._read(parameter, inside) if name == i.name else 0
+                    if name != i.name:
+                        continue
+                    total += self._read(parameter, inside)
+                    if _names(inside.root, parameter, inside):
+                        total += self._read(user, within)
             elif user.opcode not in (_UNDER_WAY, "tuple"):
                 if not (user.opcode == "dynamic-update-slice" and first):  # which is in place
                     return whole
@@ -269,6 +273,13 @@ class _Program:
 
 def _fused(i: Instruction) -> bool:
     return i.opcode == "fusion"
+
+
+def _names(root: Instruction, i: Instruction, within: Computation) -> bool:
+    """Whether a computation gives back an array of its own as it is, and reads nothing of it."""
+    while root.opcode == "bitcast":
+        root = within[root.operands[0]]
+    return root.name == i.name
 
 
 def _dot_flops(i: Instruction, lhs: tuple[int, ...]) -> float:

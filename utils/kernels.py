@@ -1,15 +1,18 @@
-"""Attention kernels of accelerators, on the arrays of one device: JAX's own, behind one signature.
+"""Kernels of accelerators, on the arrays of one device: JAX's own attention, and the KV cache's write.
 
 Queries are the last T of S keys: S = T is plain causal attention, S > T a continuation. Padding and
 packing are segment ids: a query sees the keys up to itself that have its own id, itself always.
 Dimension key: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -171,3 +174,83 @@ def _cudnn_takes(q_BTNH: Array, k_BSKH: Array, segment_ids_BS: Array | None) -> 
     half = q_BTNH.dtype == k_BSKH.dtype and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     has_bias = segment_ids_BS is not None or S > T
     return half and H % 8 == 0 and H <= 128 and not (has_bias and (T % 2 or S % 2))
+
+
+# Rows whose tiles a TPU holds at once: 32 of the keys' take 1 MiB of its vector memory.
+_ROWS_AT_ONCE = 32
+
+
+def writes_tokens(buffer_X: Array, axis: int) -> bool:
+    """Whether `write_token` takes such a buffer: heads and slots are whole registers."""
+    return buffer_X.shape[axis] % LANES == 0 and buffer_X.shape[3 - axis] % LANES == 0
+
+
+def write_token(
+    buffer_X: Array, new_X: Array, slots_X: Array, *, axis: int, interpret: bool = False
+) -> Array:
+    """Puts one new entry into a slot of each row, in place; moves the tiles that it touches alone.
+
+    XLA for TPU loops over the rows, and fetches the whole buffer onto the chip for that and back.
+
+    Args:
+        buffer_X: [X, H, S] or [X, S, H], for which `writes_tokens` holds.
+        new_X: the same with 1 instead of S, of the buffer's dtype.
+        slots_X: [X] int32, within 0..S - 1.
+        axis: that of the slots, 2 or 1.
+        interpret: see `flash_attention`.
+
+    Returns:
+        The buffer with the new entries.
+    """
+    itemsize = buffer_X.dtype.itemsize
+    tile = LANES if axis == 2 else 32 // itemsize  # so many lanes or sublanes has a tile in memory
+    X, head_dim = len(buffer_X), buffer_X.shape[3 - axis]
+    rows = max(n for n in range(1, _ROWS_AT_ONCE + 1) if X % n == 0)
+    sides = (head_dim, tile) if axis == 2 else (tile, head_dim)
+    in_place = pl.BlockSpec(memory_space=pltpu.HBM)
+    new_rows = pl.BlockSpec((rows, *new_X.shape[1:]), lambda i, slots: (i, 0, 0))
+    return pl.pallas_call(
+        functools.partial(_write_tiles, axis=axis, tile=tile),
+        out_shape=jax.ShapeDtypeStruct(buffer_X.shape, buffer_X.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(X // rows,),
+            in_specs=[new_rows, in_place],
+            out_specs=in_place,
+            scratch_shapes=[
+                pltpu.VMEM((rows, *sides), buffer_X.dtype),
+                pltpu.SemaphoreType.DMA((rows,)),
+            ],
+        ),
+        input_output_aliases={2: 0},
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=X * head_dim * (2 * tile + 1) * itemsize
+        ),
+        name="write_token",
+        interpret=interpret,
+    )(slots_X, new_X, buffer_X)
+
+
+def _write_tiles(slots, new, _, buffer, tiles, done, *, axis: int, tile: int) -> None:
+    """The kernel: fetches the tiles of some rows, all at once, changes a lane or sublane, puts back."""
+    rows = len(tiles)
+    first = pl.program_id(0) * rows
+
+    def move(back: bool) -> None:
+        copies = []
+        for i in range(rows):
+            start = pl.multiple_of(slots[first + i] // tile * tile, tile)
+            at = [first + i, slice(None), slice(None)]
+            at[axis] = pl.ds(start, tile)
+            ends = (tiles.at[i], buffer.at[*at]) if back else (buffer.at[*at], tiles.at[i])
+            copies.append(pltpu.make_async_copy(*ends, done.at[i]))
+            copies[-1].start()
+        for copy in copies:
+            copy.wait()
+
+    move(back=False)
+    for i in range(rows):
+        place = jax.lax.broadcasted_iota(jnp.int32, tiles.shape[1:], axis - 1)
+        here = place == slots[first + i] % tile
+        tiles[i] = jnp.where(here, jnp.broadcast_to(new[i], here.shape), tiles[i])
+    move(back=True)

@@ -4,13 +4,15 @@ A token's slot is its index in its row, so rows of different lengths need no pad
 slot t sees slots 0..t, and what lies behind a row's length is overwritten before it is ever seen.
 """
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from utils import sharding
+from utils import kernels, sharding
 from utils.errors import SamplingError
 
 Array = jax.Array
@@ -112,8 +114,17 @@ def write(buffer_X: Array, new_X: Array, lengths_B: Array, axis: int) -> Array:
     heads = buffer_X.shape[0] // lengths_B.shape[0]
     if heads == buffer_X.shape[0]:
         return jax.lax.dynamic_update_slice_in_dim(buffer_X, new_X, lengths_B[0], axis)
+    slots_X = jnp.repeat(lengths_B, heads)
     put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1)
-    return jax.vmap(put)(buffer_X, new_X, jnp.repeat(lengths_B, heads))
+    if new_X.shape[axis] > 1 or not kernels.writes_tokens(buffer_X, axis):
+        return jax.vmap(put)(buffer_X, new_X, slots_X)
+    return jax.lax.platform_dependent(
+        buffer_X,
+        new_X,
+        slots_X,
+        tpu=functools.partial(kernels.write_token, axis=axis),
+        default=jax.vmap(put),
+    )
 
 
 def check_capacity(lengths: np.ndarray, new_tokens: int, capacity: int) -> None:

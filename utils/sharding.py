@@ -11,7 +11,7 @@ has parts of each layer's heads, features and vocabulary.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,9 +127,15 @@ def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str
     return sizes
 
 
-def default_mesh(shapes: Iterable[tuple[int, ...]], n_devices: int) -> dict[str, int]:
-    """As much on `fsdp` as divides all sizes of these matrices of a model, the rest on `data`."""
-    fsdp = math.gcd(n_devices, *(size for shape in shapes for size in shape))
+def default_mesh(model: Any, n_devices: int) -> dict[str, int]:
+    """As much on `fsdp` as divides all of a model's matrices (a ModelConfig's), the rest on `data`.
+
+    Each device keeps 128 numbers of the model dimension, a TPU's registers: of less XLA adds up whole
+    gradients and cuts them, which sends twice as much as giving each device its part of the sum.
+    """
+    sizes = {model.vocab_size, *(size for shape in model.matrix_shapes.values() for size in shape)}
+    most = math.gcd(n_devices, *sizes)
+    fsdp = max(n for n in range(1, most + 1) if most % n == 0 and (n == 1 or model.dim // n >= 128))
     return {"data": n_devices // fsdp, "fsdp": fsdp}
 
 
