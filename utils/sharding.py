@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from utils.errors import ConfigError, raise_all
@@ -100,9 +101,9 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(spec, len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(
-        shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    # A side of a pod's grid may be split: 128 of 8 x 8 x 8 chips are two and a half sides.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str, int]:
