@@ -1,5 +1,7 @@
-"""Attention compiled for a TPU, on a machine without one (libtpu from PyPI has the compiler)."""
+"""Real steps compiled for TPUs, on a machine without one (libtpu from PyPI has the compiler)."""
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -7,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-CODE = """
+from models.llama.presets import PRESETS
+
+ATTENTION = """
 import re
 import sys
 
@@ -52,14 +56,115 @@ with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
 """
 
 
+def run(code, *arguments):
+    """What a program prints that compiles for TPUs."""
+    # The first two let a machine without a TPU compile, beside others that do.
+    env = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert out.returncode == 0, out.stderr[-4000:]
+    return out.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_training_on_a_mesh_runs_the_kernel_and_has_no_score_matrix(head_dim):
-    # The first two variables let a machine without a TPU compile, beside others that do.
-    env = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", CODE, str(head_dim)]
-    root = Path(__file__).parents[1]
-    out = subprocess.run(
-        command, cwd=root, env=os.environ | env, capture_output=True, text=True, timeout=300
-    )
-    assert out.returncode == 0, out.stderr[-4000:]
+    run(ATTENTION, str(head_dim))
+
+
+STEPS = """
+import json
+import sys
+
+import plan
+import planning
+from utils.hlo_text import parse
+
+texts, analyse = [], planning.analyse
+planning.analyse = lambda text, *rest: texts.append(text) or analyse(text, *rest)
+try:
+    plan.main(**json.loads(sys.argv[1]), json=True)
+finally:
+    for text in texts:
+        arrays = {
+            array.dims
+            for computation in parse(text)[1].values()
+            for instruction in computation.values()
+            for array in instruction.arrays
+        }
+        print(json.dumps(sorted(arrays)))
+"""
+
+
+def compiled(**flags):
+    """(what plan.py finds, the dims of all arrays of each program)."""
+    found, *arrays = map(json.loads, run(STEPS, json.dumps(flags)).splitlines())
+    assert found["compiled"] and found["fits"], found
+    return found, arrays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, topology, batch, seq, budget, added_up",
+    [
+        # The budget is half of google-tunix's 5.73 GiB. Gradients go around a ring of four beside the
+        # products, which takes one and a half times as much as a reduce-scatter.
+        ("llama-3.2-1b", "v5e:2x2", 4, 4096, 2.865, 1.5),
+        ("llama-3.1-8b", "v5e:8x8", 64, 2048, 2.8, 1),
+    ],
+)
+def test_a_training_step(model, topology, batch, seq, budget, added_up):
+    config, bits = PRESETS[model], {"param_dtype": "bfloat16", "state_dtype": "bfloat16"}
+    shape = {"model": model, "topology": topology, "batch": batch, "seq": seq, "remat": "block"}
+    found, [arrays] = compiled(**shape, **bits)
+    assert found["temp_bytes"] <= budget * 2**30
+    # The sharded state is given, and no device has more than its part of it.
+    parts, devices = found["mesh"]["fsdp"], math.prod(found["mesh"].values())
+    assert found["argument_bytes"] == pytest.approx(config.n_params * 8 / parts, rel=0.01)
+
+    square = [dims for dims in arrays if dims.count(seq) > 1 and seq != config.dim]
+    assert not square, f"scores of all queries and keys: {square}"
+    logits = [
+        dims
+        for dims in arrays
+        if {config.vocab_size, config.vocab_size // parts} & set(dims) and config.dim not in dims
+        if math.prod(dims) > batch * seq * config.vocab_size // (2 * devices)
+    ]
+    assert not logits, f"logits of all tokens: {logits}"
+
+    # A layer's matrices are gathered once in each direction, in bfloat16, and their gradients added
+    # up once, in float32; a tenth more is for tokens, hidden states and the embedding.
+    sent = found["programs"][0]["collectives"]
+    matrices = config.n_layers * sum(a * b for a, b in config.matrix_shapes.values())
+    least = (1 - 1 / parts) * matrices * (2 * 2 + 4 * added_up)
+    copies = 2 * (1 - 1 / found["mesh"]["data"]) * 4 * config.n_params / parts
+    assert sent.pop("all-reduce") <= 1.1 * copies + 1e6
+    assert 0.95 * least <= sum(sent.values()) <= 1.1 * least
+
+
+@pytest.mark.slow
+def test_a_decode_step_moves_the_weights_and_the_cache_once():
+    flags = dict(model="llama-3.1-8b", topology="v5e:2x4", job="generate", batch=32, seq=4096)
+    found, _ = compiled(**flags, prompt_len=128)
+    decode = found["programs"][-1]
+    held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
+    assert held == pytest.approx(found["argument_bytes"], rel=0.01)
+    assert 0.95 * held <= decode["bytes_accessed"] <= 1.15 * held
+
+
+@pytest.mark.slow
+def test_a_mesh_may_split_the_sides_of_a_pods_grid():
+    code = """
+from utils.chips import parse_topology
+from utils.sharding import make_mesh
+import plan
+devices = plan.tpu_devices(parse_topology("v5p:8x8x8"))
+print(dict(make_mesh("data=4,fsdp=128", devices).shape))
+"""
+    assert run(code).splitlines()[-1] == "{'data': 4, 'fsdp': 128, 'tensor': 1}"
