@@ -22,6 +22,9 @@ Array = jax.Array
 # for each key that is read) and a block's scores within the vector memory of every TPU since v4.
 LANES, LARGEST_BLOCK = 128, 512
 
+# Name of what flash attention keeps for its backward pass, for policies of `jax.checkpoint`.
+RESIDUALS = "flash_attention"
+
 
 def causal_attention(
     plain: Callable[[], Array],
@@ -86,6 +89,7 @@ def flash_attention(
     kernel = splash.make_splash_mha_single_device(
         splash_mask.MultiHeadMask([mask] * N),
         block_sizes=_block_sizes(block_q, block_kv, H),
+        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
     out_BNTH = jax.vmap(kernel)(q, k, v, segments)[:, :, :T]

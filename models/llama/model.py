@@ -24,6 +24,7 @@ from models.llama.config import ModelConfig
 from models.llama.layout import FUSED
 from utils import ops, sharding
 from utils.attention import attend
+from utils.kernels import RESIDUALS
 from utils.kvcache import KVCache, held_heads
 from utils.rope import inv_frequencies
 from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain
@@ -89,7 +90,8 @@ class LLaMa(nn.Module):
         dtype: of activations and products; default: the parameters' own. Parameters are cast where
             they are used.
         remat: what a training step computes again in its backward pass: "none", "dots" (all but the
-            matrix products' results) or "block" (all but each block's input).
+            results of matrix products and of attention kernels) or "block" (all but each block's
+            input).
     """
 
     config: ModelConfig
@@ -234,8 +236,8 @@ def decoding_axes(table: dict[str, Axes]) -> dict[str, Axes]:
     return dict(one(*row) if row[0].startswith("layers/") else row for row in table.items())
 
 
-# Names of the matrix products' results, which `remat="dots"` keeps.
-_DOTS = ("q", "k", "v", "o", "_gate", "_up", "_down")
+# Names of the matrix products' results and a kernel's, which `remat="dots"` keeps.
+_DOTS = ("q", "k", "v", "o", "_gate", "_up", "_down", RESIDUALS)
 _REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(*_DOTS),
