@@ -15,8 +15,8 @@ import decoding
 import sampling
 from models.llama.config import ModelConfig
 from models.llama.lora import LoRAConfig
-from models.llama.model import REMATS, LLaMa, cache_shape, decoding_axes, for_decoding
-from models.llama.model import init_params, param_axes
+from models.llama.model import REMATS, LLaMa, decoding_axes, for_decoding
+from models.llama.model import init_cache, init_params, param_axes
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.optimizer import DTYPES, OPTIMIZERS
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -235,10 +235,9 @@ class _Compiler:
 
     def _cache(self, rows: int, capacity: int) -> KVCache:
         """An empty one: `prefill` itself would ask this machine for its dtype, and not the mesh."""
-        shape = cache_shape(self.job.model, rows, capacity)
-        dtype, depth = jnp.dtype(self.job.dtype), self.job.model.n_layers
-        cache = jax.eval_shape(lambda: KVCache.create(shape, depth, dtype))
-        spec = buffer_spec(rows, shape[1])
+        model, dtype = self.job.model, jnp.dtype(self.job.dtype)
+        cache = jax.eval_shape(lambda: init_cache(model, rows, capacity, dtype))
+        spec = buffer_spec(rows, len(cache.k[0]) // rows, cache.rules)
         lengths = PartitionSpec(sharding.fitting(sharding.DECODING.batch, rows))
         specs = jax.tree.map(lambda _: spec, cache).replace(lengths=lengths)
         return self._sharded(cache, specs)

@@ -90,10 +90,10 @@ def grpo(**config: Any) -> list[np.ndarray]:
     return [np.asarray(x) for x in [scores, *found, *jax.tree.leaves(state.params)]]
 
 
-def sample(model: ModelConfig, n: int, sampler) -> list[np.ndarray]:
-    """Tokens, exactly, and log-probs of prompts that no number of devices divides."""
+def sample(model: ModelConfig, n: int, sampler, repeat: int = 1) -> list[np.ndarray]:
+    """Tokens, exactly, and log-probs of three prompts, which no number of devices divides, or more."""
     params = for_decoding(params_of(model))
-    prompts = [[3, 5, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1]]
+    prompts = [[3, 5, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1]] * repeat
     config = GenerationConfig(max_new_tokens=12, n=n)
     done = generate(
         LLaMa(model), params, prompts, sampler=sampler, key=jax.random.key(3), config=config
@@ -152,6 +152,9 @@ def checks(folder: Path) -> dict[str, Any]:
         "greedy": lambda: sample(MODEL, 1, sampling.Greedy()),
         "greedy, odd heads": lambda: sample(ODD, 1, sampling.Greedy()),
         "two samples a prompt": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9)),
+        # As many rows as each mesh shares: the cache lies by rows where it has too few heads.
+        "as many prompts": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9), repeat=8),
+        "as many prompts, odd heads": lambda: sample(ODD, 1, sampling.Greedy(), repeat=8),
         "load, hf": lambda: load(folder / "hf", False),
         "load, meta": lambda: load(folder / "meta", False),
         "load for decoding": lambda: load(folder / "hf", True),

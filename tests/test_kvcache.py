@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from utils.errors import SamplingError
-from utils.kvcache import KVCache, check_capacity, write
+from utils.kvcache import KVCache, check_capacity, held_heads, layout, write
+from utils.sharding import BY_ROWS, DECODING, MESH_AXES
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -47,3 +49,20 @@ def test_resized_and_repeated_keep_the_rows():
     order = jnp.asarray([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])
     np.testing.assert_array_equal(twice.k[0], k[order])
     np.testing.assert_array_equal(twice.v[0], v[order])
+
+
+@pytest.mark.parametrize(
+    "rows, n_kv_heads, rules, held",
+    [
+        (8, 8, DECODING, 8),  # as many heads as parts
+        (8, 2, BY_ROWS, 2),
+        (3, 2, DECODING, 4),  # rows that cannot be shared: each head is held twice
+        (8, 3, BY_ROWS, 3),
+        (3, 3, DECODING, 3),
+    ],
+)
+def test_a_cache_lies_by_rows_where_heads_are_too_few(rows, n_kv_heads, rules, held):
+    mesh = AbstractMesh((1, 4, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert layout(rows, n_kv_heads) == rules
+        assert held_heads(4 * n_kv_heads, n_kv_heads, rules) == held

@@ -22,6 +22,8 @@ CHECKS = (
     "greedy",
     "greedy, odd heads",
     "two samples a prompt",
+    "as many prompts",
+    "as many prompts, odd heads",
     "load, hf",
     "load, meta",
     "load for decoding",

@@ -28,12 +28,12 @@ def attend(
     Args:
         q_BTNH, k_BTKH, v_BTKH: the new tokens'.
         masks: keyword arguments of `attention`.
-        kv: None, or a cache's (k, v, lengths, empty), see `utils.kvcache.KVCache`.
+        kv: None, or a cache's (k, v, lengths, empty, rules), see `utils.kvcache.KVCache`.
 
     Returns:
         ([B, T, N, H], the new (k, v) or None).
     """
-    empty = kv is not None and kv[3]
+    empty, rules = (False, sharding.TRAINING) if kv is None else kv[3:]
 
     def local(q_BTNH, k_BTKH, v_BTKH, masks, kv):
         k_XHS, v_XSH = heads_first(k_BTKH, v_BTKH)
@@ -48,13 +48,12 @@ def attend(
                 k_XHS, v_XSH = kv
         return attention(q_BTNH, k_XHS, v_XSH, **masks), kv
 
-    rules = sharding.TRAINING if kv is None else sharding.DECODING
     held = kvcache.held_heads(q_BTNH.shape[2], k_BTKH.shape[2], rules)
     k_BTKH, v_BTKH = (jnp.repeat(x, held // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
     batch = sharding.fitting(rules.batch, len(q_BTNH))
     heads = sharding.fitting(rules.heads, held)
     rows, values = PartitionSpec(batch), PartitionSpec(batch, None, heads)
-    buffers = kv and (kvcache.buffer_spec(len(q_BTNH), held),) * 2
+    buffers = kv and (kvcache.buffer_spec(len(q_BTNH), held, rules),) * 2
     run = sharding.per_device(
         local, (values, values, values, rows, kv and (*buffers, rows)), (values, buffers)
     )

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from utils import kernels, sharding
 from utils.errors import SamplingError
+from utils.sharding import BY_ROWS, DECODING, ShardingRules
 
 Array = jax.Array
 
@@ -29,22 +30,26 @@ class KVCache:
         lengths: [B] int32, filled slots of each row.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
+        rules: how rows and heads lie on a mesh, see `layout`; static.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     lengths: Array
     empty: bool = flax.struct.field(pytree_node=False, default=False)
+    rules: ShardingRules = flax.struct.field(pytree_node=False, default=DECODING)
 
     @classmethod
-    def create(cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype) -> "KVCache":
+    def create(
+        cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype, rules: ShardingRules = DECODING
+    ) -> "KVCache":
         """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
         B, K, S, H = shape_BKSH
-        spec = buffer_spec(B, K)
+        spec = buffer_spec(B, K, rules)
         zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
         k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
         v = tuple(zeros(B * K, S, H) for _ in range(n_layers))
-        return cls(k, v, jnp.zeros((B,), jnp.int32), empty=True)
+        return cls(k, v, jnp.zeros((B,), jnp.int32), True, rules)
 
     @property
     def capacity(self) -> int:
@@ -67,8 +72,8 @@ class KVCache:
             rows = jnp.repeat(x.reshape(len(lengths), -1, *x.shape[1:]), times, axis=0)
             return rows.reshape(-1, *x.shape[1:])
 
-        spec = buffer_spec(B, len(self.k[0]) // B)
-        rows = PartitionSpec(sharding.fitting(sharding.DECODING.batch, B))
+        spec = buffer_spec(B, len(self.k[0]) // B, self.rules)
+        rows = PartitionSpec(sharding.fitting(self.rules.batch, B))
         run = sharding.per_device(repeat, (spec, rows), spec)
         return self.replace(
             k=tuple(run(x, self.lengths) for x in self.k),
@@ -77,16 +82,18 @@ class KVCache:
         )
 
 
-def buffer_spec(
-    rows: int, heads: int, rules: sharding.ShardingRules = sharding.DECODING
-) -> PartitionSpec:
+def layout(rows: int, n_kv_heads: int) -> ShardingRules:
+    """How a mesh shares a cache: by heads while there are enough, else by rows if those can be shared."""
+    by_rows = rows % sharding.axis_size(BY_ROWS.batch) == 0
+    return BY_ROWS if n_kv_heads % sharding.axis_size(DECODING.heads) and by_rows else DECODING
+
+
+def buffer_spec(rows: int, heads: int, rules: ShardingRules) -> PartitionSpec:
     """How a mesh shares a layer's buffers: their merged axis by rows and by heads."""
     return PartitionSpec(sharding.fitting(rules.batch, rows) + sharding.fitting(rules.heads, heads))
 
 
-def held_heads(
-    n_heads: int, n_kv_heads: int, rules: sharding.ShardingRules = sharding.DECODING
-) -> int:
+def held_heads(n_heads: int, n_kv_heads: int, rules: ShardingRules) -> int:
     """Kv heads that are computed and cached: a mesh with more parts than heads needs each several times.
 
     Where neither heads nor parts are a multiple of the other, every device has them all.

@@ -81,6 +81,11 @@ _STAY = ("tensor", "fsdp")
 DECODING = ShardingRules(
     batch=("data",), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
 )
+# Attention while decoding, where fsdp · tensor has more parts than a model has kv heads: by rows, so
+# that no device holds another's keys and values.
+BY_ROWS = dataclasses.replace(
+    DECODING, batch=("data", "fsdp"), heads=("tensor",), kv_heads=("tensor",)
+)
 
 # Each device looks up its columns of the embedding for all rows of its fsdp group: no device needs the
 # whole table, nor its gradient.

@@ -25,7 +25,7 @@ from models.llama.layout import FUSED
 from utils import ops, sharding
 from utils.attention import attend
 from utils.kernels import RESIDUALS
-from utils.kvcache import KVCache, held_heads
+from utils.kvcache import KVCache, held_heads, layout
 from utils.rope import inv_frequencies
 from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain
 
@@ -186,14 +186,14 @@ class LLaMa(nn.Module):
         new_k, new_v = [], []
         for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
             kv = cache and (cache.k[i], cache.v[i], cache.lengths)
-            empty = cache is not None and cache.empty
-            x_BTD, kv = _block(self.config, empty, layer, x_BTD, rope, masks, kv)
+            static = cache and (cache.empty, cache.rules)
+            x_BTD, kv = _block(self.config, static, layer, x_BTD, rope, masks, kv)
             if cache:
                 new_k.append(kv[0])
                 new_v.append(kv[1])
         if cache:
             lengths = cache.lengths + x_BTD.shape[1]
-            cache = KVCache(tuple(new_k), tuple(new_v), lengths)
+            cache = KVCache(tuple(new_k), tuple(new_v), lengths, rules=cache.rules)
         return x_BTD, cache
 
 
@@ -261,13 +261,14 @@ def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
 
 def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, int, int, int]:
     """[B, K, S, H] of a KV cache's buffers."""
-    heads = held_heads(config.n_heads, config.n_kv_heads)
+    heads = held_heads(config.n_heads, config.n_kv_heads, layout(batch, config.n_kv_heads))
     return batch, heads, capacity, config.head_dim
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
     """An empty KVCache for `batch` rows of `capacity` slots."""
-    return KVCache.create(cache_shape(config, batch, capacity), config.n_layers, dtype)
+    shape, rules = cache_shape(config, batch, capacity), layout(batch, config.n_kv_heads)
+    return KVCache.create(shape, config.n_layers, dtype, rules)
 
 
 def for_decoding(params: Params, *, donate: bool = False) -> Params:
@@ -331,10 +332,10 @@ def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) 
 
 
 # A jit inside a jit is traced once for all layers; XLA inlines it.
-@functools.partial(jax.jit, static_argnames=("config", "empty"))
-def _block(config, empty, layer, x_BTD, rope, masks, kv):
+@functools.partial(jax.jit, static_argnames=("config", "static"))
+def _block(config, static, layer, x_BTD, rope, masks, kv):
     """One TransformerBlock on its own parameters."""
-    kv = kv and (*kv, empty)
+    kv = kv and (*kv, *static)
     return TransformerBlock(config).apply({"params": layer}, x_BTD, rope, masks, kv)
 
 
