@@ -196,6 +196,15 @@ def constrain(x: Array, rules: ShardingRules, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
 
 
+def share_rows(x: Array) -> Array:
+    """x, whose rows XLA is told to share among as many devices as divide them, the rest whole."""
+    if current_mesh() is None:
+        return x
+    groups = (MESH_AXES[:n] for n in range(len(MESH_AXES), -1, -1))
+    axes = next(axes for axes in groups if len(x) % axis_size(axes) == 0)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes or None))
+
+
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """The function on each device's own part of its arguments; as it is without a mesh."""
     if current_mesh() is None:

@@ -27,7 +27,7 @@ from utils.attention import attend
 from utils.kernels import RESIDUALS
 from utils.kvcache import KVCache, held_heads, layout
 from utils.rope import inv_frequencies
-from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain
+from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain, share_rows
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -46,9 +46,17 @@ class Attention(nn.Module):
         q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
         wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
+        if kv is not None:  # rows travel to where the matrix is, and then to the cache, before RoPE
+            q, k, v = (constrain(y, DECODING, "batch", None, "heads") for y in (q, k, v))
+            heads = lambda y: constrain(
+                y.reshape(*y.shape[:2], -1, c.head_dim), kv[-1], "batch", None, "heads", None
+            )
         q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
-        out_BTNH, kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
-        return _linear("o", out_BTNH.reshape(*x_BTD.shape[:2], q_dim), wo), kv
+        out_BTNH, new_kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
+        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], q_dim)
+        if kv is not None:  # back to where the matrix is
+            out_BTD = constrain(out_BTD, DECODING, "batch", None, "heads")
+        return _linear("o", out_BTD, wo), new_kv
 
 
 class FeedForward(nn.Module):
@@ -163,8 +171,8 @@ class LLaMa(nn.Module):
         if hidden:
             return x_BTD, cache
         logits_BTV = ops.project(x_BTD, head_VD.astype(x_BTD.dtype))
-        if cache is not None:  # each device samples from whole rows, as one device would
-            logits_BTV = constrain(logits_BTV, DECODING, "batch", None, None)
+        if cache is not None:  # computed where the head is; each device samples from whole rows
+            logits_BTV = share_rows(constrain(logits_BTV, DECODING, "batch", None, "vocab"))
         return logits_BTV, cache
 
     def _scanned_layers(self):
