@@ -22,6 +22,21 @@ pytestmark = pytest.mark.slow
 
 STEPS = 5
 
+# Turns the sign of one weight in this process's copy, once the run has loaded the model.
+ANOTHER_COPY = """
+import jax, numpy as np, training
+fit = training.fit
+def change_and_fit(trainer, state, *args, **options):
+    mlp = state.params["layers"]["mlp"]
+    [shard] = mlp["w_up"].addressable_shards
+    part = np.array(shard.data)
+    part.reshape(-1)[3] *= -1
+    copies = [jax.device_put(part, shard.device)]
+    mlp["w_up"] = jax.make_array_from_single_device_arrays(part.shape, mlp["w_up"].sharding, copies)
+    return fit(trainer, state, *args, **options)
+training.fit = change_and_fit
+"""
+
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
@@ -285,3 +300,14 @@ def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved == [".lock", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.covers("E8")
+def test_a_copy_that_differs_ends_the_run_and_is_named(group, files, tmp_path):
+    options = sft(files, tmp_path, mesh="data=2", check_every=2, eval_every=0)
+    done = group.run(2, "train.py", "sft", patches={1: ANOTHER_COPY}, **options)
+    assert codes(done) == [5, 5], done
+    check_error(done[0], 5, r"layers/mlp/w_up is not the same .* of process 1 has another one")
+    assert [line["step"] for line in curve(tmp_path)] == [1, 2]
+    # What was saved at step 2 would hold one of the copies.
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000001"]
