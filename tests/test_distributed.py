@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import cli
-from tests.processes import Group, arrays, gone_within
+from tests.processes import Group, arrays, gone_within, run_apart, said
 from tests.programs import check_error, programs, wait_for_lines
 from tests.small_runs import curve
 from tests.test_train_cli import rows
@@ -61,6 +61,11 @@ def sft(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
     return known | options
 
 
+def shared(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
+    """The same for two processes, each with a half of all parameters."""
+    return sft(files, out_dir, mesh="fsdp=2", **options)
+
+
 def grpo(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
     known = dict(data=files / "prompts.jsonl", reward="tests.grpo_rewards:ones", out_dir=out_dir)
     known |= dict(ckpt_dir=cli.checkpoint(), chat=False, prompts_per_step=4, group_size=4, lr=0.01)
@@ -89,12 +94,11 @@ def alone(programs, files, tmp_path_factory):
 def pair(group, files, tmp_path_factory):
     """The folder of a run of two processes. Read, never written."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    done = group.run(2, "train.py", "sft", **sft(files, folder))
+    done = group.run(2, "train.py", "sft", **shared(files, folder))
     assert codes(done) == [0, 0], done
     # Only the first one speaks.
     assert f"step {STEPS}/{STEPS}" in done[0].stderr and not done[0].stdout + done[1].stdout
-    said = [line for line in done[1].stderr.splitlines() if "[Gloo]" not in line]
-    assert said == []
+    assert said(done[1]) == []
     return folder
 
 
@@ -134,7 +138,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     """From step 3 on: the bits of the state are read right, as the curve goes on."""
     for source, count in ((pair, 1), (alone, 2)):
         folder = shutil.copytree(source, tmp_path / str(count))
-        options = sft(files, folder, resume_step=3)
+        options = (sft if count == 1 else shared)(files, folder, resume_step=3)
         started = group.run(2, "train.py", "sft", **options) if count == 2 else None
         done = started or [programs.run("train.py", "sft", **options)]
         assert {one.code for one in done} == {0}, done
@@ -156,7 +160,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
     patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
     short = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=15"
     launch = {i: short.format(i) for i in range(2)} if "start" in place else {}
-    options = sft(files, tmp_path)
+    options = shared(files, tmp_path)
     pids, wait = group.start(
         2, "train.py", "sft", patches={victim: patch}, launch=launch, **options
     )
@@ -189,7 +193,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
 def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):
     options = {k: files / v if k == "data" else v for k, v in options.items()}
     done = group.run(
-        2, "train.py", "sft", options_of={1: options}, patches={1: patch}, **sft(files, tmp_path)
+        2, "train.py", "sft", options_of={1: options}, patches={1: patch}, **shared(files, tmp_path)
     )
     assert codes(done) == [2, 2], done
     check_error(done[0], 2, "process 1 is not like process 0", field)
@@ -214,7 +218,7 @@ def test_processes_that_do_not_come_together(group, files, tmp_path, launch, mes
     known = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=6"
     launch = {i: known.format(i) for i in range(2)} | launch
     start = time.monotonic()
-    pids, wait = group.start(2, "train.py", "sft", launch=launch, **sft(files, tmp_path))
+    pids, wait = group.start(2, "train.py", "sft", launch=launch, **shared(files, tmp_path))
     assert gone_within(pids, 20)
     done = wait()
     assert codes(done) == [2, 2], done
@@ -224,7 +228,7 @@ def test_processes_that_do_not_come_together(group, files, tmp_path, launch, mes
 
 @pytest.mark.covers("E4")
 def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
-    options = sft(files, tmp_path, max_steps=2000, save_every=0, eval_every=0, check_every=0)
+    options = shared(files, tmp_path, max_steps=2000, save_every=0, eval_every=0, check_every=0)
     pids, wait = group.start(2, "train.py", "sft", **options)
     wait_for_lines(tmp_path, 3, pids[0])
     os.kill(pids[1], signal.SIGSTOP)
@@ -243,7 +247,7 @@ def test_one_that_does_not_come_is_named(group, files, tmp_path):
     )
     hasty = "import trainers.processes; trainers.processes.WAIT_SECONDS = 3"
     done = group.run(
-        2, "train.py", "sft", patches={0: hasty, 1: slow}, **sft(files, tmp_path, save_every=0)
+        2, "train.py", "sft", patches={0: hasty, 1: slow}, **shared(files, tmp_path, save_every=0)
     )
     check_error(done[0], 5, "processes did not come together", "task.*1")
     assert done[1].code != 0
@@ -256,7 +260,7 @@ def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
     patch += "def fail(): raise DataError('no more of it')\n"
     patch += "import trainers.data; at(trainers.data.Dataset, '_batch', 4, fail)\n"
     done = group.run(
-        2, "train.py", "sft", patches={victim: patch}, **sft(files, tmp_path, eval_every=0)
+        2, "train.py", "sft", patches={victim: patch}, **shared(files, tmp_path, eval_every=0)
     )
     assert codes(done) == [4, 4], done
     text = "".join(one.stderr for one in done)
@@ -280,7 +284,7 @@ def test_a_reward_that_fails_stops_all(group, files, tmp_path):
 def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair, tmp_path):
     patch = "import signal, trainers.loop\n"
     patch += "at(trainers.loop._Run, '_account', 2, lambda: send(signal.SIGTERM))\n"
-    options = sft(files, tmp_path, save_every=0, eval_every=3)
+    options = shared(files, tmp_path, save_every=0, eval_every=3)
     done = group.run(2, "train.py", "sft", patches={1: patch}, **options)
     assert codes(done) == [75, 75], done
     saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
@@ -295,7 +299,7 @@ def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
     patch = "import errno, trainers.checkpoint\n"
     patch += "def fail(): raise OSError(errno.ENOSPC, 'No space left on device', 'part')\n"
     patch += "at(trainers.checkpoint, 'write_part', 3, fail)\n"
-    done = group.run(2, "train.py", "sft", patches={1: patch}, **sft(files, tmp_path))
+    done = group.run(2, "train.py", "sft", patches={1: patch}, **shared(files, tmp_path))
     assert codes(done) == [6, 6], done
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -311,3 +315,16 @@ def test_a_copy_that_differs_ends_the_run_and_is_named(group, files, tmp_path):
     assert [line["step"] for line in curve(tmp_path)] == [1, 2]
     # What was saved at step 2 would hold one of the copies.
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2"])
+def test_two_processes_write_the_text_of_one(tmp_path, mesh):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo and three\n4\n")
+    args = ["--ckpt_dir", str(cli.checkpoint()), "--prompts_file", str(prompts), "--json"]
+    args += ["--temperature", "0", "--max_gen_len", "24"]
+    alone = cli.inside("generate.py", *args)
+    first, second = run_apart(2, "generate.py", *args, "--mesh", mesh)
+    assert (alone.returncode, first.code, second.code) == (0, 0, 0), (alone, first, second)
+    assert first.stdout == alone.stdout and len(first.stdout.splitlines()) == 3
+    assert second.stdout == "" and said(second) == []
