@@ -75,9 +75,9 @@ def read_launch(flag: str | None, environment: Mapping[str, str]) -> Launch | No
         ConfigError: the flag or a variable is wrong.
     """
     if flag is None:
-        given = {key: environment[name] for key, name in _VARIABLES.items() if name in environment}
-        if "coordinator" not in given and not _launched(environment):
+        if not launched(environment):
             return None
+        given = {key: environment[name] for key, name in _VARIABLES.items() if name in environment}
     else:
         parts = [part.strip() for part in flag.split(",") if part.strip() != "auto"]
         given = dict(part.partition("=")[::2] for part in parts)
@@ -91,12 +91,14 @@ def read_launch(flag: str | None, environment: Mapping[str, str]) -> Launch | No
     return Launch(**{k: v if k == "coordinator" else int(v) for k, v in given.items()})
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has started several. Of a TPU pod on bare machines only "auto" knows."""
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether several were started. Of a TPU pod on bare machines only "auto" knows."""
     counts = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
     hosts = "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"
-    return any(environment.get(name, "1") != "1" for name in counts) or any(
-        "," in environment.get(name, "") for name in hosts
+    return (
+        _VARIABLES["coordinator"] in environment
+        or any(environment.get(name, "1") != "1" for name in counts)
+        or any("," in environment.get(name, "") for name in hosts)
     )
 
 
