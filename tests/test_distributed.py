@@ -328,3 +328,37 @@ def test_two_processes_write_the_text_of_one(tmp_path, mesh):
     assert (alone.returncode, first.code, second.code) == (0, 0, 0), (alone, first, second)
     assert first.stdout == alone.stdout and len(first.stdout.splitlines()) == 3
     assert second.stdout == "" and said(second) == []
+
+
+def evaluated(done, *measured: str) -> dict:
+    """The JSON that evaluate.py writes, without what it measures of the machine."""
+    found = json.loads(done.stdout)
+    return {name: value for name, value in found.items() if name not in measured}
+
+
+def test_two_processes_find_the_perplexity_of_one(group, programs, files):
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint(), json=True)
+    alone = programs.run("evaluate.py", "ppl", **options)
+    for mesh in ("data=2", "fsdp=2"):
+        done = group.run(2, "evaluate.py", "ppl", mesh=mesh, **options)
+        assert codes([alone, *done]) == [0, 0, 0], done
+        got, wanted = evaluated(done[0]), evaluated(alone)
+        assert got.pop("counts") == wanted.pop("counts")
+        assert got == pytest.approx(wanted, rel=1e-5)
+        assert done[1].stdout == "" and said(done[1]) == []
+
+
+def test_two_processes_score_what_one_does(group, programs, files, tmp_path):
+    options = dict(data=files / "prompts.jsonl", reward="tests.grpo_rewards:even", chat=False)
+    options |= dict(ckpt_dir=cli.checkpoint(), temperature=0, max_completion_len=8, json=True)
+    outs = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    alone = programs.run("evaluate.py", "task", out=outs[0], **options)
+    # Only the first one writes: the other has no such folder.
+    other = {1: dict(out=tmp_path / "none" / "two.jsonl")}
+    options |= dict(mesh="fsdp=2", out=outs[1], options_of=other)
+    done = group.run(2, "evaluate.py", "task", **options)
+    assert codes([alone, *done]) == [0, 0, 0], done
+    measured = "seconds", "tokens_per_s"
+    assert evaluated(done[0], *measured) == evaluated(alone, *measured)
+    assert outs[0].read_bytes() == outs[1].read_bytes() != b""
+    assert done[1].stdout == "" and said(done[1]) == []
