@@ -1,5 +1,6 @@
 """Starts JAX's runtime for several processes, under whichever launcher: flags, variables, Slurm, pods."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -16,14 +17,21 @@ from utils.errors import ConfigError, raise_all
 
 # A process is given up on when it has been silent for so long; the others leave then.
 HEARTBEAT_SECONDS = 15
+# An error of one process ends all. It is looked for so often; what others know of, they say themselves
+# within the second time.
+_LOOK_SECONDS, _GRACE_SECONDS = 0.5, 1
 # The first process is the last to leave: XLA ends whoever has lost it, with an exit code of its own.
-_LINGER_SECONDS = 2
+_LINGER_SECONDS = 3
+_ENDED = "altiplano/ended"
 
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
     "process": "JAX_PROCESS_ID",
 }
+
+
+_leaving = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,25 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
         raise ConfigError(f"{who} cannot start: {' '.join(str(e).split()):.300}") from e
     finally:
         timer.cancel()
+    threading.Thread(target=_watch, args=(say,), daemon=True).start()
+
+
+def _client():
+    """That of JAX's coordination service, for which there is no public name."""
+    return multihost_utils.distributed.global_state.client
+
+
+def _watch(say: Callable[[str], None]) -> None:
+    """Ends this process soon after another one has left with an error, whatever this one waits for."""
+    while not _leaving.wait(_LOOK_SECONDS):
+        try:
+            told = _client().key_value_dir_get(_ENDED)
+        except jax.errors.JaxRuntimeError:  # the first process is gone, and XLA ends this one
+            return
+        if told and not _leaving.wait(_GRACE_SECONDS):
+            name, code = told[0]
+            say(f"process {name.rpartition('/')[2]} has ended with an error, which it says itself")
+            os._exit(int(code))
 
 
 def _check_port(port: int) -> None:
@@ -168,14 +195,19 @@ def leave(code: int) -> None:
     """Before the end: all are here, or, with an exit code, perhaps only this process knows of it."""
     if not jax.distributed.is_initialized():
         return
+    _leaving.set()
     if code == 0:
         return jax.distributed.shutdown()
+    sys.stdout.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to be told
+        _client().key_value_set(f"{_ENDED}/{jax.process_index()}", str(code))
     if jax.process_index() == 0:
         time.sleep(_LINGER_SECONDS)
-    abandon(code)
+    os._exit(code)
 
 
 def abandon(code: int) -> None:
-    """Ends the process at once; whoever waits for it hears of it."""
+    """Ends a process that has lost another one: with that one's exit code, if it has told of it."""
     sys.stdout.flush()
+    time.sleep(_LINGER_SECONDS)  # meanwhile `_watch` may do it
     os._exit(code)

@@ -362,3 +362,21 @@ def test_two_processes_score_what_one_does(group, programs, files, tmp_path):
     assert evaluated(done[0], *measured) == evaluated(alone, *measured)
     assert outs[0].read_bytes() == outs[1].read_bytes() != b""
     assert done[1].stdout == "" and said(done[1]) == []
+
+
+@pytest.mark.covers("E5")
+@pytest.mark.parametrize("victim, when", [(0, "loading"), (1, "loading"), (1, "evaluating")])
+def test_an_error_in_the_evaluation_data_of_one_ends_all(group, files, tmp_path, victim, when):
+    patch = "import trainers.data\nfrom utils.errors import DataError\n"
+    patch += "def fail(): raise DataError('broken data')\n"
+    where = dict(loading="train, 'load_dataset', 2")
+    where["evaluating"] = "trainers.data.Dataset, 'epoch_batches', 1"
+    patch += f"import train\nat({where[when]}, fail)\n"
+    options = shared(files, tmp_path, patches={victim: patch})
+    pids, wait = group.start(2, "train.py", "sft", **options)
+    while Path(f"/proc/{pids[victim]}").exists():
+        time.sleep(0.02)
+    assert gone_within(pids, 5)
+    done = wait()
+    assert codes(done) == [4, 4], done
+    assert "".join(one.stderr for one in done).count("broken data") == 1, done
