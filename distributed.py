@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -153,6 +154,13 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
     finally:
         timer.cancel()
     threading.Thread(target=_watch, args=(say,), daemon=True).start()
+    sys.excepthook = _on_bug
+
+
+def _on_bug(*error: Any) -> None:
+    """What nobody handles ends the others too: the interpreter's own end would wait for them."""
+    sys.__excepthook__(*error)
+    leave(1)
 
 
 def _client():

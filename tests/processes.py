@@ -79,7 +79,11 @@ def run_apart(count: int, program: str, *args: str) -> list[Done]:
         argv = cli.command(program, *args, f"--distributed={launch}")
         pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started.append(subprocess.Popen(argv, env=cli.environment(), text=True, **pipes))
-    said = [process.communicate(timeout=120) for process in started]
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     return [Done(process.returncode, *texts) for process, texts in zip(started, said)]
 
 
