@@ -71,6 +71,16 @@ class Group:
         return self.start(*args, **options)[1]()
 
 
+def before(place: str, action: str) -> str:
+    """A patch that does something before a call, "module.Class, 'function', 2": see train_script.at."""
+    owner = place.partition(",")[0]
+    module = ".".join(part for part in owner.split(".") if part.islower())
+    return (
+        f"import errno, os, signal, time, {module}\nfrom utils import errors\n"
+        f"def act(): {action}\nat({place}, act)\n"
+    )
+
+
 def run_apart(count: int, program: str, *args: str) -> list[Done]:
     """A program that Group does not start, in so many processes that a shell would start."""
     port, started = free_port(), []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import cli
-from tests.processes import Group, arrays, gone_within, run_apart, said
+from tests.processes import Group, arrays, before, gone_within, run_apart, said
 from tests.programs import check_error, programs, wait_for_lines
 from tests.small_runs import curve
 from tests.test_train_cli import rows
@@ -35,6 +35,18 @@ def change_and_fit(trainer, state, *args, **options):
     mlp["w_up"] = jax.make_array_from_single_device_arrays(part.shape, mlp["w_up"].sharding, copies)
     return fit(trainer, state, *args, **options)
 training.fit = change_and_fit
+"""
+
+# Saves the state that a run starts from once more.
+COPY_OF_THE_START = """
+import pathlib, training
+from trainers.checkpoint import Checkpointer
+fit = training.fit
+def save_and_fit(trainer, state, *args, **options):
+    with Checkpointer(pathlib.Path({!r})) as copy:
+        copy.save(int(state.step), state, dict())
+    return fit(trainer, state, *args, **options)
+training.fit = save_and_fit
 """
 
 
@@ -135,13 +147,19 @@ def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(
     group, programs, files, pair, alone, tmp_path
 ):
-    """From step 3 on: the bits of the state are read right, as the curve goes on."""
+    """From step 3 on: with the bits of the whole state, and on the same curve."""
     for source, count in ((pair, 1), (alone, 2)):
         folder = shutil.copytree(source, tmp_path / str(count))
-        options = (sft if count == 1 else shared)(files, folder, resume_step=3)
-        started = group.run(2, "train.py", "sft", **options) if count == 2 else None
-        done = started or [programs.run("train.py", "sft", **options)]
+        patch = COPY_OF_THE_START.format(str(tmp_path / f"{count}-loaded" / "checkpoints"))
+        if count == 1:
+            options = sft(files, folder, resume_step=3)
+            done = [programs.run("train.py", "sft", patch=patch, **options)]
+        else:
+            options = shared(files, folder, resume_step=3, patches={0: patch, 1: patch})
+            done = group.run(2, "train.py", "sft", **options)
         assert {one.code for one in done} == {0}, done
+        loaded, saved = arrays(tmp_path / f"{count}-loaded", 3), arrays(source, 3)
+        assert {"step", "key", "params.embed"} < set(saved) and loaded == saved
         for got, wanted in zip(losses(folder, "loss"), losses(alone, "loss"), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
@@ -156,8 +174,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     ],
 )
 def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place):
-    patch = "import signal, distributed, trainers.loop, trainers.checkpoint\n"
-    patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    patch = before(place, "os.kill(os.getpid(), signal.SIGKILL)")
     short = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=15"
     launch = {i: short.format(i) for i in range(2)} if "start" in place else {}
     options = shared(files, tmp_path)
@@ -242,9 +259,7 @@ def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
 
 @pytest.mark.covers("E4")
 def test_one_that_does_not_come_is_named(group, files, tmp_path):
-    slow = (
-        "import time, trainers.loop\nat(trainers.loop._Run, '_account', 2, lambda: time.sleep(9))"
-    )
+    slow = before("trainers.loop._Run, '_account', 2", "time.sleep(9)")
     hasty = "import trainers.processes; trainers.processes.WAIT_SECONDS = 3"
     done = group.run(
         2, "train.py", "sft", patches={0: hasty, 1: slow}, **shared(files, tmp_path, save_every=0)
@@ -256,9 +271,7 @@ def test_one_that_does_not_come_is_named(group, files, tmp_path):
 @pytest.mark.covers("E5")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
-    patch = "import grain, trainers.loop\nfrom utils.errors import DataError\n"
-    patch += "def fail(): raise DataError('no more of it')\n"
-    patch += "import trainers.data; at(trainers.data.Dataset, '_batch', 4, fail)\n"
+    patch = before("trainers.data.Dataset, '_batch', 4", "raise errors.DataError('no more of it')")
     done = group.run(
         2, "train.py", "sft", patches={victim: patch}, **shared(files, tmp_path, eval_every=0)
     )
@@ -271,9 +284,8 @@ def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
 
 @pytest.mark.covers("E5")
 def test_a_reward_that_fails_stops_all(group, files, tmp_path):
-    patch = "import trainers.rewards as r\nfrom utils.errors import TrainError\n"
-    patch += "def fail(): raise TrainError('a bad reward')\n"
-    patch += "at(r.RewardPool, '_call', 2, fail)\n"
+    error = "errors.TrainError('a bad reward')"
+    patch = before("trainers.rewards.RewardPool, '_call', 2", f"raise {error}")
     done = group.run(2, "train.py", "grpo", patches={0: patch}, **grpo(files, tmp_path))
     assert codes(done) == [5, 5], done
     check_error(done[0], 5, "a bad reward")
@@ -282,8 +294,7 @@ def test_a_reward_that_fails_stops_all(group, files, tmp_path):
 
 @pytest.mark.covers("E6")
 def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair, tmp_path):
-    patch = "import signal, trainers.loop\n"
-    patch += "at(trainers.loop._Run, '_account', 2, lambda: send(signal.SIGTERM))\n"
+    patch = before("trainers.loop._Run, '_account', 2", "send(signal.SIGTERM)")
     options = shared(files, tmp_path, save_every=0, eval_every=3)
     done = group.run(2, "train.py", "sft", patches={1: patch}, **options)
     assert codes(done) == [75, 75], done
@@ -296,9 +307,8 @@ def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair
 
 @pytest.mark.covers("E7")
 def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
-    patch = "import errno, trainers.checkpoint\n"
-    patch += "def fail(): raise OSError(errno.ENOSPC, 'No space left on device', 'part')\n"
-    patch += "at(trainers.checkpoint, 'write_part', 3, fail)\n"
+    error = "OSError(errno.ENOSPC, 'No space left on device', 'part')"
+    patch = before("trainers.checkpoint, 'write_part', 3", f"raise {error}")
     done = group.run(2, "train.py", "sft", patches={1: patch}, **shared(files, tmp_path))
     assert codes(done) == [6, 6], done
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")
@@ -367,11 +377,9 @@ def test_two_processes_score_what_one_does(group, programs, files, tmp_path):
 @pytest.mark.covers("E5")
 @pytest.mark.parametrize("victim, when", [(0, "loading"), (1, "loading"), (1, "evaluating")])
 def test_an_error_in_the_evaluation_data_of_one_ends_all(group, files, tmp_path, victim, when):
-    patch = "import trainers.data\nfrom utils.errors import DataError\n"
-    patch += "def fail(): raise DataError('broken data')\n"
-    where = dict(loading="train, 'load_dataset', 2")
-    where["evaluating"] = "trainers.data.Dataset, 'epoch_batches', 1"
-    patch += f"import train\nat({where[when]}, fail)\n"
+    places = dict(loading="train, 'load_dataset', 2")
+    places["evaluating"] = "trainers.data.Dataset, 'epoch_batches', 1"
+    patch = before(places[when], "raise errors.DataError('broken data')")
     options = shared(files, tmp_path, patches={victim: patch})
     pids, wait = group.start(2, "train.py", "sft", **options)
     while Path(f"/proc/{pids[victim]}").exists():
