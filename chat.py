@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from rich.markup import escape
 
 import console
+import distributed
 import sampling
 from conversation import Conversation
 from decoding import GenerationConfig, context_length
@@ -281,5 +283,19 @@ def main(
     Terminal(conversation, interrupts).loop()
 
 
+def check_alone() -> None:
+    """Ends one of several processes, before it waits for the others: they have one terminal."""
+    if distributed.launched(os.environ) or any(
+        argument.partition("=")[0] == "--distributed" for argument in sys.argv[1:]
+    ):
+        console.say(
+            "chat.py is a single process, and this is one of several (--distributed, "
+            "JAX_COORDINATOR_ADDRESS or a launcher such as srun); start it alone, or use "
+            "python generate.py --chat, which several run together"
+        )
+        sys.exit(ConfigError.exit_code)
+
+
 if __name__ == "__main__":
+    check_alone()
     console.run(main)

@@ -1,5 +1,6 @@
 """Starts JAX's runtime for several processes, under whichever launcher: flags, variables, Slurm, pods."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,14 +18,21 @@ from utils.errors import ConfigError, raise_all
 
 # A process is given up on when it has been silent for so long; the others leave then.
 HEARTBEAT_SECONDS = 15
+# An error of one process ends all. It is looked for so often; what others know of, they say themselves
+# within the second time.
+_LOOK_SECONDS, _GRACE_SECONDS = 0.5, 1
 # The first process is the last to leave: XLA ends whoever has lost it, with an exit code of its own.
-_LINGER_SECONDS = 2
+_LINGER_SECONDS = 3
+_ENDED = "altiplano/ended"
 
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
     "process": "JAX_PROCESS_ID",
 }
+
+
+_leaving = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,9 +84,9 @@ def read_launch(flag: str | None, environment: Mapping[str, str]) -> Launch | No
         ConfigError: the flag or a variable is wrong.
     """
     if flag is None:
-        given = {key: environment[name] for key, name in _VARIABLES.items() if name in environment}
-        if "coordinator" not in given and not _launched(environment):
+        if not launched(environment):
             return None
+        given = {key: environment[name] for key, name in _VARIABLES.items() if name in environment}
     else:
         parts = [part.strip() for part in flag.split(",") if part.strip() != "auto"]
         given = dict(part.partition("=")[::2] for part in parts)
@@ -91,12 +100,14 @@ def read_launch(flag: str | None, environment: Mapping[str, str]) -> Launch | No
     return Launch(**{k: v if k == "coordinator" else int(v) for k, v in given.items()})
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher has started several. Of a TPU pod on bare machines only "auto" knows."""
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether several were started. Of a TPU pod on bare machines only "auto" knows."""
     counts = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"
     hosts = "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"
-    return any(environment.get(name, "1") != "1" for name in counts) or any(
-        "," in environment.get(name, "") for name in hosts
+    return (
+        _VARIABLES["coordinator"] in environment
+        or any(environment.get(name, "1") != "1" for name in counts)
+        or any("," in environment.get(name, "") for name in hosts)
     )
 
 
@@ -142,6 +153,32 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
         raise ConfigError(f"{who} cannot start: {' '.join(str(e).split()):.300}") from e
     finally:
         timer.cancel()
+    threading.Thread(target=_watch, args=(say,), daemon=True).start()
+    sys.excepthook = _on_bug
+
+
+def _on_bug(*error: Any) -> None:
+    """What nobody handles ends the others too: the interpreter's own end would wait for them."""
+    sys.__excepthook__(*error)
+    leave(1)
+
+
+def _client():
+    """That of JAX's coordination service, for which there is no public name."""
+    return multihost_utils.distributed.global_state.client
+
+
+def _watch(say: Callable[[str], None]) -> None:
+    """Ends this process soon after another one has left with an error, whatever this one waits for."""
+    while not _leaving.wait(_LOOK_SECONDS):
+        try:
+            told = _client().key_value_dir_get(_ENDED)
+        except jax.errors.JaxRuntimeError:  # the first process is gone, and XLA ends this one
+            return
+        if told and not _leaving.wait(_GRACE_SECONDS):
+            name, code = told[0]
+            say(f"process {name.rpartition('/')[2]} has ended with an error, which it says itself")
+            os._exit(int(code))
 
 
 def _check_port(port: int) -> None:
@@ -166,14 +203,19 @@ def leave(code: int) -> None:
     """Before the end: all are here, or, with an exit code, perhaps only this process knows of it."""
     if not jax.distributed.is_initialized():
         return
+    _leaving.set()
     if code == 0:
         return jax.distributed.shutdown()
+    sys.stdout.flush()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there to be told
+        _client().key_value_set(f"{_ENDED}/{jax.process_index()}", str(code))
     if jax.process_index() == 0:
         time.sleep(_LINGER_SECONDS)
-    abandon(code)
+    os._exit(code)
 
 
 def abandon(code: int) -> None:
-    """Ends the process at once; whoever waits for it hears of it."""
+    """Ends a process that has lost another one: with that one's exit code, if it has told of it."""
     sys.stdout.flush()
+    time.sleep(_LINGER_SECONDS)  # meanwhile `_watch` may do it
     os._exit(code)

@@ -22,6 +22,7 @@ from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint, load_config
 from models.llama.model import LLaMa
 from models.llama.tokenizer import check_against_model, load_tokenizer
+from trainers import processes
 from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.data import DataConfig, Dataset, load_dataset
 from trainers.rewards import RewardPool, load_reward
@@ -49,6 +50,7 @@ def ppl(
     dtype: str = "auto",
     mesh: str | None = None,
     json: bool = False,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """Perplexity of a data set: exp of the mean loss over all its targets.
@@ -68,6 +70,7 @@ def ppl(
         dtype: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
         mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         json: one JSON object, with the counts of what became of the rows.
+        distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
     console.Interrupts().set(raises=False, leave_at=1)
@@ -136,6 +139,7 @@ def task(
     mesh: str | None = None,
     out: str | None = None,
     json: bool = False,
+    distributed: str | None = None,
     debug: bool = False,
 ) -> None:
     """How well a model does a task: each reward's mean and pass@k, with 95 % intervals.
@@ -164,6 +168,7 @@ def task(
         mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
         out: a .jsonl file for the completions with their scores.
         json: one JSON object instead of a table.
+        distributed: this process is one of several, see train.py; the first scores and writes.
         debug: show the traceback of an error.
     """
     console.Interrupts().set(raises=False, leave_at=1)
@@ -182,7 +187,7 @@ def task(
         lambda: console.compute_dtype(dtype),
         lambda: task_args_of(task, data, task_args),
         lambda: rewards_of(data, reward),
-        lambda: _writable(out),
+        lambda: processes.from_first(lambda: _writable(out)),
     )
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
     with console.progress() as report:
@@ -208,7 +213,7 @@ def task(
         console.write(jsonlib.dumps(found) + "\n")
     else:
         _show(found)
-    if out is not None:
+    if out is not None and processes.is_first():
         with atomic_file(out) as file:
             file.writelines(jsonlib.dumps(row).encode() + b"\n" for row in rows)
 

@@ -132,15 +132,22 @@ class GRPOJob(Job):
     rollouts: bool
 
     def trainer(self, model: ModelConfig) -> GRPOTrainer:
-        sharding.check_rows(
-            prompts_per_step=self.rollout.prompts_per_step // self.rollout.mini_batches,
-            micro_batch_size=self.config.micro_batch_size,
-        )
+        self._check_rows()
         limit = min(self.tokenizer.vocab_size, model.vocab_size)
         llama = LLaMa(model, self.dtype, self.remat)
         return GRPOTrainer(
             llama, self.config, self.lora, limit if limit < model.vocab_size else None
         )
+
+    def _check_rows(self) -> None:
+        """A row is a prompt with `branches` of its completions; flags are in completions."""
+        c, at_once = self.rollout, self.config.micro_batch_size
+        branches = c.branches or c.group_size
+        rows = c.prompts_per_step // c.mini_batches * (c.group_size // branches)
+        # By how it comes about: the user knows those numbers.
+        step = f"prompts_per_step x group_size / mini_batches / {branches} completions a row"
+        micro = f"micro_batch_size / {branches} completions a row"
+        sharding.check_rows(**{step: rows, micro: at_once})
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
         """Of the larger phase: a step, or a rollout next to all that a step starts from."""

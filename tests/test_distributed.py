@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import cli
-from tests.processes import Group, arrays, gone_within
+from tests.processes import Group, arrays, before, gone_within, run_apart, said
 from tests.programs import check_error, programs, wait_for_lines
 from tests.small_runs import curve
 from tests.test_train_cli import rows
@@ -21,6 +21,33 @@ from tests.test_train_cli import rows
 pytestmark = pytest.mark.slow
 
 STEPS = 5
+
+# Turns the sign of one weight in this process's copy, once the run has loaded the model.
+ANOTHER_COPY = """
+import jax, numpy as np, training
+fit = training.fit
+def change_and_fit(trainer, state, *args, **options):
+    mlp = state.params["layers"]["mlp"]
+    [shard] = mlp["w_up"].addressable_shards
+    part = np.array(shard.data)
+    part.reshape(-1)[3] *= -1
+    copies = [jax.device_put(part, shard.device)]
+    mlp["w_up"] = jax.make_array_from_single_device_arrays(part.shape, mlp["w_up"].sharding, copies)
+    return fit(trainer, state, *args, **options)
+training.fit = change_and_fit
+"""
+
+# Saves the state that a run starts from once more.
+COPY_OF_THE_START = """
+import pathlib, training
+from trainers.checkpoint import Checkpointer
+fit = training.fit
+def save_and_fit(trainer, state, *args, **options):
+    with Checkpointer(pathlib.Path({!r})) as copy:
+        copy.save(int(state.step), state, dict())
+    return fit(trainer, state, *args, **options)
+training.fit = save_and_fit
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +71,11 @@ def sft(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
     known |= dict(ckpt_dir=cli.checkpoint(), batch_size=4, micro_batch_size=4, seq_len=64)
     known |= dict(max_steps=STEPS, lr=0.01, save_every=1, eval_every=3, export=False, keep=9)
     return known | options
+
+
+def shared(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
+    """The same for two processes, each with a half of all parameters."""
+    return sft(files, out_dir, mesh="fsdp=2", **options)
 
 
 def grpo(files: Path, out_dir: Path, **options: object) -> dict[str, object]:
@@ -74,12 +106,11 @@ def alone(programs, files, tmp_path_factory):
 def pair(group, files, tmp_path_factory):
     """The folder of a run of two processes. Read, never written."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    done = group.run(2, "train.py", "sft", **sft(files, folder))
+    done = group.run(2, "train.py", "sft", **shared(files, folder))
     assert codes(done) == [0, 0], done
     # Only the first one speaks.
     assert f"step {STEPS}/{STEPS}" in done[0].stderr and not done[0].stdout + done[1].stdout
-    said = [line for line in done[1].stderr.splitlines() if "[Gloo]" not in line]
-    assert said == []
+    assert said(done[1]) == []
     return folder
 
 
@@ -116,13 +147,19 @@ def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path):
 def test_a_run_goes_on_with_another_number_of_processes(
     group, programs, files, pair, alone, tmp_path
 ):
-    """From step 3 on: the bits of the state are read right, as the curve goes on."""
+    """From step 3 on: with the bits of the whole state, and on the same curve."""
     for source, count in ((pair, 1), (alone, 2)):
         folder = shutil.copytree(source, tmp_path / str(count))
-        options = sft(files, folder, resume_step=3)
-        started = group.run(2, "train.py", "sft", **options) if count == 2 else None
-        done = started or [programs.run("train.py", "sft", **options)]
+        patch = COPY_OF_THE_START.format(str(tmp_path / f"{count}-loaded" / "checkpoints"))
+        if count == 1:
+            options = sft(files, folder, resume_step=3)
+            done = [programs.run("train.py", "sft", patch=patch, **options)]
+        else:
+            options = shared(files, folder, resume_step=3, patches={0: patch, 1: patch})
+            done = group.run(2, "train.py", "sft", **options)
         assert {one.code for one in done} == {0}, done
+        loaded, saved = arrays(tmp_path / f"{count}-loaded", 3), arrays(source, 3)
+        assert {"step", "key", "params.embed"} < set(saved) and loaded == saved
         for got, wanted in zip(losses(folder, "loss"), losses(alone, "loss"), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
@@ -137,11 +174,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     ],
 )
 def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place):
-    patch = "import signal, distributed, trainers.loop, trainers.checkpoint\n"
-    patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    patch = before(place, "os.kill(os.getpid(), signal.SIGKILL)")
     short = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=15"
     launch = {i: short.format(i) for i in range(2)} if "start" in place else {}
-    options = sft(files, tmp_path)
+    options = shared(files, tmp_path)
     pids, wait = group.start(
         2, "train.py", "sft", patches={victim: patch}, launch=launch, **options
     )
@@ -174,7 +210,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
 def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):
     options = {k: files / v if k == "data" else v for k, v in options.items()}
     done = group.run(
-        2, "train.py", "sft", options_of={1: options}, patches={1: patch}, **sft(files, tmp_path)
+        2, "train.py", "sft", options_of={1: options}, patches={1: patch}, **shared(files, tmp_path)
     )
     assert codes(done) == [2, 2], done
     check_error(done[0], 2, "process 1 is not like process 0", field)
@@ -199,7 +235,7 @@ def test_processes_that_do_not_come_together(group, files, tmp_path, launch, mes
     known = "coordinator=127.0.0.1:PORT,processes=2,process={},timeout=6"
     launch = {i: known.format(i) for i in range(2)} | launch
     start = time.monotonic()
-    pids, wait = group.start(2, "train.py", "sft", launch=launch, **sft(files, tmp_path))
+    pids, wait = group.start(2, "train.py", "sft", launch=launch, **shared(files, tmp_path))
     assert gone_within(pids, 20)
     done = wait()
     assert codes(done) == [2, 2], done
@@ -209,7 +245,7 @@ def test_processes_that_do_not_come_together(group, files, tmp_path, launch, mes
 
 @pytest.mark.covers("E4")
 def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
-    options = sft(files, tmp_path, max_steps=2000, save_every=0, eval_every=0, check_every=0)
+    options = shared(files, tmp_path, max_steps=2000, save_every=0, eval_every=0, check_every=0)
     pids, wait = group.start(2, "train.py", "sft", **options)
     wait_for_lines(tmp_path, 3, pids[0])
     os.kill(pids[1], signal.SIGSTOP)
@@ -223,12 +259,10 @@ def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
 
 @pytest.mark.covers("E4")
 def test_one_that_does_not_come_is_named(group, files, tmp_path):
-    slow = (
-        "import time, trainers.loop\nat(trainers.loop._Run, '_account', 2, lambda: time.sleep(9))"
-    )
+    slow = before("trainers.loop._Run, '_account', 2", "time.sleep(9)")
     hasty = "import trainers.processes; trainers.processes.WAIT_SECONDS = 3"
     done = group.run(
-        2, "train.py", "sft", patches={0: hasty, 1: slow}, **sft(files, tmp_path, save_every=0)
+        2, "train.py", "sft", patches={0: hasty, 1: slow}, **shared(files, tmp_path, save_every=0)
     )
     check_error(done[0], 5, "processes did not come together", "task.*1")
     assert done[1].code != 0
@@ -237,11 +271,9 @@ def test_one_that_does_not_come_is_named(group, files, tmp_path):
 @pytest.mark.covers("E5")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
-    patch = "import grain, trainers.loop\nfrom utils.errors import DataError\n"
-    patch += "def fail(): raise DataError('no more of it')\n"
-    patch += "import trainers.data; at(trainers.data.Dataset, '_batch', 4, fail)\n"
+    patch = before("trainers.data.Dataset, '_batch', 4", "raise errors.DataError('no more of it')")
     done = group.run(
-        2, "train.py", "sft", patches={victim: patch}, **sft(files, tmp_path, eval_every=0)
+        2, "train.py", "sft", patches={victim: patch}, **shared(files, tmp_path, eval_every=0)
     )
     assert codes(done) == [4, 4], done
     text = "".join(one.stderr for one in done)
@@ -252,9 +284,8 @@ def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
 
 @pytest.mark.covers("E5")
 def test_a_reward_that_fails_stops_all(group, files, tmp_path):
-    patch = "import trainers.rewards as r\nfrom utils.errors import TrainError\n"
-    patch += "def fail(): raise TrainError('a bad reward')\n"
-    patch += "at(r.RewardPool, '_call', 2, fail)\n"
+    error = "errors.TrainError('a bad reward')"
+    patch = before("trainers.rewards.RewardPool, '_call', 2", f"raise {error}")
     done = group.run(2, "train.py", "grpo", patches={0: patch}, **grpo(files, tmp_path))
     assert codes(done) == [5, 5], done
     check_error(done[0], 5, "a bad reward")
@@ -263,9 +294,8 @@ def test_a_reward_that_fails_stops_all(group, files, tmp_path):
 
 @pytest.mark.covers("E6")
 def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair, tmp_path):
-    patch = "import signal, trainers.loop\n"
-    patch += "at(trainers.loop._Run, '_account', 2, lambda: send(signal.SIGTERM))\n"
-    options = sft(files, tmp_path, save_every=0, eval_every=3)
+    patch = before("trainers.loop._Run, '_account', 2", "send(signal.SIGTERM)")
+    options = shared(files, tmp_path, save_every=0, eval_every=3)
     done = group.run(2, "train.py", "sft", patches={1: patch}, **options)
     assert codes(done) == [75, 75], done
     saved = [path.name for path in (tmp_path / "checkpoints").glob("step-*")]
@@ -277,11 +307,84 @@ def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair
 
 @pytest.mark.covers("E7")
 def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
-    patch = "import errno, trainers.checkpoint\n"
-    patch += "def fail(): raise OSError(errno.ENOSPC, 'No space left on device', 'part')\n"
-    patch += "at(trainers.checkpoint, 'write_part', 3, fail)\n"
-    done = group.run(2, "train.py", "sft", patches={1: patch}, **sft(files, tmp_path))
+    error = "OSError(errno.ENOSPC, 'No space left on device', 'part')"
+    patch = before("trainers.checkpoint, 'write_part', 3", f"raise {error}")
+    done = group.run(2, "train.py", "sft", patches={1: patch}, **shared(files, tmp_path))
     assert codes(done) == [6, 6], done
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved == [".lock", "step-00000001", "step-00000002"]
+
+
+@pytest.mark.covers("E8")
+def test_a_copy_that_differs_ends_the_run_and_is_named(group, files, tmp_path):
+    options = sft(files, tmp_path, mesh="data=2", check_every=2, eval_every=0)
+    done = group.run(2, "train.py", "sft", patches={1: ANOTHER_COPY}, **options)
+    assert codes(done) == [5, 5], done
+    check_error(done[0], 5, r"layers/mlp/w_up is not the same .* of process 1 has another one")
+    assert [line["step"] for line in curve(tmp_path)] == [1, 2]
+    # What was saved at step 2 would hold one of the copies.
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2"])
+def test_two_processes_write_the_text_of_one(tmp_path, mesh):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo and three\n4\n")
+    args = ["--ckpt_dir", str(cli.checkpoint()), "--prompts_file", str(prompts), "--json"]
+    args += ["--temperature", "0", "--max_gen_len", "24"]
+    alone = cli.inside("generate.py", *args)
+    first, second = run_apart(2, "generate.py", *args, "--mesh", mesh)
+    assert (alone.returncode, first.code, second.code) == (0, 0, 0), (alone, first, second)
+    assert first.stdout == alone.stdout and len(first.stdout.splitlines()) == 3
+    assert second.stdout == "" and said(second) == []
+
+
+def evaluated(done, *measured: str) -> dict:
+    """The JSON that evaluate.py writes, without what it measures of the machine."""
+    found = json.loads(done.stdout)
+    return {name: value for name, value in found.items() if name not in measured}
+
+
+def test_two_processes_find_the_perplexity_of_one(group, programs, files):
+    options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint(), json=True)
+    alone = programs.run("evaluate.py", "ppl", **options)
+    for mesh in ("data=2", "fsdp=2"):
+        done = group.run(2, "evaluate.py", "ppl", mesh=mesh, **options)
+        assert codes([alone, *done]) == [0, 0, 0], done
+        got, wanted = evaluated(done[0]), evaluated(alone)
+        assert got.pop("counts") == wanted.pop("counts")
+        assert got == pytest.approx(wanted, rel=1e-5)
+        assert done[1].stdout == "" and said(done[1]) == []
+
+
+def test_two_processes_score_what_one_does(group, programs, files, tmp_path):
+    options = dict(data=files / "prompts.jsonl", reward="tests.grpo_rewards:even", chat=False)
+    options |= dict(ckpt_dir=cli.checkpoint(), temperature=0, max_completion_len=8, json=True)
+    outs = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    alone = programs.run("evaluate.py", "task", out=outs[0], **options)
+    # Only the first one writes: the other has no such folder.
+    other = {1: dict(out=tmp_path / "none" / "two.jsonl")}
+    options |= dict(mesh="fsdp=2", out=outs[1], options_of=other)
+    done = group.run(2, "evaluate.py", "task", **options)
+    assert codes([alone, *done]) == [0, 0, 0], done
+    measured = "seconds", "tokens_per_s"
+    assert evaluated(done[0], *measured) == evaluated(alone, *measured)
+    assert outs[0].read_bytes() == outs[1].read_bytes() != b""
+    assert done[1].stdout == "" and said(done[1]) == []
+
+
+@pytest.mark.covers("E5")
+@pytest.mark.parametrize("victim, when", [(0, "loading"), (1, "loading"), (1, "evaluating")])
+def test_an_error_in_the_evaluation_data_of_one_ends_all(group, files, tmp_path, victim, when):
+    places = dict(loading="train, 'load_dataset', 2")
+    places["evaluating"] = "trainers.data.Dataset, 'epoch_batches', 1"
+    patch = before(places[when], "raise errors.DataError('broken data')")
+    options = shared(files, tmp_path, patches={victim: patch})
+    pids, wait = group.start(2, "train.py", "sft", **options)
+    while Path(f"/proc/{pids[victim]}").exists():
+        time.sleep(0.02)
+    assert gone_within(pids, 5)
+    done = wait()
+    assert codes(done) == [4, 4], done
+    assert "".join(one.stderr for one in done).count("broken data") == 1, done

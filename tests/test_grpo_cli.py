@@ -1,11 +1,18 @@
 """train.py grpo, replay and report as programs: flags, kills, signals, and going on to the same bits."""
 
 import json
+import re
 
+import jax
 import pytest
 
-from tests import cli
+from tests import cli, small_grpo
 from tests.programs import CODES, INT, TERM, assert_same_run, check_error, programs
+from trainers.grpo_trainer import GRPOConfig
+from trainers.rollout import RolloutConfig
+from training import GRPOJob
+from utils.errors import ConfigError
+from utils.sharding import MESH_AXES
 
 STEPS = 4
 
@@ -54,6 +61,43 @@ def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
     assert not (tmp_path / "run.json").exists()
     options = training(prompts, tmp_path, task="reasoning_gym:chain_sum")
     check_error(programs.run("train.py", "grpo", **options), 2, "--task or --data, one of them")
+
+
+@pytest.mark.parametrize(
+    "sizes, micro, wrong",
+    [
+        (dict(prompts_per_step=4, group_size=4, branches=2), None, None),
+        (dict(prompts_per_step=4, group_size=4, branches=1, mini_batches=2), 8, None),
+        (dict(prompts_per_step=8, group_size=4), 16, None),
+        (dict(prompts_per_step=4, group_size=4), None, "step x group_size / mini_batches / 4 .*=4"),
+        (dict(prompts_per_step=4, group_size=4, branches=2, mini_batches=2), None, "/ 2 .*row=4 "),
+        (dict(prompts_per_step=8, group_size=4), 2, "rows: micro_batch_size / 4 completions .*=2 "),
+    ],
+)
+def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, micro, wrong):
+    """On 8 devices that share rows; of which each row is one of `branches` completions."""
+    job = GRPOJob(
+        config=GRPOConfig(micro_batch_size=micro),
+        rollout=RolloutConfig(**sizes),
+        task=small_grpo.task(),
+        evaluated=None,
+        eval_samples=1,
+        tokenizer=small_grpo.tokenizer(),
+        lora=None,
+        dtype="float32",
+        remat="dots",
+        reward_timeout=1.0,
+        reward_failure="stop",
+        rollouts=False,
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), MESH_AXES)):
+        if wrong is None:
+            job.trainer(small_grpo.MODEL)
+            return
+        with pytest.raises(ConfigError) as refused:
+            job.trainer(small_grpo.MODEL)
+    assert re.search(wrong, str(refused.value))
+    assert str(refused.value).endswith("by data=2 x fsdp=4 devices; use a multiple of 8")
 
 
 @pytest.mark.slow
