@@ -315,7 +315,8 @@ def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array)
         state = state.replace(cache=cache.replace(lengths=lengths_R))
         return step + 1, sample(state, logits_R1V[:, 0], rules)
 
-    return jax.lax.while_loop(going, body, (jnp.int32(0), state))[1]
+    # XLA may lay out a loop's result otherwise than each of its steps does.
+    return _everywhere(jax.lax.while_loop(going, body, (jnp.int32(0), state))[1])
 
 
 def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
@@ -343,7 +344,11 @@ def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
         reason_R=jnp.where(state.reason_R == RUNNING, ended_R, state.reason_R),
         seen_RV=seen_RV,
     )
-    # On a mesh every device has the whole state but for the cache, which they share.
+    return _everywhere(state)
+
+
+def _everywhere(state: DecodeState) -> DecodeState:
+    """The state, which every device of a mesh has whole, but for the cache: they share that."""
     buffers = {"k": state.cache.k, "v": state.cache.v}
     state = sharding.replicate(state.replace(cache=state.cache.replace(k=(), v=())))
     return state.replace(cache=state.cache.replace(**buffers))

@@ -327,7 +327,7 @@ def test_a_copy_that_differs_ends_the_run_and_is_named(group, files, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2"])
 def test_two_processes_write_the_text_of_one(tmp_path, mesh):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo and three\n4\n")
