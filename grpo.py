@@ -117,7 +117,8 @@ def grpo(
         prompts_per_step: prompts of a rollout.
         group_size: completions of each prompt.
         max_completion_len: tokens; a longer completion is cut, and scored as it is.
-        micro_batch_size: completions computed at once: less needs less memory.
+        micro_batch_size: completions computed at once, on a mesh a group a device at least: less
+            needs less memory.
         loss: how token losses are averaged: dapo, grpo, bnpo or dr_grpo.
         beta: weight of the KL penalty; at 0 there is no reference model.
         kl: its estimator: ratio_k3, k1, k2 or k3.

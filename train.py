@@ -75,7 +75,8 @@ def sft(
         eval_data: as data; its loss decides which checkpoint is the best.
         max_steps: optimizer steps of the whole run.
         batch_size: rows an optimizer step.
-        micro_batch_size: rows computed at once: less needs less memory; the update is the same.
+        micro_batch_size: rows computed at once, on a mesh a row a device at least: less needs less
+            memory; the update is the same.
         seq_len: tokens of the longest row.
         packing: several examples share a row.
         mask: what is learnt: auto, assistant, last, completion or all.

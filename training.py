@@ -94,9 +94,9 @@ class SFTJob(Job):
 
     def trainer(self, model: ModelConfig) -> SFTTrainer:
         self.dataset.check_context(model.max_seq_len)
-        rows = self.dataset.config.batch_size
-        sharding.check_rows(batch_size=rows, micro_batch_size=self.config.micro_batch_size)
-        return SFTTrainer(LLaMa(model, self.dtype, self.remat), self.config, self.lora)
+        sharding.check_rows(batch_size=self.dataset.config.batch_size)
+        llama = LLaMa(model, self.dtype, self.remat)
+        return SFTTrainer(llama, _shared_micro_batches(self.config), self.lora)
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
         rows, seq_len = self.dataset.config.batch_size, self.dataset.buckets[-1]
@@ -135,19 +135,17 @@ class GRPOJob(Job):
         self._check_rows()
         limit = min(self.tokenizer.vocab_size, model.vocab_size)
         llama = LLaMa(model, self.dtype, self.remat)
-        return GRPOTrainer(
-            llama, self.config, self.lora, limit if limit < model.vocab_size else None
-        )
+        limit = limit if limit < model.vocab_size else None
+        return GRPOTrainer(llama, _shared_micro_batches(self.config), self.lora, limit)
 
     def _check_rows(self) -> None:
         """A row is a prompt with `branches` of its completions; flags are in completions."""
-        c, at_once = self.rollout, self.config.micro_batch_size
+        c = self.rollout
         branches = c.branches or c.group_size
         rows = c.prompts_per_step // c.mini_batches * (c.group_size // branches)
         # By how it comes about: the user knows those numbers.
         step = f"prompts_per_step x group_size / mini_batches / {branches} completions a row"
-        micro = f"micro_batch_size / {branches} completions a row"
-        sharding.check_rows(**{step: rows, micro: at_once})
+        sharding.check_rows(**{step: rows})
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
         """Of the larger phase: a step, or a rollout next to all that a step starts from."""
@@ -343,6 +341,12 @@ def known_remat(remat: str) -> str:
     if remat not in REMATS:
         raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(REMATS)}")
     return remat
+
+
+def _shared_micro_batches(config: Any) -> Any:
+    """A trainer's config whose micro-batches are whole rounds of the mesh: a row a device at least."""
+    parts, size = sharding.axis_size(sharding.TRAINING.batch), config.micro_batch_size
+    return dataclasses.replace(config, micro_batch_size=size and -(-size // parts) * parts)
 
 
 def _training_bytes(trainer: Trainer, config, rows: int, seq_len: int) -> dict[str, int]:
