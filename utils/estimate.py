@@ -122,10 +122,8 @@ class _Training(_Closed):
         if job.samples:
             seen = job.prompt_len**2 + (tokens - job.prompt_len) * (2 * job.prompt_len + length - 1)
         self.seen = at_once * seen
-        batch = 5 * length
-        if job.samples:
-            batch = 4 * (job.prompt_len + 1) + job.samples_a_prompt * (9 * length + 8)
-        self.batch_bytes = rows * batch
+        group = 4 * (job.prompt_len + 1) + job.samples_a_prompt * (9 * length + 8)
+        self.batch_bytes = rows * (group if job.samples else 5 * length)
         self.adapters, self.scaled = self._adapters()
         self.param_size = jnp.dtype(job.param_dtype).itemsize
         self.stays = self._state()
@@ -193,9 +191,8 @@ class _Training(_Closed):
 
     def _embedding(self) -> int:
         """Bytes of the embedding's gradient while it is summed; a tied head's own is added to it."""
-        if self.job.lora_rank:
-            return 0
-        return (2 if self.model.tie_embeddings else 1) * self.head // self.parts * self.param_size
+        arrays = 0 if self.job.lora_rank else 2 if self.model.tie_embeddings else 1
+        return arrays * self.head // self.parts * self.param_size
 
     def _update(self) -> tuple[int, float, float]:
         """(bytes held, FLOPs, bytes sent) of an update that is not in place, an array at a time: Muon's."""
@@ -307,23 +304,29 @@ class _Training(_Closed):
 class _Sampling(_Closed):
     """Prefill and decoding, on parameters that stay where they are."""
 
+    def __init__(self, job: Any, mesh: Mapping[str, int]):
+        super().__init__(job, mesh)
+        self._slots = bucket(job.seq, 64)  # of a row in the cache
+
     def prefill(self, stays: dict[str, int]) -> Program:
         """The prompts' forward pass into a cache, which is then copied for all of a prompt's rows."""
         job, model, n = self.job, self.model, self.job.samples_a_prompt
         prompts = -(-job.batch // n // self.data)
-        tokens, V = prompts * job.prompt_len, model.vocab_size
+        tokens = prompts * job.prompt_len
         wide = tokens * max(model.ffn_dim * 2, self.q_dim + 2 * self.kv_dim) // self.parts
         # The residual stream and its normed copy; gate and up, or a result in float32, to be added up.
         stream = 2 * tokens * model.dim * self.size
         layer = stream + max(tokens * model.dim * _F32, wide * self.size)
         held = {"results": self._cache(prompts * n)} if n > 1 else {}
-        held |= max({"activations": layer}, self._logits(prompts * n), key=_total)
+        # Logits as they come, whole, masked, and with the sampler's noise.
+        logits = 4 * self._own_logits(prompts * n)
+        held |= max({"activations": layer}, {"logits": logits}, key=_total)
         flops = 2 * tokens * self.matrices + 2 * prompts * self.head
         flops += 2 * model.n_layers * tokens * job.prompt_len * self.q_dim
         moved = self.held(job.dtype) + 6 * model.n_layers * (tokens * model.dim + wide) * self.size
         between = {
             "all-reduce": self.row_sums(tokens, self.parts, 2),
-            "all-gather": prompts * V * _F32 * (1 - 1 / self.parts),
+            "all-to-all": self._own_logits(prompts) * (1 - 1 / self.parts),
         }
         cost = flops / self.parts, moved, between
         return _program("prefill", 1, self._given(prompts), held, cost, stays)
@@ -333,25 +336,21 @@ class _Sampling(_Closed):
         job, model, rows = self.job, self.model, -(-self.job.batch // self.data)
         flops = 2 * rows * (self.matrices + self.head)
         flops += 4 * rows * self._slots * model.n_layers * self.q_dim
-        held = self._logits(rows)
+        held = {"logits": 4 * self._own_logits(rows)}
         if model.head_dim % LANES:  # values are copied to where each head fills registers
             held["wide values"] = self._cache(rows) // (2 * self.q_dim) * self._padded
         between = {
             "all-reduce": self.row_sums(rows, self.parts, 2),
-            "all-gather": rows * model.vocab_size * _F32 * (1 - 1 / self.parts),
+            "all-to-all": self._own_logits(rows) * (1 - 1 / self.parts),
         }
         cost = flops / self.parts, self.held(job.dtype) + self._cache(rows), between
         runs = job.seq - job.prompt_len - 1
         return _program("decode step", runs, self._given(rows), held, cost, stays)
 
-    def _logits(self, rows: int) -> dict[str, int]:
-        """All devices have them: as they come, whole, masked, and with the sampler's noise."""
-        return {"logits": 4 * rows * self.model.vocab_size * _F32}
-
-    @property
-    def _slots(self) -> int:
-        """Of a row in the cache."""
-        return bucket(self.job.seq, 64)
+    def _own_logits(self, rows: int) -> int:
+        """Bytes of the rows that a device samples: of as many devices as divide them."""
+        sharers = next(n for n in (self.parts, self.fsdp, 1) if rows % n == 0)
+        return rows // sharers * self.model.vocab_size * _F32
 
     def _cache(self, rows: int) -> int:
         """Bytes of so many rows' keys and values, of a device's rows of the data axis."""
