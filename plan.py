@@ -218,6 +218,7 @@ def summary(
         "compiled": bool(compiled),
         "argument_bytes": worst.argument_bytes,
         "temp_bytes": worst.temp_bytes,
+        "reserved_bytes": worst.reserved_bytes,
         "peak_bytes": worst.peak_bytes,
         "flops": total(lambda row: row["flops"]),
         "bytes_accessed": total(lambda row: row["bytes_accessed"]),

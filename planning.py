@@ -35,6 +35,9 @@ KINDS = ("sft", "lora", "grpo", "generate")
 # the same memory, but arrays that could stay on the chip go to main memory and back.
 _HURRY = {"exec_time_optimization_effort": -1.0}
 
+# Programs of which a trainer's state is no argument: it is held beside them.
+_SAMPLING = ("prefill", "decode step")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
@@ -255,12 +258,13 @@ class _Compiler:
         except jax.errors.JaxRuntimeError as e:
             if (needed := _needed_bytes(str(e))) is None:
                 raise
-            temp = max(needed - sum(held.values()), 0)
+            given = sum(held.values()) - (name in _SAMPLING) * sum(self.stays.values())
+            temp = max(needed - given, 0)
             return (
                 dataclasses.replace(
                     estimate,
                     parts=_some(held | {"temporaries": temp}),
-                    argument_bytes=sum(held.values()),
+                    argument_bytes=given,
                     temp_bytes=temp,
                     compile_seconds=time.perf_counter() - start,
                 ),
@@ -269,15 +273,19 @@ class _Compiler:
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # What lives at once: that much a program must have, or XLA refuses it. `temp_size_in_bytes` has
+        # holes between arrays on top, more than once, and XLA compiles within less than that.
+        temp = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes - results, 0)
         # A decode step's loop is one step; others of unknown rounds go over the loss's chunks.
         rounds = lambda loop: 1 if loop.startswith("jit(decode)") else self._chunks()
         return (
             Program(
                 name=name,
                 runs=estimate.runs,
-                parts=_some(held | {"results": results, "temporaries": memory.temp_size_in_bytes}),
+                parts=_some(held | {"results": results, "temporaries": temp}),
                 argument_bytes=memory.argument_size_in_bytes,
-                temp_bytes=memory.temp_size_in_bytes,
+                temp_bytes=temp,
+                reserved_bytes=memory.temp_size_in_bytes,
                 cost=analyse(compiled.as_text(), attention_cost, rounds),
                 compile_seconds=seconds,
                 hurried=hurried,
@@ -289,7 +297,8 @@ class _Compiler:
         """Rounds of the loss's loop: devices that share its tokens and vocabulary go over both."""
         job, V = self.job, self.job.model.vocab_size
         parts = sharding.axis_size(sharding.TRAINING.batch)
-        tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * job.seq // parts)
+        length = job.seq - job.prompt_len if job.samples else job.seq
+        tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * length // parts)
         vocab_axes = sharding.fitting(sharding.DECODING.vocab, V)
         sharers = self.mesh.shape["fsdp"] if vocab_axes else 1
         chunk = chunk_size(tokens * sharers, V // sharding.axis_size(vocab_axes)) // sharers or 1
@@ -317,11 +326,11 @@ def make_trainer(job: Job) -> Trainer:
 
 def _needed_bytes(message: str) -> int | None:
     """Of XLA's error for a program that does not fit: "Used 17.5G of 15.75G hbm", or "the total memory
-    required for … (17.5G) exceeds available HBM".
+    required for … (17.5G) exceeds available HBM". It is rounded to hundredths; this is the most it can be.
     """
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
     found = found or re.search(r"required for [^(]*\(([\d.]+)([KMGT]?)\) exceeds", message)
-    return found and int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
+    return found and int((float(found[1]) + 0.005) * 2 ** (10 * " KMGT".index(found[2] or " ")))
 
 
 def attention_cost(name: str, arrays: list[Array]) -> tuple[float, float]:

@@ -261,6 +261,10 @@ def test_a_reduce_scatter_may_be_called_an_all_reduce_and_a_slice():
 """
     line = "  ROOT %f = f32[250,32]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n"
     assert analyse(module(ARGUMENT + line, fused)).collectives == {"reduce-scatter": 96000}
+    # Another one may have the same channel.
+    again = line.replace("ROOT %f", "%g").replace(".1", ".2") + line
+    both = fused + fused.replace("scatter.1", "scatter.2")
+    assert analyse(module(ARGUMENT + again, both)).collectives == {"reduce-scatter": 192000}
 
 
 KERNEL = (

@@ -123,7 +123,7 @@ def test_a_training_step(model, topology, batch, seq, budget, added_up):
     config, bits = PRESETS[model], {"param_dtype": "bfloat16", "state_dtype": "bfloat16"}
     shape = {"model": model, "topology": topology, "batch": batch, "seq": seq, "remat": "block"}
     found, [arrays] = compiled(**shape, **bits)
-    assert found["temp_bytes"] <= budget * 2**30
+    assert found["temp_bytes"] <= found["reserved_bytes"] <= budget * 2**30
     # The sharded state is given, and no device has more than its part of it.
     parts, devices = found["mesh"]["fsdp"], math.prod(found["mesh"].values())
     assert found["argument_bytes"] == pytest.approx(config.n_params * 8 / parts, rel=0.01)

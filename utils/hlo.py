@@ -102,8 +102,9 @@ class _Program:
             for fusion in filter(_fused, computation.values()):
                 inside = self._computations[fusion.called]
                 for i in [i for i in inside.values() if i.opcode in COLLECTIVES]:
-                    if fusion.called.startswith("all-reduce-scatter"):
+                    if fusion.called.startswith("all-reduce-scatter"):  # whole; channels are reused
                         inside[i.name] = i._replace(opcode="reduce-scatter")
+                        continue
                     # One that runs beside others' work is in all fusions from its start to its end.
                     channel = i.attribute("channel_id") or i.name
                     for name in [i.name, *inside.users[i.name]] if channel in seen else []:

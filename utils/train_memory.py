@@ -147,13 +147,13 @@ def _moment_bytes(
     """Bytes of optimizer state: first moments of state_dtype, second ones in float32."""
     first = jnp.dtype(train.state_dtype).itemsize
     if train.optimizer == "adafactor":
-        return _factored(shapes, model, lora) * _F32
+        return factored(shapes, model, lora) * _F32
     second = {"adamw": trained, "lion": 0, "muon": trained - matrices}[train.optimizer]
     return trained * first + second * _F32
 
 
-def _factored(shapes: dict, model: Any, lora: Any) -> int:
-    """Adafactor's: a matrix has one number a row and a column if both sides have 128 or more."""
+def factored(shapes: dict, model: Any, lora: Any) -> int:
+    """Adafactor's numbers: a matrix has one a row and a column if both sides have 128 or more."""
     stacks = [(model.n_layers, *shape) for shape in shapes.values()]
     stacks += [(model.vocab_size, model.dim)] * (1 if model.tie_embeddings else 2)
     stacks += [(model.n_layers, model.dim)] * 2  # norms
