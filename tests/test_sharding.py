@@ -5,13 +5,14 @@ import re
 
 import jax
 import pytest
+from jax.sharding import AxisType
 
 from models.llama.lora import LoRAConfig, adapter_axes, init_lora
 from models.llama.model import PARAM_AXES, decoding_axes, init_params, param_axes
 from models.llama.presets import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
-from utils.sharding import DECODING, TRAINING, ShardingRules
+from utils.sharding import DECODING, MESH_AXES, TRAINING, ShardingRules
 from utils.sharding import default_mesh, make_mesh, param_specs
 
 P = jax.sharding.PartitionSpec
@@ -106,6 +107,15 @@ def test_rules_name_the_mesh_axes_once(axes):
     assert isinstance(TRAINING, ShardingRules)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One of a kind whose grid JAX does not know, as a CPU's."""
+
+    id: int
+    device_kind = platform = "fake"
+    process_index = 0
+
+
 @pytest.mark.parametrize(
     "spec, devices, shape",
     [
@@ -115,11 +125,14 @@ def test_rules_name_the_mesh_axes_once(axes):
         ({"tensor": 8}, 8, (1, 1, 8)),
     ],
 )
-def test_a_mesh_is_made_of_what_is_given(spec, devices, shape, monkeypatch):
-    made = {}
-    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: made.setdefault("shape", shape))
-    make_mesh(spec, ["device"] * devices)
-    assert made["shape"] == shape
+def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
+    # Devices of a kind whose grid JAX does not know, as a CPU's.
+    grid = [
+        types.SimpleNamespace(device_kind="fake", platform="fake", id=i) for i in range(devices)
+    ]
+    mesh = make_mesh(spec, grid)
+    assert (mesh.axis_names, mesh.devices.shape) == (MESH_AXES, shape)
+    assert all(kind == AxisType.Auto for kind in mesh.axis_types)
 
 
 @pytest.mark.parametrize(
