@@ -126,11 +126,7 @@ class Device:
     ],
 )
 def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
-    # Devices of a kind whose grid JAX does not know, as a CPU's.
-    grid = [
-        types.SimpleNamespace(device_kind="fake", platform="fake", id=i) for i in range(devices)
-    ]
-    mesh = make_mesh(spec, grid)
+    mesh = make_mesh(spec, [Device(id=i) for i in range(devices)])
     assert (mesh.axis_names, mesh.devices.shape) == (MESH_AXES, shape)
     assert all(kind == AxisType.Auto for kind in mesh.axis_types)
 
