@@ -40,10 +40,12 @@ training.fit = change_and_fit
 # Saves the state that a run starts from once more.
 COPY_OF_THE_START = """
 import pathlib, training
+from jax.experimental import multihost_utils
 from trainers.checkpoint import Checkpointer
 fit = training.fit
 def save_and_fit(trainer, state, *args, **options):
     with Checkpointer(pathlib.Path({!r})) as copy:
+        multihost_utils.sync_global_devices("all have opened it")
         copy.save(int(state.step), state, dict())
     return fit(trainer, state, *args, **options)
 training.fit = save_and_fit
