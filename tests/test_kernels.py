@@ -225,3 +225,5 @@ def test_a_token_is_written_into_each_rows_slot(axis, dtype):
     assert kernels.writes_tokens(buffer, axis)
     out = kernels.write_token(buffer, new, slots, axis=axis, interpret=True)
     np.testing.assert_array_equal(np.asarray(out), expected)
+    past = kernels.write_token(buffer, new, slots + (slots == S - 1), axis=axis, interpret=True)
+    np.testing.assert_array_equal(np.asarray(past), expected)

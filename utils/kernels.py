@@ -199,13 +199,15 @@ def write_token(
     Args:
         buffer_X: [X, H, S] or [X, S, H], for which `writes_tokens` holds.
         new_X: the same with 1 instead of S, of the buffer's dtype.
-        slots_X: [X] int32, within 0..S - 1.
+        slots_X: [X] int32; past the end is the last slot, as for `dynamic_update_slice`.
         axis: that of the slots, 2 or 1.
         interpret: see `flash_attention`.
 
     Returns:
         The buffer with the new entries.
     """
+    # Or a copy would go to another row's memory.
+    slots_X = jnp.clip(slots_X, 0, buffer_X.shape[axis] - 1)
     itemsize = buffer_X.dtype.itemsize
     tile = LANES if axis == 2 else 32 // itemsize  # so many lanes or sublanes has a tile in memory
     X, head_dim = len(buffer_X), buffer_X.shape[3 - axis]

@@ -49,7 +49,7 @@ class KVCache:
         zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
         k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
         v = tuple(zeros(B * K, S, H) for _ in range(n_layers))
-        return cls(k, v, jnp.zeros((B,), jnp.int32), True, rules)
+        return cls(k, v, jnp.zeros((B,), jnp.int32), empty=True, rules=rules)
 
     @property
     def capacity(self) -> int:
@@ -121,17 +121,12 @@ def write(buffer_X: Array, new_X: Array, lengths_B: Array, axis: int) -> Array:
     heads = buffer_X.shape[0] // lengths_B.shape[0]
     if heads == buffer_X.shape[0]:
         return jax.lax.dynamic_update_slice_in_dim(buffer_X, new_X, lengths_B[0], axis)
-    slots_X = jnp.repeat(lengths_B, heads)
     put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1)
+    puts, arguments = jax.vmap(put), (buffer_X, new_X, jnp.repeat(lengths_B, heads))
     if new_X.shape[axis] > 1 or not kernels.writes_tokens(buffer_X, axis):
-        return jax.vmap(put)(buffer_X, new_X, slots_X)
-    return jax.lax.platform_dependent(
-        buffer_X,
-        new_X,
-        slots_X,
-        tpu=functools.partial(kernels.write_token, axis=axis),
-        default=jax.vmap(put),
-    )
+        return puts(*arguments)
+    token = functools.partial(kernels.write_token, axis=axis)
+    return jax.lax.platform_dependent(*arguments, tpu=token, default=puts)
 
 
 def check_capacity(lengths: np.ndarray, new_tokens: int, capacity: int) -> None:

@@ -106,7 +106,7 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(spec, len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    # A side of a pod's grid may be split: 128 of 8 x 8 x 8 chips are two and a half sides.
+    # A side of a pod's grid may be split: 128 of 8 x 8 x 8 chips are 8 x 8 x 2.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
