@@ -33,6 +33,7 @@ _VARIABLES = {
 
 
 _leaving = threading.Event()
+_held: list[socket.socket] = []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if launch.process == 0 and launch.coordinator is not None:
-        _check_port(int(launch.coordinator.rpartition(":")[2]))
+        _claim_port(int(launch.coordinator.rpartition(":")[2]))
     where = f"{launch.coordinator or 'the launcher'}"
     who = f"process {'?' if launch.process is None else launch.process}"
     late = f"not all of {launch.processes or 'the'} processes came to {where} within {launch.timeout} s"
@@ -181,11 +182,16 @@ def _watch(say: Callable[[str], None]) -> None:
             os._exit(int(code))
 
 
-def _check_port(port: int) -> None:
-    """XLA's service crashes where its port is taken."""
+def _claim_port(port: int) -> None:
+    """XLA's service crashes where its port is taken: by others, or by a second process 0 meanwhile."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
+        # The datagram port of the same number, which nobody else needs, is the lock of those who
+        # find the stream port free at once. It is held to the end of the process.
+        lock = socket.socket(family, socket.SOCK_DGRAM)
+        lock.bind(("", port))
+        _held.append(lock)
         socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
     except OSError as e:
         raise ConfigError(
