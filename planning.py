@@ -298,11 +298,11 @@ class _Compiler:
     def _chunks(self) -> int:
         """Rounds of the loss's loop: devices that share its tokens and vocabulary go over both."""
         job, V = self.job, self.job.model.vocab_size
-        parts = sharding.axis_size(sharding.TRAINING.batch)
+        parts = sharding.axis_size(sharding.TRAINING.batch + sharding.TRAINING.tokens)
         length = job.seq - job.prompt_len if job.samples else job.seq
         tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * length // parts)
         vocab_axes = sharding.fitting(sharding.DECODING.vocab, V)
-        sharers = self.mesh.shape["fsdp"] if vocab_axes else 1
+        sharers = sharding.axis_size(sharding.TRAINING.embed) if vocab_axes else 1
         chunk = chunk_size(tokens * sharers, V // sharding.axis_size(vocab_axes)) // sharers or 1
         return -(-tokens // chunk)
 

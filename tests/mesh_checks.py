@@ -27,7 +27,14 @@ from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import sharding
 
-MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+MESHES = (
+    "data=8",
+    "fsdp=8",
+    "tensor=8",
+    "context=8",
+    "data=2,fsdp=2,tensor=2",
+    "fsdp=2,context=2,tensor=2",
+)
 MODEL = dataclasses.replace(
     small_runs.MODEL,
     dim=64,

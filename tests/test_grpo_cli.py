@@ -90,7 +90,7 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
         reward_failure="stop",
         rollouts=False,
     )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), MESH_AXES)):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)):
         if not isinstance(found, str):
             assert job.trainer(small_grpo.MODEL).config.micro_batch_size == found
             return

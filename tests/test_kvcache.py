@@ -62,7 +62,7 @@ def test_resized_and_repeated_keep_the_rows():
     ],
 )
 def test_a_cache_lies_by_rows_where_heads_are_too_few(rows, n_kv_heads, rules, held):
-    mesh = AbstractMesh((1, 4, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
         assert layout(rows, n_kv_heads) == rules
         assert held_heads(4 * n_kv_heads, n_kv_heads, rules) == held

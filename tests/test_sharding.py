@@ -23,7 +23,7 @@ class Sizes:
     """A mesh is asked for its sizes alone."""
 
     def __init__(self, **shape):
-        self.shape = {"data": 1, "fsdp": 1, "tensor": 1} | shape
+        self.shape = dict.fromkeys(MESH_AXES, 1) | shape
 
 
 def shapes_of(config):
@@ -50,20 +50,20 @@ def test_the_whole_table_is_used():
     tree = jax.eval_shape(lambda: init_lora(MODEL, lora, jax.random.key(0)))
     specs = flat(param_specs(tree, adapter_axes(lora, PARAM_AXES), TRAINING, Sizes()))
     assert specs["layers/attn/wo_a"] == P(None, None, ("tensor",))
-    assert specs["layers/attn/wo_b"] == P(None, ("fsdp",), None)
+    assert specs["layers/attn/wo_b"] == P(None, ("fsdp", "context"), None)
 
 
 def test_what_lies_where():
     specs = flat(param_specs(shapes_of(BIASED), PARAM_AXES, TRAINING, Sizes(fsdp=2, tensor=2)))
-    assert specs["embed"] == P(("tensor",), ("fsdp",))
-    assert specs["layers/attn/wk"] == P(None, ("tensor",), ("fsdp",))
-    assert specs["layers/mlp/w_down"] == P(None, ("fsdp",), ("tensor",))
+    assert specs["embed"] == P(("tensor",), ("fsdp", "context"))
+    assert specs["layers/attn/wk"] == P(None, ("tensor",), ("fsdp", "context"))
+    assert specs["layers/mlp/w_down"] == P(None, ("fsdp", "context"), ("tensor",))
     assert specs["layers/attn/bq"] == P(None, ("tensor",))
     assert specs["layers/ffn_norm"] == P(None, None)
     layer = {"layers": {"7": {"attn": {"wq": jax.ShapeDtypeStruct((16, 8), "float32")}}}}
     table = decoding_axes(PARAM_AXES)
     specs = param_specs(layer, table, DECODING, Sizes(fsdp=2, tensor=2), all_rows=False)
-    assert flat(specs)["layers/7/attn/wq"] == P(("tensor", "fsdp"), None)
+    assert flat(specs)["layers/7/attn/wq"] == P(("tensor", "fsdp", "context"), None)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ class Device:
 @pytest.mark.parametrize(
     "spec, devices, shape",
     [
-        (None, 8, (1, 8, 1)),
-        ("data=2,fsdp=4", 8, (2, 4, 1)),
-        (" tensor = 2 , data=-1", 8, (4, 1, 2)),
-        ({"tensor": 8}, 8, (1, 1, 8)),
+        (None, 8, (1, 8, 1, 1)),
+        ("data=2,fsdp=4", 8, (2, 4, 1, 1)),
+        (" tensor = 2 , data=-1", 8, (4, 1, 1, 2)),
+        ({"tensor": 8}, 8, (1, 1, 1, 8)),
     ],
 )
 def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
@@ -134,11 +134,11 @@ def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("fsdp=3", "--mesh data=1,fsdp=3,tensor=1 is for 3 devices, and there are 8"),
+        ("fsdp=3", "--mesh data=1,fsdp=3,context=1,tensor=1 is for 3 devices, and there are 8"),
         ("data=3,fsdp=-1", "is for 3 devices or a multiple, and there are 8"),
         ("fsdp=2,fsdp=4", "expected for example data=2,fsdp=4,tensor=2"),
         ("fsdp", "expected for example data=2,fsdp=4,tensor=2"),
-        ("model=8", "no axis 'model'; axes are data, fsdp, tensor"),
+        ("model=8", "no axis 'model'; axes are data, fsdp, context, tensor"),
         ("data=-1,fsdp=-1", "expected sizes from 1, and -1 for one axis at most"),
         ("data=0", "expected sizes from 1"),
     ],

@@ -311,12 +311,11 @@ class GRPOTrainer(Trainer):
         prompts_BP, tokens_BGC = batch["prompts"], batch["tokens"]
         (B, P), (_, G, C) = prompts_BP.shape, tokens_BGC.shape
         lengths_B = batch["prompt_lengths"]
-        # The last token of a completion predicts nothing that is needed.
-        inputs_BT = jnp.concatenate([prompts_BP, tokens_BGC[..., :-1].reshape(B, -1)], axis=1)
-        place_BC = lengths_B[:, None] + jnp.arange(C - 1)
-        place_BT = jnp.broadcast_to(place_BC[:, None], (B, G, C - 1)).reshape(B, -1)
+        inputs_BT = jnp.concatenate([prompts_BP, tokens_BGC.reshape(B, -1)], axis=1)
+        place_BC = lengths_B[:, None] + jnp.arange(C)
+        place_BT = jnp.broadcast_to(place_BC[:, None], (B, G, C)).reshape(B, -1)
         prefix_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-        inside_BGC = jnp.ones((B, G, C - 1), bool)
+        inside_BGC = jnp.ones((B, G, C), bool)
         hidden_BTD, _ = self.model.apply(
             {"params": params},
             inputs_BT,
@@ -328,13 +327,14 @@ class GRPOTrainer(Trainer):
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
         first_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
         first_BG1D = jnp.broadcast_to(first_B1D[:, None], (B, G, 1, hidden_BTD.shape[-1]))
-        rest_BGCD = hidden_BTD[:, P:].reshape(B, G, C - 1, -1)
+        # And its last predicts nothing that is needed.
+        rest_BGCD = hidden_BTD[:, P:].reshape(B, G, C, -1)[:, :, :-1]
         states_BGCD = jnp.concatenate([first_BG1D, rest_BGCD], axis=2)
         logprobs, entropy = token_logprobs(
-            states_BGCD.reshape(-1, states_BGCD.shape[-1]),
+            states_BGCD.reshape(B, G * C, -1),
             head_matrix(params)[: self.vocab_limit],
-            tokens_BGC.reshape(-1),
-            batch["target_mask"].reshape(-1) > 0,
+            tokens_BGC.reshape(B, G * C),
+            batch["target_mask"].reshape(B, G * C) > 0,
             self.config.temperature,
         )
         return logprobs.reshape(B, G, C), entropy.reshape(B, G, C)

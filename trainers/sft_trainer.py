@@ -35,10 +35,7 @@ class SFTTrainer(Trainer):
             segment_ids_BT=batch.get("segment_ids"),
             hidden=True,
         )
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        sums = cross_entropy(
-            flat(hidden_BTD), head_matrix(params), flat(targets_BT), flat(weights_BT)
-        )
+        sums = cross_entropy(hidden_BTD, head_matrix(params), targets_BT, weights_BT)
         return Loss(
             total=sums.nll,
             weight=jnp.sum(weights_BT),

@@ -33,7 +33,7 @@ def attend(
     Returns:
         ([B, T, N, H], the new (k, v) or None).
     """
-    empty, rules = (False, sharding.TRAINING) if kv is None else kv[3:]
+    empty, rules = (False, sharding.MEETING) if kv is None else kv[3:]
 
     def local(q_BTNH, k_BTKH, v_BTKH, masks, kv):
         k_XHS, v_XSH = heads_first(k_BTKH, v_BTKH)

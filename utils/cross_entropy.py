@@ -3,7 +3,8 @@
 On a mesh each device holds a part of the vocabulary and of the tokens. A chunk's tokens are gathered
 from those that share a model, multiplied with each part of the head where it lies, and only sums over
 the vocabulary travel: no device needs the whole head, nor its gradient (Megatron-LM, 1909.08053).
-Dimension key: N tokens, C tokens of a chunk, D model dim, V vocab.
+Dimension key: N tokens (of one axis, or of rows and their tokens: [B, T]), C tokens of a chunk, D model
+dim, V vocab.
 """
 
 import dataclasses
@@ -89,18 +90,25 @@ class _Parts:
     """How tokens and vocabulary lie on the mesh; all empty without one.
 
     Attributes:
-        tokens: mesh axes that share the tokens.
+        lead: mesh axes that share each of the tokens' axes.
         vocab: mesh axes that share the vocabulary.
     """
 
-    tokens: tuple[str, ...]
+    lead: tuple[tuple[str, ...], ...]
     vocab: tuple[str, ...]
 
     @classmethod
-    def of(cls, n_tokens: int, vocab_size: int) -> "_Parts":
-        tokens = sharding.fitting(sharding.TRAINING.batch, n_tokens)
-        vocab = sharding.fitting(sharding.DECODING.vocab, vocab_size)
-        return cls(*((axes if sharding.current_mesh() else ()) for axes in (tokens, vocab)))
+    def of(cls, targets_N: Array, head_VD: Array) -> "_Parts":
+        if sharding.current_mesh() is None:
+            return cls(((),) * targets_N.ndim, ())
+        axes = zip((sharding.TRAINING.batch, sharding.TRAINING.tokens), targets_N.shape)
+        vocab = sharding.fitting(sharding.DECODING.vocab, len(head_VD))
+        return cls(tuple(sharding.fitting(*axis) for axis in axes), vocab)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Axes that share the tokens."""
+        return sum(self.lead, ())
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -108,12 +116,23 @@ class _Parts:
         return tuple(axis for axis in self.tokens if axis in self.vocab)
 
     def run(self, function: Callable, arguments: tuple, out_names: tuple) -> tuple:
-        """function(x, head, …) on each device's part; out_names say where results lie."""
-        spec = {"tokens": PartitionSpec(self.tokens or None), "all": PartitionSpec()}
-        spec["head"] = PartitionSpec(self.vocab or None)
+        """function(x, head, …) on each device's part, its tokens one axis; out_names say where results lie."""
+        spec = {"tokens": PartitionSpec(*(axes or None for axes in self.lead))}
+        spec |= {"all": PartitionSpec(), "head": PartitionSpec(self.vocab or None)}
         names = ("tokens", "head", *["tokens"] * (len(arguments) - 2))
+
+        def local(x, head, *others):
+            lead = others[0].shape
+            flat = lambda array: array.reshape(-1, *array.shape[len(lead) :])
+            results = function(flat(x), head, *map(flat, others))
+            apart = lambda array: array.reshape(*lead, *array.shape[1:])
+            return tuple(
+                apart(result) if name == "tokens" and result is not None else result
+                for name, result in zip(out_names, results, strict=True)
+            )
+
         run = sharding.per_device(
-            function, tuple(map(spec.get, names)), tuple(map(spec.get, out_names))
+            local, tuple(map(spec.get, names)), tuple(map(spec.get, out_names))
         )
         return run(*arguments)
 
@@ -228,7 +247,7 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _sums(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool):
     """(TokenSums, (gradient by x, gradient by head)); a gradient is None where it is not wanted."""
-    parts = _Parts.of(len(x_ND), len(head_VD))
+    parts = _Parts.of(targets_N, head_VD)
     local = functools.partial(_local_sums, parts, want_dx, want_dhead)
     values = (x_ND, head_VD, targets_N, weights_N)
     sums, *gradients = parts.run(local, values, ("all", "tokens", "head"))
@@ -261,7 +280,7 @@ def _local_sums(parts, want_dx, want_dhead, x_ND, head_VD, targets_N, weights_N)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(temperature, x_ND, head_VD, targets_N, wanted_N):
-    parts = _Parts.of(len(x_ND), len(head_VD))
+    parts = _Parts.of(targets_N, head_VD)
     local = functools.partial(_local_logprobs, parts, temperature)
     return parts.run(local, (x_ND, head_VD, targets_N, wanted_N), ("tokens", "tokens"))
 
@@ -297,7 +316,7 @@ def _logprobs_backward(temperature, saved, cotangents):
     if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
     weights_N = jnp.where(wanted_N, -cotangents[0], 0)
-    parts = _Parts.of(len(x_ND), len(head_VD))
+    parts = _Parts.of(targets_N, head_VD)
     wanted = tuple(len(flag) > 0 for flag in flags)
     local = functools.partial(_local_logprob_gradients, parts, temperature, wanted)
     gradients = parts.run(local, (x_ND, head_VD, targets_N, weights_N), ("tokens", "head"))

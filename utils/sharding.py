@@ -4,8 +4,9 @@ The mesh is JAX's context mesh: whatever runs under `jax.set_mesh(make_mesh(...)
 same code without one runs on a single device. XLA (GSPMD) inserts the collectives; kernels and the
 KV cache, whose layout is local, run under `shard_map` (`per_device`).
 
-Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch, `tensor`
-has parts of each layer's heads, features and vocabulary.
+Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch, `context`
+has parts of the parameters and of each row's tokens, `tensor` has parts of each layer's heads, features and
+vocabulary.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from utils.errors import ConfigError, raise_all
 Array = jax.Array
 Axes = tuple[str | None, ...]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class ShardingRules:
 
     Attributes:
         batch: rows.
+        tokens: of a row.
         embed: the model dimension, of parameters only.
         heads, kv_heads: queries' heads; keys' and values'.
         ffn: features of the feed-forward layer.
@@ -40,6 +42,7 @@ class ShardingRules:
     """
 
     batch: tuple[str, ...]
+    tokens: tuple[str, ...]
     embed: tuple[str, ...]
     heads: tuple[str, ...]
     kv_heads: tuple[str, ...]
@@ -70,26 +73,32 @@ class ShardingRules:
 # Training gathers a layer's parameters over fsdp when it is that layer's turn (ZeRO, 1910.02054).
 TRAINING = ShardingRules(
     batch=("data", "fsdp"),
-    embed=("fsdp",),
+    tokens=("context",),
+    embed=("fsdp", "context"),
     heads=("tensor",),
     kv_heads=("tensor",),
     ffn=("tensor",),
     vocab=("tensor",),
 )
-# A decode step has few activations and all the parameters: those stay where they are.
-_STAY = ("tensor", "fsdp")
-DECODING = ShardingRules(
-    batch=("data",), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
+# Attention while training: all tokens of a row meet, and each device has some of its heads (DeepSpeed
+# Ulysses, 2309.14509).
+MEETING = dataclasses.replace(
+    TRAINING, tokens=(), heads=("tensor", "context"), kv_heads=("tensor", "context")
 )
-# Attention while decoding, where fsdp · tensor has more parts than a model has kv heads: by rows, so
+# A decode step has few activations and all the parameters: those stay where they are.
+_STAY = ("tensor", "fsdp", "context")
+DECODING = ShardingRules(
+    batch=("data",), tokens=(), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
+)
+# Attention while decoding, where fsdp · context · tensor has more parts than a model has kv heads: by rows, so
 # that no device holds another's keys and values.
 BY_ROWS = dataclasses.replace(
-    DECODING, batch=("data", "fsdp"), heads=("tensor",), kv_heads=("tensor",)
+    DECODING, batch=("data", "fsdp", "context"), heads=("tensor",), kv_heads=("tensor",)
 )
 
-# Each device looks up its columns of the embedding for all rows of its fsdp group: no device needs the
-# whole table, nor its gradient.
-LOOKUP = dataclasses.replace(TRAINING, batch=("data",))
+# Each device looks up its columns of the embedding for all tokens of those that share them: no device
+# needs the whole table, nor its gradient.
+LOOKUP = dataclasses.replace(TRAINING, batch=("data",), tokens=())
 
 
 def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | None = None) -> Mesh:
@@ -113,7 +122,7 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
 
 def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str, int]:
     """The size of every axis of `make_mesh`; the same errors."""
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    sizes = dict.fromkeys(MESH_AXES, 1)
     sizes |= _parse(spec) if isinstance(spec, str) else dict(spec or {"fsdp": -1})
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
     if unknown := set(sizes) - set(MESH_AXES):
@@ -279,7 +288,9 @@ def _problems(name: str, shape: tuple[int, ...], axes: Axes, rules: ShardingRule
     for size, logical, group in zip(shape, axes, mesh_axes):
         parts = math.prod(mesh.shape[axis] for axis in group)
         if size % parts:
-            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in group)
+            over = " x ".join(
+                f"{axis}={mesh.shape[axis]}" for axis in group if mesh.shape[axis] > 1
+            )
             yield f"{name} {list(shape)}: {logical} has size {size}, not a multiple of {over}"
 
 

@@ -45,17 +45,18 @@ class Attention(nn.Module):
         sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
         q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
         wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
+        # Where the matrix and its tokens are; from there to where a row's tokens meet.
+        rules = TRAINING if kv is None else DECODING
+        q, k, v = (constrain(y, rules, "batch", "tokens", "heads") for y in (q, k, v))
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-        if kv is not None:  # rows travel to where the matrix is, and then to the cache, before RoPE
-            q, k, v = (constrain(y, DECODING, "batch", None, "heads") for y in (q, k, v))
+        if kv is not None:  # to the cache before RoPE
             heads = lambda y: constrain(
                 y.reshape(*y.shape[:2], -1, c.head_dim), kv[-1], "batch", None, "heads", None
             )
         q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
         out_BTNH, new_kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], q_dim)
-        if kv is not None:  # back to where the matrix is
-            out_BTD = constrain(out_BTD, DECODING, "batch", None, "heads")
+        out_BTD = constrain(out_BTD, rules, "batch", "tokens", "heads")  # and back
         return _linear("o", out_BTD, wo), new_kv
 
 
@@ -85,9 +86,9 @@ class TransformerBlock(nn.Module):
         norm = lambda name, x: ops.rms_norm(x, _norm(self, name, c.dim).astype(x.dtype), c.norm_eps)
         attn, kv = Attention(c, name="attn")(norm("attn_norm", x_BTD), rope, masks, kv)
         rules = TRAINING if kv is None else DECODING
-        x_BTD = constrain(x_BTD + attn, rules, "batch", None, None)
+        x_BTD = constrain(x_BTD + attn, rules, "batch", "tokens", None)
         x_BTD = x_BTD + FeedForward(c, name="mlp")(norm("ffn_norm", x_BTD))
-        return constrain(x_BTD, rules, "batch", None, None), kv
+        return constrain(x_BTD, rules, "batch", "tokens", None), kv
 
 
 class LLaMa(nn.Module):
@@ -331,12 +332,12 @@ def _placed_for_decoding(path: str, x: Array) -> Array:
 def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) -> Array:
     """The tokens' rows of the embedding, in dtype."""
     if rules is TRAINING:
-        tokens_BT = constrain(tokens_BT, LOOKUP, "batch", None)
+        tokens_BT = constrain(tokens_BT, LOOKUP, "batch", "tokens")
     x_BTD = ops.embed(table_VD, tokens_BT)
     x_BTD = x_BTD.astype(dtype or x_BTD.dtype)
     if rules is TRAINING:
-        x_BTD = constrain(x_BTD, LOOKUP, "batch", None, "embed")
-    return constrain(x_BTD, rules, "batch", None, None)
+        x_BTD = constrain(x_BTD, LOOKUP, "batch", "tokens", "embed")
+    return constrain(x_BTD, rules, "batch", "tokens", None)
 
 
 # A jit inside a jit is traced once for all layers; XLA inlines it.
