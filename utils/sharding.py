@@ -99,6 +99,8 @@ BY_ROWS = dataclasses.replace(
 # Each device looks up its columns of the embedding for all tokens of those that share them: no device
 # needs the whole table, nor its gradient.
 LOOKUP = dataclasses.replace(TRAINING, batch=("data",), tokens=())
+# And sends them on, an axis at a time: XLA would gather all where two are exchanged at once.
+LOOKED_UP = dataclasses.replace(LOOKUP, tokens=("context",), embed=("fsdp",))
 
 
 def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | None = None) -> Mesh:

@@ -27,7 +27,8 @@ from utils.attention import attend
 from utils.kernels import RESIDUALS
 from utils.kvcache import KVCache, held_heads, layout
 from utils.rope import inv_frequencies
-from utils.sharding import DECODING, LOOKUP, TRAINING, Axes, ShardingRules, constrain, share_rows
+from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, Axes, ShardingRules
+from utils.sharding import constrain, share_rows
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -45,15 +46,14 @@ class Attention(nn.Module):
         sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
         q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
         wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
-        # Where the matrix and its tokens are; from there to where a row's tokens meet.
-        rules = TRAINING if kv is None else DECODING
+        # Results stay where the matrix is. Then those of a decode step go to the cache; those of a
+        # training step, whose rows' tokens have to meet, after RoPE, in whose gradient XLA would else
+        # send float32.
+        rules, there = (TRAINING, TRAINING) if kv is None else (DECODING, kv[-1])
         q, k, v = (constrain(y, rules, "batch", "tokens", "heads") for y in (q, k, v))
-        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)
-        if kv is not None:  # to the cache before RoPE
-            heads = lambda y: constrain(
-                y.reshape(*y.shape[:2], -1, c.head_dim), kv[-1], "batch", None, "heads", None
-            )
-        q_BTNH, k_BTKH = ops.apply_rope(heads(q), rope), ops.apply_rope(heads(k), rope)
+        put = lambda y_BTNH: constrain(y_BTNH, there, "batch", "tokens", "heads", None)
+        heads = lambda y: put(y.reshape(*y.shape[:2], -1, c.head_dim))
+        q_BTNH, k_BTKH = (put(ops.apply_rope(heads(y), rope)) for y in (q, k))
         out_BTNH, new_kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], q_dim)
         out_BTD = constrain(out_BTD, rules, "batch", "tokens", "heads")  # and back
@@ -336,7 +336,8 @@ def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) 
     x_BTD = ops.embed(table_VD, tokens_BT)
     x_BTD = x_BTD.astype(dtype or x_BTD.dtype)
     if rules is TRAINING:
-        x_BTD = constrain(x_BTD, LOOKUP, "batch", "tokens", "embed")
+        for step in (LOOKUP, LOOKED_UP):
+            x_BTD = constrain(x_BTD, step, "batch", "tokens", "embed")
     return constrain(x_BTD, rules, "batch", "tokens", None)
 
 
