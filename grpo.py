@@ -16,10 +16,9 @@ from models.llama.hub import DEFAULT_MODEL
 from trainers.grpo_trainer import GRPOConfig
 from trainers.replay import SavedRun, replay_step
 from trainers.report import write_report
-from trainers.rollout import RolloutConfig
+from trainers.rollout import RolloutConfig, rows_at_once
 from trainers.tasks import load_prompts, load_task
 from training import GRPOJob, Run, known_remat, load_source, lora_config
-from utils.errors import is_int
 
 # (Without LoRA, with it): adapters start at zero and want larger steps.
 _LEARNING_RATES = 1e-6, 1e-5
@@ -169,7 +168,7 @@ def grpo(
     """
     stop = console.StopSignals()
     console.keep_compilations()
-    at_once, branches = _at_once(micro_batch_size, group_size)
+    at_once, branches = rows_at_once(micro_batch_size, group_size)
     config_of = functools.partial(
         GRPOConfig,
         optimizer=optimizer,
@@ -336,13 +335,3 @@ def report(run: str, out: str | None = None, pngs: bool = False, debug: bool = F
         debug: show the traceback of an error.
     """
     console.write(f"{write_report(run, out, pngs=pngs)}\n")
-
-
-def _at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | None]:
-    """--micro_batch_size in completions as (prompts at once, completions of a prompt at once)."""
-    both = is_int(micro_batch_size) and is_int(group_size)
-    if not both or micro_batch_size < 1 or group_size < 1:
-        return micro_batch_size, None  # the configs complain
-    divisors = (n for n in range(min(micro_batch_size, group_size), 0, -1) if group_size % n == 0)
-    branches = next(divisors)
-    return max(micro_batch_size // branches, 1), branches

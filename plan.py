@@ -26,8 +26,9 @@ from planning import Job, compile_job
 from plan_search import search_job
 from utils.chips import Topology, parse_topology, roofline, slices
 from utils.errors import ConfigError
-from utils.estimate import Program, estimate_job
+from utils.estimate import estimate_job
 from utils.files import parse_json
+from utils.hlo import Program
 from utils.memory import human
 from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
@@ -78,19 +79,21 @@ def main(
         topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8. A search takes a kind
             alone too, and finds the smallest slice.
         job: sft, lora, grpo or generate.
-        mesh: as fsdp=16,tensor=2; default: train.py's; for generate all on tensor.
+        mesh: as fsdp=16,tensor=2, or fsdp=4,context=8 for long rows; default: train.py's; for generate all on tensor.
         batch: rows a step; for grpo completions. Default: one a device.
         seq: tokens of a row, prompt and completion together.
         prompt_len: tokens of a prompt, for grpo and generate; default: a quarter of seq.
         group_size: completions a prompt, for grpo.
-        micro_batch_size: rows computed at once; default: all.
+        micro_batch_size: rows or completions computed at once, as in train.py, a row a device at least;
+            default: all.
         lora_rank: of adapters; default: 16 for lora, else none.
         remat: what the backward pass computes again: none, dots or block.
         dtype: of activations.
         param_dtype: of the trained parameters.
         state_dtype: of the optimizer's first moments.
         optimizer: adamw, adafactor, lion or muon.
-        search: find the cheapest mesh, batch and remat that fit; batch is then the most rows tried.
+        search: find the cheapest mesh, batch, micro-batches and remat that fit; batch is then the most
+            rows tried.
         estimate: do not compile.
         exact: compile training and prefill as a run does, in minutes: how many bytes they move is
             known only then. Otherwise in a hurry, with the same memory within a few percent.
@@ -214,7 +217,10 @@ def summary(
         "spare_bytes": int(chip.memory_bytes) - worst.peak_bytes,
         "topology": topology.name,
         "mesh": mesh,
-        "job": {"kind": job.kind, "batch": job.batch, "seq": job.seq, "remat": job.remat},
+        "job": {
+            name: getattr(job, name)
+            for name in ("kind", "batch", "micro_batch_size", "seq", "remat")
+        },
         "compiled": bool(compiled),
         "argument_bytes": worst.argument_bytes,
         "temp_bytes": worst.temp_bytes,
@@ -235,7 +241,9 @@ def report(found: dict[str, Any]) -> str:
     """The same as tables."""
     rows, job = found["programs"], found["job"]
     axes = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
-    how = f"{job['kind']} of {job['batch']} x {job['seq']} tokens, remat {job['remat']}"
+    micro = job["micro_batch_size"]
+    at_once = "" if micro is None else f", micro_batch_size {micro}"
+    how = f"{job['kind']} of {job['batch']} x {job['seq']} tokens, remat {job['remat']}{at_once}"
     title = f"{found['topology']} ({axes or 'one device'}): {how}"
     memory = rich.table.Table()
     memory.add_column("of one device")

@@ -1,6 +1,7 @@
 """The cheapest mesh, batch and rematerialisation of a job that fit on a topology, or the least of many."""
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from planning import REMATS, Job
 from utils import sharding
 from utils.chips import Chip, Topology, roofline
 from utils.errors import ConfigError
-from utils.estimate import Program, estimate_job
+from utils.estimate import estimate_job
+from utils.hlo import Program
 
 _COMPILES = 4
 
@@ -68,15 +70,25 @@ def _candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
     chip = topology.chip
     for mesh in _meshes(job, topology.n_chips):
         rows = mesh["data"] * (mesh["fsdp"] if job.trains else 1)
-        for remat in REMATS if job.trains else (job.remat,):
+        for remat, micro in itertools.product(*_ways(job)):
             batch = rows * job.samples_a_prompt
             while batch <= job.batch:
-                way = dataclasses.replace(job, batch=batch, remat=remat)
+                way = dataclasses.replace(job, batch=batch, remat=remat, micro_batch_size=micro)
                 programs = estimate_job(way, mesh)
                 seconds = sum(program.runs * _seconds(program, chip) for program in programs)
                 peak = max(program.peak_bytes for program in programs)
                 yield Candidate(way, mesh, seconds / way.tokens, peak)
                 batch *= 2
+
+
+def _ways(job: Job) -> tuple[Sequence[str], Sequence[int | None]]:
+    """(rematerialisations, micro-batches: all, or as little as a row of each device)."""
+    if not job.trains:
+        return (job.remat,), (None,)
+    if job.micro_batch_size is not None:
+        return REMATS, (job.micro_batch_size,)
+    n = job.samples_a_prompt
+    return REMATS, (None, *(part for part in range(n, 0, -1) if n % part == 0))
 
 
 def _seconds(program: Program, chip: Chip) -> float:
@@ -93,13 +105,23 @@ def _meshes(job: Job, n_chips: int) -> Iterator[dict[str, int]]:
     params = jax.eval_shape(lambda key: init_params(job.model, key, jnp.bfloat16), key)
     rules = [sharding.TRAINING] * job.trains + [sharding.DECODING] * job.samples
     sides = [n for n in range(1, n_chips + 1) if n_chips % n == 0]
-    for fsdp in sides:
-        for tensor in [n for n in sides if (n_chips // fsdp) % n == 0]:
-            mesh = {"data": n_chips // fsdp // tensor, "fsdp": fsdp, "tensor": tensor}
-            try:
-                for rule in rules:
-                    like = types.SimpleNamespace(shape=mesh)
-                    sharding.param_specs(params, param_axes(job.model), rule, like)
-            except ConfigError:
-                continue
-            yield mesh
+    # The first of those that cost the same is taken: rows are cut only where it helps.
+    for context, fsdp, tensor in itertools.product(sides, repeat=3):
+        data, rest = divmod(n_chips, fsdp * context * tensor)
+        if rest or context > 1 and not _meets(job, context, tensor):
+            continue
+        mesh = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
+        try:
+            for rule in rules:
+                like = types.SimpleNamespace(shape=mesh)
+                sharding.param_specs(params, param_axes(job.model), rule, like)
+        except ConfigError:
+            continue
+        yield mesh
+
+
+def _meets(job: Job, context: int, tensor: int) -> bool:
+    """Whether a training step's tokens and heads can be shared so."""
+    lengths = (job.prompt_len, job.seq - job.prompt_len) if job.samples else (job.seq,)
+    whole = all(length % context == 0 for length in lengths)
+    return job.trains and whole and job.model.n_heads % (context * tensor) == 0

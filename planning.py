@@ -19,13 +19,14 @@ from models.llama.model import REMATS, LLaMa, decoding_axes, for_decoding
 from models.llama.model import init_cache, init_params, param_axes
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.optimizer import DTYPES, OPTIMIZERS
+from trainers.rollout import rows_at_once
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Trainer
 from utils import sharding
 from utils.cross_entropy import chunk_size
 from utils.errors import is_int, raise_all
-from utils.estimate import Program, estimate_job
-from utils.hlo import analyse
+from utils.estimate import estimate_job
+from utils.hlo import Program, analyse
 from utils.hlo_text import Array
 from utils.kvcache import KVCache, bucket, buffer_spec
 
@@ -50,7 +51,8 @@ class Job:
         seq: tokens of a row, prompt and completion together.
         prompt_len: tokens of the prompt, for grpo and generate.
         group_size: completions a prompt, for grpo.
-        micro_batch_size: rows whose gradients are computed at once; None: all.
+        micro_batch_size: rows whose gradients are computed at once, a row a device at least; for grpo
+            completions, of fewer than a group each computes the prompt again. None: all.
         lora_rank: 0 trains all parameters.
         remat, dtype, param_dtype, state_dtype, optimizer: as in train.py.
     """
@@ -90,10 +92,8 @@ class Job:
             bad.append(
                 f"prompt_len={self.prompt_len} leaves no room for a completion in seq={self.seq}"
             )
-        if self.kind == "grpo" and (self.batch % self.group_size or (micro or 0) % self.group_size):
-            bad.append(
-                f"batch={self.batch} and micro_batch_size={micro} are not multiples of a group"
-            )
+        if self.kind == "grpo" and self.batch % self.group_size:
+            bad.append(f"batch={self.batch} is not a multiple of group_size={self.group_size}")
         if self.kind == "lora" and not self.lora_rank:
             bad.append("lora_rank=0 for a lora job, expected an integer from 1")
         raise_all("plan", bad)
@@ -112,6 +112,20 @@ class Job:
     def samples_a_prompt(self) -> int:
         """Completions that share a prefill."""
         return self.group_size if self.kind == "grpo" else 1
+
+    @property
+    def branches(self) -> int:
+        """Completions in a row of a training step, which share the computation of their prompt."""
+        return self._at_once[1] or self.samples_a_prompt
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Rows of a micro-batch; None: all."""
+        return self._at_once[0]
+
+    @property
+    def _at_once(self) -> tuple[int | None, int | None]:
+        return rows_at_once(self.micro_batch_size, self.samples_a_prompt)
 
     @property
     def tokens(self) -> int:
@@ -217,12 +231,12 @@ class _Compiler:
 
     def _batch(self) -> dict[str, Any]:
         job = self.job
-        groups, length = job.batch // job.group_size, job.seq - job.prompt_len
+        rows, length = job.batch // job.branches, job.seq - job.prompt_len
         if job.kind == "grpo":
-            by_token, by_row = (groups, job.group_size, length), (groups, job.group_size)
+            by_token, by_row = (rows, job.branches, length), (rows, job.branches)
             shapes = {
-                "prompts": ((groups, job.prompt_len), jnp.int32),
-                "prompt_lengths": ((groups,), jnp.int32),
+                "prompts": ((rows, job.prompt_len), jnp.int32),
+                "prompt_lengths": ((rows,), jnp.int32),
                 "tokens": (by_token, jnp.int32),
                 "target_mask": (by_token, bool),
                 "counts": (by_row, jnp.float32),
@@ -300,7 +314,8 @@ class _Compiler:
         job, V = self.job, self.job.model.vocab_size
         parts = sharding.axis_size(sharding.TRAINING.batch + sharding.TRAINING.tokens)
         length = job.seq - job.prompt_len if job.samples else job.seq
-        tokens = -(-min(job.micro_batch_size or job.batch, job.batch) * length // parts)
+        rows = self.trainer.config.micro_batch_size or job.batch
+        tokens = -(-min(rows * job.branches, job.batch) * length // parts)
         vocab_axes = sharding.fitting(sharding.DECODING.vocab, V)
         sharers = sharding.axis_size(sharding.TRAINING.embed) if vocab_axes else 1
         chunk = chunk_size(tokens * sharers, V // sharding.axis_size(vocab_axes)) // sharers or 1
@@ -314,15 +329,14 @@ class _Compiler:
 
 
 def make_trainer(job: Job) -> Trainer:
-    """The trainer of a job that trains."""
+    """The trainer of a job that trains, on the context mesh."""
     llama = LLaMa(job.model, jnp.dtype(job.dtype), job.remat)
     lora = LoRAConfig(rank=job.lora_rank) if job.lora_rank else None
     rest = dict(optimizer=job.optimizer, param_dtype=job.param_dtype, state_dtype=job.state_dtype)
+    rest["micro_batch_size"] = sharding.whole_rounds(job.rows_at_once)
     if job.kind != "grpo":
-        return SFTTrainer(llama, SFTConfig(micro_batch_size=job.micro_batch_size, **rest), lora)
-    micro = None if job.micro_batch_size is None else job.micro_batch_size // job.group_size
-    length = job.seq - job.prompt_len
-    config = GRPOConfig(micro_batch_size=micro, max_completion_len=length, **rest)
+        return SFTTrainer(llama, SFTConfig(**rest), lora)
+    config = GRPOConfig(max_completion_len=job.seq - job.prompt_len, **rest)
     return GRPOTrainer(llama, config, lora)
 
 

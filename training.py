@@ -345,8 +345,8 @@ def known_remat(remat: str) -> str:
 
 def _shared_micro_batches(config: Any) -> Any:
     """A trainer's config whose micro-batches are whole rounds of the mesh: a row a device at least."""
-    parts, size = sharding.axis_size(sharding.TRAINING.batch), config.micro_batch_size
-    return dataclasses.replace(config, micro_batch_size=size and -(-size // parts) * parts)
+    rows = sharding.whole_rounds(config.micro_batch_size)
+    return dataclasses.replace(config, micro_batch_size=rows)
 
 
 def _training_bytes(trainer: Trainer, config, rows: int, seq_len: int) -> dict[str, int]:

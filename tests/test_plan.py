@@ -18,11 +18,12 @@ from utils.chips import CHIPS, parse_topology, roofline, slices
 from utils.errors import ConfigError
 from utils.estimate import estimate_job
 from utils.hlo_text import Array
+from utils.sharding import MESH_AXES
 
 KEYS = "fits argument_bytes temp_bytes peak_bytes flops bytes_accessed collective_bytes"
 KEYS += " roofline_seconds compile_seconds"
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
-ONE_DEVICE = AbstractMesh(tuple(ONE.values()), tuple(ONE), axis_types=(AxisType.Auto,) * 3)
+ONE = dict.fromkeys(MESH_AXES, 1)
+ONE_DEVICE = AbstractMesh(tuple(ONE.values()), tuple(ONE), axis_types=(AxisType.Auto,) * 4)
 SMOL = PRESETS["smollm2-135m"]
 
 
@@ -49,11 +50,11 @@ def test_a_step_computes_six_products_a_parameter_and_token_and_two_more_where_i
 
 
 def test_a_group_computes_its_prompt_once_and_its_logits_twice():
-    # 2 prompts with 8 completions; a completion's last token predicts nothing.
+    # 2 prompts with 8 completions.
     flops = programs(kind="grpo", batch=16, seq=1024, prompt_len=256, remat="dots")
     head, n = 128256 * 2048, PRESETS["llama-3.2-1b"].n_params
-    expected = 2 * 6 * (n - head) * (256 + 8 * 767) + 16 * 8 * head * 768
-    seen = 2 * (256**2 + 8 * 767 * (2 * 256 + 767))
+    expected = 2 * 6 * (n - head) * (256 + 8 * 768) + 16 * 8 * head * 768
+    seen = 2 * (256**2 + 8 * 768 * (2 * 256 + 768))
     expected += 4.5 * 2 * seen * 2048 * 16
     assert flops["train step"].cost.flops == pytest.approx(expected, rel=0.001)
 
@@ -107,8 +108,8 @@ def test_a_second_micro_batch_adds_up_gradients_in_float32():
 def test_what_a_step_is_given_is_exact(name, changes):
     """Next to the trainer's own arrays, as they lie on a mesh."""
     wanted = job(name, batch=128, **changes)
-    sizes = {"data": 2, "fsdp": 4, "tensor": 2}
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    sizes = {"data": 2, "fsdp": 2, "context": 2, "tensor": 2}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
         real = _Compiler(wanted, mesh, False, lambda what: None)
         batch = _bytes(real._batch())
@@ -250,6 +251,7 @@ def test_the_command_line_says_what_fits_and_exits_by_it():
         ("llama-3.1-8b", 32, {"data": 2, "fsdp": 4, "tensor": 4}),
         ("llama-3.1-8b", 6, {"data": 2, "fsdp": 4, "tensor": 4}),
         ("llama-3.1-8b", 32, {"tensor": 16}),
+        ("llama-3.1-8b", 32, {"fsdp": 2, "context": 4, "tensor": 2}),
         ("smollm2-135m", 32, {"fsdp": 4, "tensor": 2}),
         ("smollm2-135m", 5, {"fsdp": 4}),
     ],
@@ -257,7 +259,7 @@ def test_the_command_line_says_what_fits_and_exits_by_it():
 def test_what_a_device_holds_of_the_kv_cache_is_exact(name, rows, sizes):
     sizes = ONE | sizes
     wanted = job(name, kind="generate", batch=rows, seq=2100)
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
         cache = _Compiler(wanted, mesh, False, lambda what: None)._cache(rows, 3072)
     for program in estimate_job(wanted, sizes):
@@ -311,6 +313,7 @@ def test_a_program_that_xla_refuses_does_not_fit_beside_the_training_state():
         "--batch 4 --remat block --param_dtype bfloat16 --state_dtype bfloat16",
         "--batch 4 --remat dots",
         "--batch 4 --remat none --job lora --mesh fsdp=2,tensor=2",
+        "--batch 2 --remat block --mesh fsdp=2,context=2",
     ],
 )
 def test_the_closed_form_of_a_real_step_compiled_for_a_tpu(flags):

@@ -167,4 +167,4 @@ import plan
 devices = plan.tpu_devices(parse_topology("v5p:8x8x8"))
 print(dict(make_mesh("data=4,fsdp=128", devices).shape))
 """
-    assert run(code).splitlines()[-1] == "{'data': 4, 'fsdp': 128, 'tensor': 1}"
+    assert run(code).splitlines()[-1] == "{'data': 4, 'fsdp': 128, 'context': 1, 'tensor': 1}"

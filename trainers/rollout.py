@@ -84,6 +84,16 @@ class RolloutConfig:
         return self.iterations * self.mini_batches
 
 
+def rows_at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | None]:
+    """Completions at once as (rows of a batch at once, completions a row: RolloutConfig.branches)."""
+    both = is_int(micro_batch_size) and is_int(group_size)
+    if not both or micro_batch_size < 1 or group_size < 1:
+        return micro_batch_size, None  # the configs complain
+    divisors = (n for n in range(min(micro_batch_size, group_size), 0, -1) if group_size % n == 0)
+    branches = next(divisors)
+    return max(micro_batch_size // branches, 1), branches
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
     """Completions with all that was found out about them.

@@ -11,14 +11,13 @@ gathered by adding up whole matrices, at twice the bytes. Bytes moved are those 
 what programs move. Jobs and models are duck-typed (`planning.Job`, `ModelConfig`).
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from utils.cross_entropy import chunk_size
-from utils.hlo import Cost
+from utils.hlo import Cost, Program
 from utils.kernels import LANES
 from utils.kvcache import bucket
 from utils.train_memory import factored
@@ -27,45 +26,12 @@ _F32 = 4
 _MUON_ROUNDS = 5  # of Newton and Schulz, optax's default
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One program of a job, on one device.
-
-    Attributes:
-        name: train step, prefill or decode step.
-        runs: in a step of the job.
-        parts: bytes by what they are for; they add up to `peak_bytes`.
-        argument_bytes, temp_bytes: what it is given and what it holds meanwhile. What else is held
-            beside it is in `parts` alone.
-        cost: of one run.
-        compile_seconds: tracing included; None: it was not compiled, and all this is estimated.
-        hurried: compiled without the passes that keep arrays on the chip: a run moves fewer bytes.
-        reserved_bytes: for temporaries where there is room, XLA's `temp_size_in_bytes`, which others
-            report; None: it was not compiled.
-    """
-
-    name: str
-    runs: int
-    parts: dict[str, int]
-    argument_bytes: int
-    temp_bytes: int
-    cost: Cost
-    compile_seconds: float | None = None
-    hurried: bool = False
-    reserved_bytes: int | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """All that is held while it runs."""
-        return sum(self.parts.values())
-
-
 def estimate_job(job: Any, mesh: Mapping[str, int]) -> list[Program]:
     """The programs of a job.
 
     Args:
         job: see `planning.Job`.
-        mesh: sizes of data, fsdp and tensor.
+        mesh: sizes of data, fsdp, context and tensor.
     """
     sampling, training = _Sampling(job, mesh), _Training(job, mesh) if job.trains else None
     stays = training.stays if training else {}
@@ -78,7 +44,8 @@ class _Closed:
 
     def __init__(self, job: Any, mesh: Mapping[str, int]):
         self.job, self.model = job, job.model
-        self.data, self.fsdp, self.tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
+        self.data, self.context, self.tensor = mesh["data"], mesh["context"], mesh["tensor"]
+        self.fsdp = mesh["fsdp"] * self.context  # along both lie parameters
         self.parts = self.fsdp * self.tensor
         self.size = jnp.dtype(job.dtype).itemsize
         self.shapes = self.model.matrix_shapes
@@ -110,19 +77,21 @@ class _Training(_Closed):
     def __init__(self, job: Any, mesh: Mapping[str, int]):
         super().__init__(job, mesh)
         # Rows of the batch: prompts with their completions.
-        own = lambda count: -(-count // job.samples_a_prompt // (self.data * self.fsdp))
-        rows, at_once = own(job.batch), own(min(job.micro_batch_size or job.batch, job.batch))
+        sharers = self.data * self.fsdp // self.context
+        own = lambda rows: -(-rows // sharers)
+        rows = own(job.batch // job.branches)
+        at_once = min(own(job.rows_at_once or job.batch), rows)
         self.micro = -(-rows // at_once)
         # Of a micro-batch, on one device. A prompt is computed once, and so are its completions' targets.
         length = job.seq - job.prompt_len if job.samples else job.seq
-        tokens = job.prompt_len + job.samples_a_prompt * (length - 1) if job.samples else length
-        self.tokens = at_once * tokens
-        self.targets = at_once * job.samples_a_prompt * length
+        tokens = job.prompt_len + job.branches * length if job.samples else length
+        self.tokens = at_once * tokens // self.context
+        self.targets = at_once * job.branches * length // self.context
         seen = tokens**2  # pairs of a query with a key, causal ones twice
         if job.samples:
-            seen = job.prompt_len**2 + (tokens - job.prompt_len) * (2 * job.prompt_len + length - 1)
-        self.seen = at_once * seen
-        group = 4 * (job.prompt_len + 1) + job.samples_a_prompt * (9 * length + 8)
+            seen = job.prompt_len**2 + (tokens - job.prompt_len) * (2 * job.prompt_len + length)
+        self.seen = at_once * seen // self.context
+        group = 4 * (job.prompt_len + 1) + job.branches * (9 * length + 8)
         self.batch_bytes = rows * (group if job.samples else 5 * length)
         self.adapters, self.scaled = self._adapters()
         self.param_size = jnp.dtype(job.param_dtype).itemsize
@@ -276,6 +245,10 @@ class _Training(_Closed):
         added += (f - 1) * self.targets * D * _F32
         sums = 0.0
         exchanged = (1 if lora else 2) * others * self.tokens * D * self.size
+        # Queries, keys, values and what attention gives, for a row's tokens to meet; their gradients.
+        passes = 2 + (job.remat == "block")
+        meeting = 2 * (self.q_dim + self.kv_dim) * self.tokens * model.n_layers * self.size
+        exchanged += passes * (1 - 1 / self.context) * meeting / self.tensor
         if lora:
             exchanged += others * head // f * self.size
             sums += _reduced(self.adapters * _F32, self.data * f)

@@ -170,6 +170,12 @@ def check_rows(**rows: int | None) -> None:
     )
 
 
+def whole_rounds(rows: int | None) -> int | None:
+    """As many rows of a training step at least, a row a device or a multiple; None stays."""
+    parts = axis_size(TRAINING.batch)
+    return rows and -(-rows // parts) * parts
+
+
 def _parse(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
