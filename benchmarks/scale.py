@@ -67,7 +67,7 @@ def bound_flops(batch: int, seq: int, devices: int = 4) -> float:
 
 
 def docs() -> None:
-    """Writes the smallest slices that hold each job into docs/scale.md."""
+    """Writes the smallest slices that hold each job into docs/scale.md; takes about an hour."""
     lines = []
     for job in ("sft", "lora", "grpo"):
         lines += [f"\n### {job}\n", "| model | slice | mesh | rows | remat | a device | at least |"]
@@ -75,6 +75,7 @@ def docs() -> None:
         for model in MODELS:
             for kind in ("v5e", "v5p", "v6e"):
                 lines.append(f"| {model} | {smallest(model, kind, job)} |")
+                print(lines[-1], flush=True)
     text = DOCS.read_text()
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     DOCS.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n\n{MARKS[1]}{after}")
@@ -82,16 +83,20 @@ def docs() -> None:
 
 def smallest(model: str, kind: str, job: str) -> str:
     """The cells of one row."""
-    flags = f"--model {model} --topology {kind} --job {job} --search --estimate --seq 4096"
+    flags = f"--model {model} --topology {kind} --job {job} --search --seq 4096"
     command = [sys.executable, str(ROOT / "plan.py"), *flags.split(), "--json"]
     command += ["--param_dtype", "bfloat16", "--state_dtype", "bfloat16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
+        if "--search: no mesh" not in done.stderr:
+            raise SystemExit(f"plan.py {flags} failed: {done.stderr}")
         return f"none of {kind} | | | | |"
     found = json.loads(done.stdout)
     mesh = ", ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1) or "one chip"
     seconds, price = found["roofline_seconds"], found["dollars_per_step"]
-    cells = found["topology"], mesh, str(found["job"]["batch"]), found["job"]["remat"]
+    shape = found["job"]
+    at_once = shape["micro_batch_size"] and f", {shape['micro_batch_size']}"
+    cells = found["topology"], mesh, f"{shape['batch']}{at_once or ''}", shape["remat"]
     return " | ".join(
         [*cells, f"{found['peak_bytes'] / GIB:.1f} GiB", f"{seconds:.2g} s, ${price:.2g}"]
     )

@@ -246,9 +246,14 @@ class _Training(_Closed):
         sums = 0.0
         exchanged = (1 if lora else 2) * others * self.tokens * D * self.size
         # Queries, keys, values and what attention gives, for a row's tokens to meet; their gradients.
-        passes = 2 + (job.remat == "block")
-        meeting = 2 * (self.q_dim + self.kv_dim) * self.tokens * model.n_layers * self.size
-        exchanged += passes * (1 - 1 / self.context) * meeting / self.tensor
+        met = self.tokens * model.n_layers * self.size // self.tensor
+        again, away = job.remat == "block", 1 - 1 / self.context
+        exchanged += (2 + again) * away * 2 * self.q_dim * met
+        if model.n_kv_heads % (self.context * self.tensor) == 0:
+            exchanged += (2 + again) * away * 2 * self.kv_dim * met
+        else:  # of which each device needs the same as others: all go to all
+            gathered += (1 + again) * (self.context - 1) * 2 * self.kv_dim * met
+            exchanged += away * 2 * self.q_dim * met
         if lora:
             exchanged += others * head // f * self.size
             sums += _reduced(self.adapters * _F32, self.data * f)
@@ -280,11 +285,12 @@ class _Sampling(_Closed):
     def __init__(self, job: Any, mesh: Mapping[str, int]):
         super().__init__(job, mesh)
         self._slots = bucket(job.seq, 64)  # of a row in the cache
+        self._prompts = -(-job.batch // job.samples_a_prompt // self.data)
 
     def prefill(self, stays: dict[str, int]) -> Program:
         """The prompts' forward pass into a cache, which is then copied for all of a prompt's rows."""
         job, model, n = self.job, self.model, self.job.samples_a_prompt
-        prompts = -(-job.batch // n // self.data)
+        prompts = self._prompts
         tokens = prompts * job.prompt_len
         wide = tokens * max(model.ffn_dim * 2, self.q_dim + 2 * self.kv_dim) // self.parts
         # The residual stream and its normed copy; gate and up, or a result in float32, to be added up.
@@ -330,7 +336,7 @@ class _Sampling(_Closed):
         model, heads = self.model, self.model.n_kv_heads
         if heads % self.parts == 0:
             heads //= self.parts
-        elif rows % self.fsdp == 0:  # rows lie on fsdp then, and heads on tensor alone
+        elif self._prompts % self.fsdp == 0:  # rows lie on fsdp then, and heads on tensor alone
             rows, parts = rows // self.fsdp, self.tensor
             heads = max(heads // parts, 1) if heads % parts == 0 or parts % heads == 0 else heads
         elif self.parts % heads == 0 and model.n_heads % self.parts == 0:
