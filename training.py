@@ -95,6 +95,8 @@ class SFTJob(Job):
     def trainer(self, model: ModelConfig) -> SFTTrainer:
         self.dataset.check_context(model.max_seq_len)
         sharding.check_rows(batch_size=self.dataset.config.batch_size)
+        for width in self.dataset.buckets:
+            sharding.check_tokens(model.n_heads, seq_len=width)
         llama = LLaMa(model, self.dtype, self.remat)
         return SFTTrainer(llama, _shared_micro_batches(self.config), self.lora)
 

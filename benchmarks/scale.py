@@ -49,7 +49,12 @@ def numbers() -> None:
     decode = found["programs"][-1]
     held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
     show("8B decode, v5e:2x4: bytes moved", f"{decode['bytes_accessed'] / held:.2f} x", "1.15 x")
+    long_rows = "--mesh fsdp=4,context=8 --batch 4 --seq 32768"
     for flags, name in (
+        (
+            f"--model llama-3.1-8b --topology v5e:4x8 {SFT} {long_rows}",
+            "8B SFT, v5e:4x8, 4 x 32768",
+        ),
         (f"--model llama-3.1-405b --topology v5p:8x8x8 {SFT} --seq 4096", "405B SFT, v5p:8x8x8"),
         ("--model llama-3.1-70b --topology v5e:8x8 --job lora --remat block", "70B LoRA, v5e:8x8"),
     ):

@@ -13,7 +13,7 @@ from models.llama.presets import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
 from utils.sharding import DECODING, MESH_AXES, TRAINING, ShardingRules
-from utils.sharding import default_mesh, make_mesh, param_specs
+from utils.sharding import check_tokens, default_mesh, make_mesh, param_specs
 
 P = jax.sharding.PartitionSpec
 BIASED = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_embeddings=False)
@@ -146,6 +146,19 @@ def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
 def test_a_mesh_that_cannot_be_is_refused(spec, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_mesh(spec, ["device"] * 8)
+
+
+def test_a_row_that_is_cut_needs_tokens_and_heads_that_can_be_shared():
+    cut = jax.sharding.AbstractMesh((1, 2, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(cut):
+        check_tokens(16, seq_len=64)
+        with pytest.raises(ConfigError, match="seq_len=66 cannot be shared by context=4 .* of 4"):
+            check_tokens(16, seq_len=66)
+        with pytest.raises(ConfigError, match="n_heads=12 .* tensor=2 x context=4 .* of 8"):
+            check_tokens(12, seq_len=64)
+    whole = jax.sharding.AbstractMesh((1, 2, 1, 8), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(whole):
+        check_tokens(9, seq_len=7)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,26 @@ def test_a_training_step(model, topology, batch, seq, budget, added_up):
 
 
 @pytest.mark.slow
+def test_rows_of_32k_tokens_that_no_device_holds():
+    config = PRESETS["llama-3.1-8b"]
+    mesh, shape = "fsdp=4,context=8", dict(batch=4, seq=32768, remat="block")
+    bits = dict(param_dtype="bfloat16", state_dtype="bfloat16")
+    flags = dict(model="llama-3.1-8b", topology="v5e:4x8", mesh=mesh)
+    found, [arrays] = compiled(**flags, **shape, **bits)
+    assert found["temp_bytes"] <= 3.2e9
+    whole = [dims for dims in arrays if 32768 in dims and {4096, 14336} & set(dims)]
+    assert not whole, f"hidden states of all of a row's tokens: {whole}"
+    # Beside the parameters, queries, keys, values and results go to where a row meets and back:
+    # forward, again, and backward.
+    sent = found["programs"][0]["collectives"]
+    numbers = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim * config.n_layers
+    meeting = 3 * 7 / 8 * 2 * numbers * 32768 / 8
+    assert meeting <= sent["all-to-all"] <= 1.05 * meeting
+    matrices = config.n_layers * sum(a * b for a, b in config.matrix_shapes.values())
+    assert sum(sent.values()) - meeting <= 1.15 * 31 / 32 * matrices * (2 * 2 + 4)
+
+
+@pytest.mark.slow
 def test_a_decode_step_moves_the_weights_and_the_cache_once():
     flags = dict(model="llama-3.1-8b", topology="v5e:2x4", job="generate", batch=32, seq=4096)
     found, _ = compiled(**flags, prompt_len=128)

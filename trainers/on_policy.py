@@ -26,6 +26,7 @@ from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.rollout_file import to_record
 from trainers.tasks import Prompt, Task, reward_rows
 from trainers.trainer import Batch, TrainState
+from utils import sharding
 from utils.errors import ConfigError
 
 _SMALLEST_WIDTH = 8
@@ -51,10 +52,13 @@ class Sampler:
                 f"the longest prompt has {task.longest} tokens and max_completion_len={longest}: "
                 f"{task.longest + longest} exceed the model's context of {model.max_seq_len}"
             )
-        self.prompt_width = -(-task.longest // 16) * 16
+        step = math.lcm(16, sharding.axis_size(sharding.TRAINING.tokens))
+        self.prompt_width = -(-task.longest // step) * step
         # Each costs a compilation, made before the first step.
         widths = {max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (1, 2, 4)}
         self._widths = tuple(sorted(widths))
+        for width in self._widths:  # max_completion_len and what it is halved to
+            sharding.check_tokens(model.n_heads, max_completion_len=width)
         self._generation = GenerationConfig(
             max_new_tokens=longest,
             n=config.group_size,

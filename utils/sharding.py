@@ -158,16 +158,23 @@ def default_mesh(model: Any, n_devices: int) -> dict[str, int]:
 
 def check_rows(**rows: int | None) -> None:
     """Raises ConfigError, by the names given, if a training step's rows cannot be shared by the mesh."""
-    parts = axis_size(TRAINING.batch)
-    over = " x ".join(f"{axis}={axis_size([axis])}" for axis in TRAINING.batch)
-    raise_all(
-        "rows",
-        [
-            f"{name}={n} cannot be shared by {over} devices; use a multiple of {parts}"
-            for name, n in rows.items()
-            if n is not None and n % parts
-        ],
-    )
+    raise_all("rows", _not_shared(TRAINING.batch, rows))
+
+
+def check_tokens(n_heads: int, **tokens: int) -> None:
+    """The same for the tokens of a row, and for the heads with which they meet, where rows are cut."""
+    if axis_size(TRAINING.tokens) > 1:
+        heads = _not_shared(MEETING.heads, {"n_heads": n_heads})
+        raise_all("tokens of a row", _not_shared(TRAINING.tokens, tokens) + heads)
+
+
+def _not_shared(axes: Sequence[str], sizes: Mapping[str, int | None]) -> list[str]:
+    parts, over = axis_size(axes), " x ".join(f"{axis}={axis_size([axis])}" for axis in axes)
+    return [
+        f"{name}={n} cannot be shared by {over} devices; use a multiple of {parts}"
+        for name, n in sizes.items()
+        if n is not None and n % parts
+    ]
 
 
 def whole_rounds(rows: int | None) -> int | None:
