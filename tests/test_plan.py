@@ -226,6 +226,26 @@ def test_the_search_takes_the_cheapest_way_that_fits():
         search_job(job("llama-3.1-70b", batch=64), smaller, estimated)
 
 
+def test_the_search_takes_most_rows_and_cuts_groups_and_rows_where_it_must():
+    estimated = lambda job, topology, mesh: estimate_job(job, mesh)
+    v5p, v5e = parse_topology("v5p:2x2x1"), parse_topology("v5e:8x8")
+    best, _, mesh, found = search_job(job(batch=512), [v5p], estimated)
+    assert best.micro_batch_size is None and best.batch > 4 and mesh["context"] == 1
+    twice = estimate_job(dataclasses.replace(best, batch=2 * best.batch), mesh)
+    assert max(p.peak_bytes for p in found) <= v5p.chip.memory_bytes
+    assert max(p.peak_bytes for p in twice) > v5p.chip.memory_bytes
+    small = dict(param_dtype="bfloat16", state_dtype="bfloat16", seq=4096, prompt_len=1024)
+    group = job("llama-3.1-70b", kind="grpo", batch=512, **small)
+    best, _, mesh, _ = search_job(group, [v5e], estimated)
+    assert best.micro_batch_size is not None or mesh["context"] > 1
+    # Of a group in one row the completions alone are kept; as rows of their own they have their prompts.
+    one, whole = (
+        estimate_job(dataclasses.replace(group, micro_batch_size=n), mesh)[-1] for n in (1, 8)
+    )
+    ratio = 8 * one.parts["activations"] / whole.parts["activations"]
+    assert ratio == pytest.approx(8 * 4096 / (1024 + 8 * 3072), rel=0.01)
+
+
 def cli(*args):
     done = run("plan.py", "--estimate", *args)
     return done.returncode, done.stdout, done.stderr
