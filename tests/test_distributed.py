@@ -122,8 +122,8 @@ def test_two_processes_train_as_one(alone, pair):
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
-def test_four_processes_with_two_devices_each(group, files, alone, tmp_path):
-    mesh = "data=2,fsdp=2,tensor=2"
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=2,context=4"])
+def test_four_processes_with_two_devices_each(group, files, alone, tmp_path, mesh):
     done = group.run(4, "train.py", "sft", devices=2, mesh=mesh, **sft(files, tmp_path))
     assert codes(done) == [0] * 4, done
     for got, wanted in zip(losses(tmp_path, "loss"), losses(alone, "loss"), strict=True):
