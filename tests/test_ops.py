@@ -160,3 +160,11 @@ def test_attention_softmax_is_float32_for_bfloat16():
     k, v = jnp.zeros((1, 8, 300), jnp.bfloat16), jnp.ones((1, 300, 8), jnp.bfloat16)
     out = attention(q, k, v, slots_BT=jnp.full((1, 1), 299))
     assert (out == 1).all()
+
+
+def test_gradients_of_several_products_are_added_up_before_they_are_rounded():
+    # 1 + 2^-8 is rounded to 1 in bfloat16, and 1 + 2^-7 is a number of it.
+    weights = [jnp.full((1, 1), value, jnp.bfloat16) for value in (1, 2**-8, 2**-8)]
+    total = lambda x: sum(jnp.sum(y) for y in ops.linear_all(x, [(w, None, None) for w in weights]))
+    dx = jax.grad(total)(jnp.ones((2, 1), jnp.bfloat16))
+    assert dx.dtype == jnp.bfloat16 and (dx == 1 + 2**-7).all()

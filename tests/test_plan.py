@@ -83,8 +83,8 @@ def test_sharing_parameters_costs_gathering_them():
     }
     assert shared.parts["parameters"] == pytest.approx(alone.parts["parameters"] / 8, rel=0.001)
     tensor = programs({"tensor": 4})["train step"].cost.collectives
-    # Eight results of a layer in float32; the head's gradient by its input, the embedded tokens.
-    assert tensor == {"all-reduce": pytest.approx(2 * 3 / 4 * tokens * (16 * 8 * 4 + 4 + 2))}
+    # Five results of a layer in float32; the head's gradient by its input, the embedded tokens.
+    assert tensor == {"all-reduce": pytest.approx(2 * 3 / 4 * tokens * (16 * 5 * 4 + 4 + 2))}
 
 
 def test_a_second_micro_batch_adds_up_gradients_in_float32():

@@ -261,8 +261,8 @@ class _Training(_Closed):
             exchanged += 2 * others * head // f * self.param_size
             copied = (layers + head) // f * _F32 + head // f * self.param_size
             sums += _reduced(copied, self.data)
-        if self.tensor > 1:  # o and down; backward q, k, v, gate, up; o again
-            sums += self.row_sums(self.tokens, self.tensor, 7 + (job.remat == "block"))
+        if self.tensor > 1:  # o and down; backward q, k, v as one, gate, up as one; o again
+            sums += self.row_sums(self.tokens, self.tensor, 4 + (job.remat == "block"))
             sums += _reduced(self.targets * D * _F32 + self.tokens * D * self.size, self.tensor)
         return {
             "all-gather": micro * gathered,

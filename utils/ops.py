@@ -5,7 +5,7 @@ Matrices are [out, in], as checkpoints store them. What must be exact is compute
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,20 @@ def linear(
     Returns:
         [..., out], of x's dtype.
     """
-    y = project(x, weight.astype(x.dtype))
+    return linear_all(x, [(weight, bias, lora)])[0]
+
+
+def linear_all(x: Array, layers: Sequence[tuple]) -> list[Array]:
+    """`linear` by each of several (weight, bias, lora).
+
+    The gradients by x are added up before they are rounded, and on a mesh before they are summed over
+    the devices that share the outputs: once for all.
+    """
+    products = project_all(x, tuple(weight.astype(x.dtype) for weight, _, _ in layers))
+    return [_with_bias(x, y, *layer[1:]) for y, layer in zip(products, layers)]
+
+
+def _with_bias(x: Array, y: Array, bias: Array | None, lora: tuple[Array, Array] | None) -> Array:
     if lora is not None:
         a, b = (matrix.astype(x.dtype) for matrix in lora)
         y = y + project(project(x, a).astype(x.dtype), b)
@@ -47,30 +60,38 @@ def linear(
     return y.astype(x.dtype)
 
 
-@jax.custom_vjp
 def project(x: Array, weight: Array) -> Array:
     """x @ weight.T in float32: [..., in] × [out, in] -> [..., out] float32.
 
     The gradients are products of x's dtype too, accumulated in float32.
     """
+    return project_all(x, (weight,))[0]
+
+
+@jax.custom_vjp
+def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`project` by each of several weights."""
     if x.size == x.shape[-1] and x.dtype != jnp.float32:
-        return jax.lax.platform_dependent(x, weight, cpu=_dot_of_two_rows, default=_dot)
-    return matmul(x, weight, x.ndim - 1, 1)
+        one = functools.partial(jax.lax.platform_dependent, cpu=_dot_of_two_rows, default=_dot)
+    else:
+        one = functools.partial(matmul, a_axis=x.ndim - 1, b_axis=1)
+    return tuple(one(x, weight) for weight in weights)
 
 
-def _project_forward(x: Array, weight: Array):
-    return project(x, weight), (x, weight)
+def _project_forward(x: Array, weights: tuple[Array, ...]):
+    return project_all(x, weights), (x, weights)
 
 
-def _project_backward(saved, dy: Array):
-    x, weight = saved
-    dy = dy.astype(x.dtype)
-    dx = matmul(dy, weight, dy.ndim - 1, 0)
-    dw = matmul(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]), 0, 0)
-    return dx.astype(x.dtype), dw.astype(weight.dtype)
+def _project_backward(saved, dys: tuple[Array, ...]):
+    x, weights = saved
+    dys = [dy.astype(x.dtype) for dy in dys]
+    dx = sum(matmul(dy, weight, dy.ndim - 1, 0) for dy, weight in zip(dys, weights))
+    rows = lambda y: y.reshape(-1, y.shape[-1])
+    dweights = (matmul(rows(dy), rows(x), 0, 0) for dy in dys)
+    return dx.astype(x.dtype), tuple(d.astype(w.dtype) for d, w in zip(dweights, weights))
 
 
-project.defvjp(_project_forward, _project_backward)
+project_all.defvjp(_project_forward, _project_backward)
 
 
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

@@ -386,10 +386,8 @@ def _project_all(
         y = ops.linear(x_BTD, weight, module.get_variable("params", f"b{fused}") if bias else None)
         return jnp.split(y, np.cumsum(list(sizes.values()))[:-1], axis=-1)
     width = x_BTD.shape[-1]
-    return [
-        _linear(name, x_BTD, _dense(module, name, (size, width), bias))
-        for name, size in sizes.items()
-    ]
+    layers = [_dense(module, name, (size, width), bias) for name, size in sizes.items()]
+    return list(map(checkpoint_name, ops.linear_all(x_BTD, layers), sizes))
 
 
 def _norm(module: nn.Module, name: str, dim: int) -> Array:
