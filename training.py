@@ -17,8 +17,9 @@ from models.llama.config import ModelConfig
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
 from models.llama.lora import LoRAConfig
-from models.llama.model import REMATS, LLaMa, Params, cache_shape, init_params
+from models.llama.model import REMATS, LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from preflight import check_memory, grpo_bytes, sft_bytes
 from trainers import processes
 from trainers.accuracy import EvaluationConfig
 from trainers.checkpoint import Checkpointer
@@ -37,8 +38,6 @@ from trainers.trainer import Trainer, TrainState
 from utils import sharding
 from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
-from utils.memory import cache_bytes, human
-from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +100,7 @@ class SFTJob(Job):
         return SFTTrainer(llama, _shared_micro_batches(self.config), self.lora)
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
-        rows, seq_len = self.dataset.config.batch_size, self.dataset.buckets[-1]
-        return _training_bytes(trainer, trainer.config, rows, seq_len)
+        return sft_bytes(trainer, self.dataset.config.batch_size, self.dataset.buckets[-1])
 
     def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
         data = self.dataset.config
@@ -150,24 +148,8 @@ class GRPOJob(Job):
         sharding.check_rows(**{step: rows})
 
     def memory(self, trainer: Trainer) -> dict[str, int]:
-        """Of the larger phase: a step, or a rollout next to all that a step starts from."""
-        model, rows = trainer.model.config, self.rollout.prompts_per_step * self.rollout.group_size
-        seq_len = self.task.longest + self.config.max_completion_len
         at_once = self.config.micro_batch_size
-        if at_once is not None:
-            at_once *= self.rollout.branches or self.rollout.group_size
-        config = dataclasses.replace(self.config, micro_batch_size=at_once)
-        step = _training_bytes(trainer, config, rows, seq_len)
-        copy = model.n_params * jnp.dtype(trainer.model.dtype).itemsize
-        if self.config.beta > 0 and self.lora is None:
-            step["reference"] = copy
-        stays = ("parameters", "frozen parameters", "optimizer", "reference")
-        sampling = {name: n for name, n in step.items() if name in stays}
-        sampling["policy for sampling"] = copy
-        cache_dtype = "float32" if jax.default_backend() == "cpu" else trainer.model.dtype
-        shape = cache_shape(model, rows, seq_len)
-        sampling["KV cache"] = cache_bytes(shape, model.n_layers, jnp.dtype(cache_dtype))
-        return max(step, sampling, key=peak_bytes)
+        return grpo_bytes(trainer, self.rollout, self.task.longest, at_once)
 
     def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
         return {
@@ -349,27 +331,6 @@ def _shared_micro_batches(config: Any) -> Any:
     """A trainer's config whose micro-batches are whole rounds of the mesh: a row a device at least."""
     rows = sharding.whole_rounds(config.micro_batch_size)
     return dataclasses.replace(config, micro_batch_size=rows)
-
-
-def _training_bytes(trainer: Trainer, config, rows: int, seq_len: int) -> dict[str, int]:
-    return training_bytes(
-        trainer.model.config,
-        config,
-        rows=rows,
-        seq_len=seq_len,
-        dtype=trainer.model.dtype,
-        remat=trainer.model.remat,
-        lora=trainer.lora,
-        frozen_dtype=trainer.model.dtype,
-    )
-
-
-def check_memory(parts: dict[str, int]) -> None:
-    """Says what the largest step will hold in memory, and that it fits, before anything is loaded."""
-    listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
-    console.say(f"memory of a step: {human(peak_bytes(parts))} ({listed})", "")
-    if jax.default_backend() == "cpu":
-        check_training_fits(parts)
 
 
 def _without_progress(meta: dict[str, Any]) -> tuple[dict[str, Any], Progress]:
