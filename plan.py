@@ -79,7 +79,8 @@ def main(
         topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8. A search takes a kind
             alone too, and finds the smallest slice.
         job: sft, lora, grpo or generate.
-        mesh: as fsdp=16,tensor=2, or fsdp=4,context=8 for long rows; default: train.py's; for generate all on tensor.
+        mesh: as fsdp=16,tensor=2, or fsdp=4,context=8 for long rows; default: that of train.py; for
+            generate all on tensor.
         batch: rows a step; for grpo completions. Default: one a device.
         seq: tokens of a row, prompt and completion together.
         prompt_len: tokens of a prompt, for grpo and generate; default: a quarter of seq.

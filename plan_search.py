@@ -69,7 +69,7 @@ def search_job(
 
 
 def _cost(way: Candidate) -> tuple[int, bool, int]:
-    """What is sorted by: time a token, to a percent; then the most rows at once, of micro-batches the fewest."""
+    """What is sorted by: time a token, to a percent; then most rows, of those in micro-batches fewest."""
     cut = way.job.micro_batch_size is not None
     steps = round(math.log(way.seconds_a_token) / math.log(1.01))
     return steps, cut, way.job.batch if cut else -way.job.batch

@@ -116,7 +116,10 @@ class _Parts:
         return tuple(axis for axis in self.tokens if axis in self.vocab)
 
     def run(self, function: Callable, arguments: tuple, out_names: tuple) -> tuple:
-        """function(x, head, …) on each device's part, its tokens one axis; out_names say where results lie."""
+        """function(x, head, …) on each device's part, whose tokens are one axis.
+
+        `out_names` say where results lie: "tokens", "head" or "all".
+        """
         spec = {"tokens": PartitionSpec(*(axes or None for axes in self.lead))}
         spec |= {"all": PartitionSpec(), "head": PartitionSpec(self.vocab or None)}
         names = ("tokens", "head", *["tokens"] * (len(arguments) - 2))

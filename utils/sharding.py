@@ -4,9 +4,9 @@ The mesh is JAX's context mesh: whatever runs under `jax.set_mesh(make_mesh(...)
 same code without one runs on a single device. XLA (GSPMD) inserts the collectives; kernels and the
 KV cache, whose layout is local, run under `shard_map` (`per_device`).
 
-Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch, `context`
-has parts of the parameters and of each row's tokens, `tensor` has parts of each layer's heads, features and
-vocabulary.
+Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch,
+`context` has parts of the parameters and of each row's tokens, `tensor` has parts of each layer's heads,
+features and vocabulary.
 """
 
 import dataclasses
@@ -90,8 +90,8 @@ _STAY = ("tensor", "fsdp", "context")
 DECODING = ShardingRules(
     batch=("data",), tokens=(), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
 )
-# Attention while decoding, where fsdp · context · tensor has more parts than a model has kv heads: by rows, so
-# that no device holds another's keys and values.
+# Attention while decoding, where fsdp · context · tensor has more parts than a model has kv heads: by
+# rows, so that no device holds another's keys and values.
 BY_ROWS = dataclasses.replace(
     DECODING, batch=("data", "fsdp", "context"), heads=("tensor",), kv_heads=("tensor",)
 )
