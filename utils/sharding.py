@@ -164,14 +164,16 @@ def check_rows(**rows: int | None) -> None:
 def check_tokens(n_heads: int, **tokens: int) -> None:
     """The same for the tokens of a row, and for the heads with which they meet, where rows are cut."""
     if axis_size(TRAINING.tokens) > 1:
-        heads = _not_shared(MEETING.heads, {"n_heads": n_heads})
+        heads = _not_shared(MEETING.heads, {"n_heads": n_heads}, "a --mesh that divides them")
         raise_all("tokens of a row", _not_shared(TRAINING.tokens, tokens) + heads)
 
 
-def _not_shared(axes: Sequence[str], sizes: Mapping[str, int | None]) -> list[str]:
+def _not_shared(
+    axes: Sequence[str], sizes: Mapping[str, int | None], use: str | None = None
+) -> list[str]:
     parts, over = axis_size(axes), " x ".join(f"{axis}={axis_size([axis])}" for axis in axes)
     return [
-        f"{name}={n} cannot be shared by {over} devices; use a multiple of {parts}"
+        f"{name}={n} cannot be shared by {over} devices; use {use or f'a multiple of {parts}'}"
         for name, n in sizes.items()
         if n is not None and n % parts
     ]
