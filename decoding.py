@@ -286,7 +286,7 @@ def prefill(
         ids_BT = jnp.where(inside_BT, tokens_BT, V)
         seen_RV = rows(jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True))(ids_BT))
     state = DecodeState(
-        cache=cache.repeated(n) if n > 1 else cache,
+        cache=cache.repeated(n, model.config.n_kv_heads) if n > 1 else cache,
         keys_R=keys_R,
         tokens_RS=jnp.zeros((R, S), jnp.int32),
         logprobs_RS=jnp.zeros((R, S), jnp.float32),

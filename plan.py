@@ -22,7 +22,7 @@ import console
 from models.llama.config import ModelConfig
 from models.llama.load import load_config
 from models.llama.presets import PRESETS
-from planning import Job, compile_job
+from planning import Job, check_shared, compile_job
 from plan_search import search_job
 from utils.chips import Topology, parse_topology, roofline, slices
 from utils.errors import ConfigError
@@ -141,6 +141,7 @@ def main(
         wanted, where, sizes, programs = search_job(wanted, places, programs_of)
     else:
         sizes = mesh_sizes(mesh or default_mesh(config, where.n_chips), where.n_chips)
+        check_shared(wanted, sizes)
         programs = programs_of(wanted, where, sizes)
     found = summary(wanted, where, sizes, programs)
     console.write(jsonlib.dumps(found) + "\n" if json else report(found))

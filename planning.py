@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Trainer
 from utils import sharding
 from utils.cross_entropy import chunk_size
-from utils.errors import is_int, raise_all
+from utils.errors import ConfigError, is_int, raise_all
 from utils.estimate import estimate_job
 from utils.hlo import Program, analyse
 from utils.hlo_text import Array
@@ -131,6 +131,17 @@ class Job:
     def tokens(self) -> int:
         """Of a step: those that are trained on or generated."""
         return self.batch * (self.seq - self.prompt_len if self.samples else self.seq)
+
+
+def check_shared(job: Job, mesh: Mapping[str, int]) -> None:
+    """Raises ConfigError if a mesh of these sizes cannot share a training step's rows, as train.py does."""
+    parts, rows = mesh["data"] * mesh["fsdp"], job.batch // job.branches
+    if job.trains and rows % parts:
+        of = f" of {job.branches} completions" * (job.kind == "grpo")
+        raise ConfigError(
+            f"batch={job.batch} is {rows} rows{of}, which data={mesh['data']} x fsdp={mesh['fsdp']} "
+            f"devices cannot share; use a multiple of {parts * job.branches}"
+        )
 
 
 def compile_job(

@@ -162,6 +162,9 @@ def checks(folder: Path) -> dict[str, Any]:
         # As many rows as each mesh shares: the cache lies by rows where it has too few heads.
         "as many prompts": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9), repeat=8),
         "as many prompts, odd heads": lambda: sample(ODD, 1, sampling.Greedy(), repeat=8),
+        # Prompts that no mesh shares by rows, and samples that each does: the cache is laid out anew.
+        "eight samples a prompt": lambda: sample(MODEL, 8, sampling.TopP(1.0, 0.9)),
+        "eight samples a prompt, odd heads": lambda: sample(ODD, 8, sampling.TopP(1.0, 0.9)),
         "load, hf": lambda: load(folder / "hf", False),
         "load, meta": lambda: load(folder / "meta", False),
         "load for decoding": lambda: load(folder / "hf", True),

@@ -44,7 +44,7 @@ def test_resized_and_repeated_keep_the_rows():
     assert grown.capacity == 6
     np.testing.assert_array_equal(grown.k[1][:, :, :4], k + 1)
     np.testing.assert_array_equal(grown.v[1][:, :4], v + 1)
-    twice = cache.repeated(2)
+    twice = cache.repeated(2, 3)
     assert twice.lengths.tolist() == [2, 2, 4, 4]
     order = jnp.asarray([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])
     np.testing.assert_array_equal(twice.k[0], k[order])
@@ -66,3 +66,15 @@ def test_a_cache_lies_by_rows_where_heads_are_too_few(rows, n_kv_heads, rules, h
     with jax.sharding.use_abstract_mesh(mesh):
         assert layout(rows, n_kv_heads) == rules
         assert held_heads(4 * n_kv_heads, n_kv_heads, rules) == held
+
+
+def test_repeated_rows_go_to_where_so_many_lie_with_each_head_once():
+    mesh = AbstractMesh((1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        make = lambda: KVCache.create((2, 4, 8, 3), n_layers=1, dtype=jnp.float32)
+        few = jax.eval_shape(make)
+        many = jax.eval_shape(lambda: make().repeated(4, 2))
+        still = jax.eval_shape(lambda: make().repeated(3, 2))
+    assert (few.rules, few.k[0].shape) == (DECODING, (8, 3, 8))
+    assert (many.rules, many.k[0].shape, many.v[0].shape) == (BY_ROWS, (16, 3, 8), (16, 8, 3))
+    assert (still.rules, still.k[0].shape) == (DECODING, (24, 3, 8))

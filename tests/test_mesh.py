@@ -24,6 +24,8 @@ CHECKS = (
     "two samples a prompt",
     "as many prompts",
     "as many prompts, odd heads",
+    "eight samples a prompt",
+    "eight samples a prompt, odd heads",
     "load, hf",
     "load, meta",
     "load for decoding",

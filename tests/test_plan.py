@@ -262,6 +262,11 @@ def test_the_command_line_says_what_fits_and_exits_by_it():
     assert code == 1 and re.search(r"does not fit, by [\d.]+ GB \(estimated", out)
     code, out, err = cli("--model", "llama-3.1-8b", "--topology", "v5e:2x4", "--mesh", "fsdp=3")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "8" in err
+    flags = "--model llama-3.1-8b --topology v5e:2x4 --job grpo --batch 32 --mesh fsdp=4,context=2"
+    code, out, err = cli(*flags.split(), "--json")
+    assert code in (0, 1) and json.loads(out)["job"]["batch"] == 32
+    code, out, err = cli(*flags.replace("context", "data").split())
+    assert (code, out) == (2, "") and "4 rows of 8 completions, which data=2 x fsdp=4" in err
 
 
 @pytest.mark.parametrize(

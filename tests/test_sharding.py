@@ -154,7 +154,9 @@ def test_a_row_that_is_cut_needs_tokens_and_heads_that_can_be_shared():
         check_tokens(16, seq_len=64)
         with pytest.raises(ConfigError, match="seq_len=66 cannot be shared by context=4 .* of 4"):
             check_tokens(16, seq_len=66)
-        with pytest.raises(ConfigError, match="n_heads=12 .* tensor=2 x context=4 devices; use a --mesh"):
+        with pytest.raises(
+            ConfigError, match="n_heads=12 .* tensor=2 x context=4 devices; use a --mesh"
+        ):
             check_tokens(12, seq_len=64)
     whole = jax.sharding.AbstractMesh((1, 2, 1, 8), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(whole):

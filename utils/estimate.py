@@ -285,12 +285,11 @@ class _Sampling(_Closed):
     def __init__(self, job: Any, mesh: Mapping[str, int]):
         super().__init__(job, mesh)
         self._slots = bucket(job.seq, 64)  # of a row in the cache
-        self._prompts = -(-job.batch // job.samples_a_prompt // self.data)
 
     def prefill(self, stays: dict[str, int]) -> Program:
         """The prompts' forward pass into a cache, which is then copied for all of a prompt's rows."""
         job, model, n = self.job, self.model, self.job.samples_a_prompt
-        prompts = self._prompts
+        prompts = -(-job.batch // n // self.data)
         tokens = prompts * job.prompt_len
         wide = tokens * max(model.ffn_dim * 2, self.q_dim + 2 * self.kv_dim) // self.parts
         # The residual stream and its normed copy; gate and up, or a result in float32, to be added up.
@@ -336,7 +335,7 @@ class _Sampling(_Closed):
         model, heads = self.model, self.model.n_kv_heads
         if heads % self.parts == 0:
             heads //= self.parts
-        elif self._prompts % self.fsdp == 0:  # rows lie on fsdp then, and heads on tensor alone
+        elif rows % self.fsdp == 0:  # rows lie on fsdp then, and heads on tensor alone
             rows, parts = rows // self.fsdp, self.tensor
             heads = max(heads // parts, 1) if heads % parts == 0 or parts % heads == 0 else heads
         elif self.parts % heads == 0 and model.n_heads % self.parts == 0:

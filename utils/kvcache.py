@@ -64,22 +64,45 @@ class KVCache:
         )
         return self.replace(k=tuple(fit(x, 2) for x in self.k), v=tuple(fit(x, 1) for x in self.v))
 
-    def repeated(self, times: int) -> "KVCache":
-        """Each row `times` times, side by side: one prefill for several samples of a prompt."""
+    def repeated(self, times: int, n_kv_heads: int) -> "KVCache":
+        """Each row `times` times, side by side: one prefill for several samples of a prompt.
+
+        Where a mesh shares so many rows in another way (`layout`), they go there, and each of the
+        model's n_kv_heads is held once.
+        """
         B = self.lengths.shape[0]
+        rules, held = layout(B * times, n_kv_heads), len(self.k[0]) // B
+        copies = 1 if rules == self.rules else held // n_kv_heads
 
-        def repeat(x, lengths):
-            rows = jnp.repeat(x.reshape(len(lengths), -1, *x.shape[1:]), times, axis=0)
-            return rows.reshape(-1, *x.shape[1:])
+        def repeat(x_X):
+            x_BK = _split(x_X, B, self.rules)[:, ::copies]
+            return _merge(jnp.repeat(x_BK, times, axis=0), rules)
 
-        spec = buffer_spec(B, len(self.k[0]) // B, self.rules)
-        rows = PartitionSpec(sharding.fitting(self.rules.batch, B))
-        run = sharding.per_device(repeat, (spec, rows), spec)
         return self.replace(
-            k=tuple(run(x, self.lengths) for x in self.k),
-            v=tuple(run(x, self.lengths) for x in self.v),
+            k=tuple(map(repeat, self.k)),
+            v=tuple(map(repeat, self.v)),
             lengths=jnp.repeat(self.lengths, times),
+            rules=rules,
         )
+
+
+def _split(x_X: Array, rows: int, rules: ShardingRules) -> Array:
+    """A buffer's merged axis as rows and heads, which XLA knows how to share."""
+    shape = rows, len(x_X) // rows
+    batch, heads = (sharding.fitting(*axis) for axis in zip((rules.batch, rules.heads), shape))
+    own = rows // sharding.axis_size(batch)
+    local = lambda x_X: x_X.reshape(own, -1, *x_X.shape[1:])
+    spec = PartitionSpec(batch or None, heads or None)
+    return sharding.per_device(local, (buffer_spec(*shape, rules),), spec)(x_X)
+
+
+def _merge(x_BK: Array, rules: ShardingRules) -> Array:
+    """The inverse of `_split`, by other rules perhaps."""
+    shape = x_BK.shape[:2]
+    batch, heads = (sharding.fitting(*axis) for axis in zip((rules.batch, rules.heads), shape))
+    local = lambda x_BK: x_BK.reshape(-1, *x_BK.shape[2:])
+    spec = PartitionSpec(batch or None, heads or None)
+    return sharding.per_device(local, (spec,), buffer_spec(*shape, rules))(x_BK)
 
 
 def layout(rows: int, n_kv_heads: int) -> ShardingRules:
