@@ -264,7 +264,7 @@ class _Compiler:
     def _cache(self, rows: int, capacity: int) -> KVCache:
         """An empty one: `prefill` itself would ask this machine for its dtype, and not the mesh."""
         model, dtype = self.job.model, jnp.dtype(self.job.dtype)
-        cache = jax.eval_shape(lambda: init_cache(model, rows, capacity, dtype))
+        cache = jax.eval_shape(lambda: init_cache(model, rows, capacity, dtype, "tpu"))
         spec = buffer_spec(rows, len(cache.k[0]) // rows, cache.rules)
         lengths = PartitionSpec(sharding.fitting(sharding.DECODING.batch, rows))
         specs = jax.tree.map(lambda _: spec, cache).replace(lengths=lengths)

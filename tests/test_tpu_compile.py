@@ -169,8 +169,12 @@ def test_rows_of_32k_tokens_that_no_device_holds():
 
 
 @pytest.mark.slow
-def test_a_decode_step_moves_the_weights_and_the_cache_once():
-    flags = dict(model="llama-3.1-8b", topology="v5e:2x4", job="generate", batch=32, seq=4096)
+@pytest.mark.parametrize(
+    "model, topology",
+    [("llama-3.1-8b", "v5e:2x4"), ("llama-3.2-1b", "v5e:2x2")],  # heads of 128, and of 64
+)
+def test_a_decode_step_moves_the_weights_and_the_cache_once(model, topology):
+    flags = dict(model=model, topology=topology, job="generate", batch=32, seq=4096)
     found, _ = compiled(**flags, prompt_len=128)
     decode = found["programs"][-1]
     held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]

@@ -28,12 +28,13 @@ def attend(
     Args:
         q_BTNH, k_BTKH, v_BTKH: the new tokens'.
         masks: keyword arguments of `attention`.
-        kv: None, or a cache's (k, v, lengths, empty, rules), see `utils.kvcache.KVCache`.
+        kv: None, or a cache's (k, v, lengths, empty, values_axis, rules), see `utils.kvcache.KVCache`.
 
     Returns:
         ([B, T, N, H], the new (k, v) or None).
     """
-    empty, rules = (False, sharding.MEETING) if kv is None else kv[3:]
+    empty, values_axis, rules = (False, 1, sharding.MEETING) if kv is None else kv[3:]
+    turned = lambda v: v if values_axis == 1 else v.swapaxes(1, 2)
 
     def local(q_BTNH, k_BTKH, v_BTKH, masks, kv):
         k_XHS, v_XSH = heads_first(k_BTKH, v_BTKH)
@@ -42,10 +43,10 @@ def attend(
             k_XHS, v_XSH = k_XHS.astype(k_buffer.dtype), v_XSH.astype(v_buffer.dtype)
             kv = (
                 kvcache.write(k_buffer, k_XHS, lengths_B, axis=2),
-                kvcache.write(v_buffer, v_XSH, lengths_B, axis=1),
+                kvcache.write(v_buffer, turned(v_XSH), lengths_B, axis=values_axis),
             )
             if not empty:
-                k_XHS, v_XSH = kv
+                k_XHS, v_XSH = kv[0], turned(kv[1])
         return attention(q_BTNH, k_XHS, v_XSH, **masks), kv
 
     held = kvcache.held_heads(q_BTNH.shape[2], k_BTKH.shape[2], rules)

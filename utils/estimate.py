@@ -315,8 +315,6 @@ class _Sampling(_Closed):
         flops = 2 * rows * (self.matrices + self.head)
         flops += 4 * rows * self._slots * model.n_layers * self.q_dim
         held = {"logits": 4 * self._own_logits(rows)}
-        if model.head_dim % LANES:  # values are copied to where each head fills registers
-            held["wide values"] = self._cache(rows) // (2 * self.q_dim) * self._padded
         between = {
             "all-reduce": self.row_sums(rows, self.parts, 2),
             "all-to-all": self._own_logits(rows) * (1 - 1 / self.parts),

@@ -185,8 +185,10 @@ _ROWS_AT_ONCE = 32
 
 
 def writes_tokens(buffer_X: Array, axis: int) -> bool:
-    """Whether `write_token` takes such a buffer: heads and slots are whole registers."""
-    return buffer_X.shape[axis] % LANES == 0 and buffer_X.shape[3 - axis] % LANES == 0
+    """Whether `write_token` takes such a buffer: a TPU's tiles divide heads and slots."""
+    lanes, sublanes = buffer_X.shape[2], buffer_X.shape[1]
+    whole = lanes % LANES == 0 and sublanes % (32 // buffer_X.dtype.itemsize) == 0
+    return whole and (axis == 2 or sublanes % LANES == 0)
 
 
 def write_token(

@@ -25,12 +25,15 @@ class KVCache:
 
     Attributes:
         k, v: one array a layer, [X, H, S] and [X, S, H] with X = B · K, see
-            `utils.attention.heads_first`; keys are already rotated. On a mesh each device holds its
+            `utils.attention.heads_first`; values also as [X, H, S], see `values_axis`. Keys are
+            already rotated. On a mesh each device holds its
             own rows' heads, so that X's order is a device's own and nothing else may index it.
         lengths: [B] int32, filled slots of each row.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
         rules: how rows and heads lie on a mesh, see `layout`; static.
+        values_axis: that of the values' slots, 1 or 2; static. A TPU pads the last axis to registers
+            of 128: heads of 64 would take twice their memory there.
     """
 
     k: tuple[Array, ...]
@@ -38,23 +41,31 @@ class KVCache:
     lengths: Array
     empty: bool = flax.struct.field(pytree_node=False, default=False)
     rules: ShardingRules = flax.struct.field(pytree_node=False, default=DECODING)
+    values_axis: int = flax.struct.field(pytree_node=False, default=1)
 
     @classmethod
     def create(
-        cls, shape_BKSH: tuple[int, ...], n_layers: int, dtype, rules: ShardingRules = DECODING
+        cls,
+        shape_BKSH: tuple[int, ...],
+        n_layers: int,
+        dtype,
+        rules: ShardingRules = DECODING,
+        values_axis: int = 1,
     ) -> "KVCache":
         """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
         B, K, S, H = shape_BKSH
         spec = buffer_spec(B, K, rules)
         zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
         k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
-        v = tuple(zeros(B * K, S, H) for _ in range(n_layers))
-        return cls(k, v, jnp.zeros((B,), jnp.int32), empty=True, rules=rules)
+        sides = (S, H) if values_axis == 1 else (H, S)
+        v = tuple(zeros(B * K, *sides) for _ in range(n_layers))
+        lengths = jnp.zeros((B,), jnp.int32)
+        return cls(k, v, lengths, empty=True, rules=rules, values_axis=values_axis)
 
     @property
     def capacity(self) -> int:
         """Slots a row, S."""
-        return self.v[0].shape[1]
+        return self.k[0].shape[2]
 
     def resized(self, capacity: int) -> "KVCache":
         """The same rows in buffers of `capacity` slots; the filled slots must fit."""
@@ -62,7 +73,8 @@ class KVCache:
         fit = lambda x, axis: jax.lax.pad(
             x, jnp.zeros((), x.dtype), [(0, more * (i == axis), 0) for i in range(3)]
         )
-        return self.replace(k=tuple(fit(x, 2) for x in self.k), v=tuple(fit(x, 1) for x in self.v))
+        v = tuple(fit(x, self.values_axis) for x in self.v)
+        return self.replace(k=tuple(fit(x, 2) for x in self.k), v=v)
 
     def repeated(self, times: int, n_kv_heads: int) -> "KVCache":
         """Each row `times` times, side by side: one prefill for several samples of a prompt.

@@ -24,7 +24,7 @@ from models.llama.config import ModelConfig
 from models.llama.layout import FUSED
 from utils import ops, sharding
 from utils.attention import attend
-from utils.kernels import RESIDUALS
+from utils.kernels import LANES, RESIDUALS
 from utils.kvcache import KVCache, held_heads, layout
 from utils.rope import inv_frequencies
 from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, Axes, ShardingRules
@@ -195,14 +195,14 @@ class LLaMa(nn.Module):
         new_k, new_v = [], []
         for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
             kv = cache and (cache.k[i], cache.v[i], cache.lengths)
-            static = cache and (cache.empty, cache.rules)
+            static = cache and (cache.empty, cache.values_axis, cache.rules)
             x_BTD, kv = _block(self.config, static, layer, x_BTD, rope, masks, kv)
             if cache:
                 new_k.append(kv[0])
                 new_v.append(kv[1])
         if cache:
             lengths = cache.lengths + x_BTD.shape[1]
-            cache = KVCache(tuple(new_k), tuple(new_v), lengths, rules=cache.rules)
+            cache = cache.replace(k=tuple(new_k), v=tuple(new_v), lengths=lengths, empty=False)
         return x_BTD, cache
 
 
@@ -274,10 +274,13 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, in
     return batch, heads, capacity, config.head_dim
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype) -> KVCache:
-    """An empty KVCache for `batch` rows of `capacity` slots."""
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype, platform: str | None = None
+) -> KVCache:
+    """An empty KVCache for `batch` rows of `capacity` slots, as suits a platform; default: JAX's own."""
     shape, rules = cache_shape(config, batch, capacity), layout(batch, config.n_kv_heads)
-    return KVCache.create(shape, config.n_layers, dtype, rules)
+    narrow = (platform or jax.default_backend()) == "tpu" and config.head_dim % LANES > 0
+    return KVCache.create(shape, config.n_layers, dtype, rules, values_axis=2 if narrow else 1)
 
 
 def for_decoding(params: Params, *, donate: bool = False) -> Params:
