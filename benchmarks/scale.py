@@ -44,11 +44,12 @@ def numbers() -> None:
         show(f"{name}: temporaries", f"{temp:.2f} GiB", f"{theirs / 2:.2f} GiB")
         show(f"{name}: compiled in", f"{found['compile_seconds']:.0f} s", "40 s")
         show(f"{name}: FLOPs", f"{found['flops'] / bound_flops(batch, seq):.2f} x", "1.05 x")
-    flags = "--model llama-3.1-8b --job generate --topology v5e:2x4 --batch 32 --seq 4096"
-    found = plan(f"{flags} --prompt_len 128")
-    decode = found["programs"][-1]
-    held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
-    show("8B decode, v5e:2x4: bytes moved", f"{decode['bytes_accessed'] / held:.2f} x", "1.15 x")
+    for model, topology in (("llama-3.1-8b", "v5e:2x4"), ("llama-3.2-1b", "v5e:2x2")):
+        flags = f"--model {model} --topology {topology} --job generate --batch 32 --seq 4096"
+        decode = plan(f"{flags} --prompt_len 128")["programs"][-1]
+        held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
+        moved = f"{decode['bytes_accessed'] / held:.2f} x"
+        show(f"{model} decode, {topology}: bytes moved", moved, "1.15 x")
     long_rows = "--mesh fsdp=4,context=8 --batch 4 --seq 32768"
     for flags, name in (
         (
