@@ -104,8 +104,14 @@ def smallest(model: str, kind: str, job: str) -> str:
     at_once = shape["micro_batch_size"] and f", {shape['micro_batch_size']}"
     cells = found["topology"], mesh, f"{shape['batch']}{at_once or ''}", shape["remat"]
     return " | ".join(
-        [*cells, f"{found['peak_bytes'] / GIB:.1f} GiB", f"{seconds:.2g} s, ${price:.2g}"]
+        [*cells, f"{found['peak_bytes'] / GIB:.1f} GiB", f"{_two(seconds)} s, ${_two(price)}"]
     )
+
+
+def _two(x: float) -> str:
+    """A number with two digits: 0.00012, 1.5, 150."""
+    rounded = float(f"{x:.2g}")
+    return f"{rounded:.0f}" if rounded >= 10 else f"{rounded:.6f}".rstrip("0").rstrip(".")
 
 
 def main() -> None:
