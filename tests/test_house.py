@@ -20,15 +20,8 @@ RANKS = {
     "generate": 4,
 }
 RANKS |= {"conversation": 5, "trainers": 5, "chat": 6, "evaluate": 6}
-RANKS |= {
-    "training": 6,
-    "preflight": 6,
-    "grpo": 6,
-    "train": 6,
-    "plan": 6,
-    "planning": 6,
-    "plan_search": 6,
-}
+RANKS |= dict.fromkeys(("training", "preflight", "grpo", "train"), 6)
+RANKS |= dict.fromkeys(("plan", "planning", "plan_search"), 6)
 LIBRARIES = ("utils", "models", "trainers", "completions.py", "sampling.py", "decoding.py")
 
 

@@ -100,21 +100,17 @@ class KVCache:
 
 def _split(x_X: Array, rows: int, rules: ShardingRules) -> Array:
     """A buffer's merged axis as rows and heads, which XLA knows how to share."""
-    shape = rows, len(x_X) // rows
-    batch, heads = (sharding.fitting(*axis) for axis in zip((rules.batch, rules.heads), shape))
-    own = rows // sharding.axis_size(batch)
+    axes = _axes(rows, len(x_X) // rows, rules)
+    own = rows // sharding.axis_size(axes[0])
     local = lambda x_X: x_X.reshape(own, -1, *x_X.shape[1:])
-    spec = PartitionSpec(batch or None, heads or None)
-    return sharding.per_device(local, (buffer_spec(*shape, rules),), spec)(x_X)
+    return sharding.per_device(local, (PartitionSpec(sum(axes, ())),), PartitionSpec(*axes))(x_X)
 
 
 def _merge(x_BK: Array, rules: ShardingRules) -> Array:
     """The inverse of `_split`, by other rules perhaps."""
-    shape = x_BK.shape[:2]
-    batch, heads = (sharding.fitting(*axis) for axis in zip((rules.batch, rules.heads), shape))
+    axes = _axes(*x_BK.shape[:2], rules)
     local = lambda x_BK: x_BK.reshape(-1, *x_BK.shape[2:])
-    spec = PartitionSpec(batch or None, heads or None)
-    return sharding.per_device(local, (spec,), buffer_spec(*shape, rules))(x_BK)
+    return sharding.per_device(local, (PartitionSpec(*axes),), PartitionSpec(sum(axes, ())))(x_BK)
 
 
 def layout(rows: int, n_kv_heads: int) -> ShardingRules:
@@ -125,7 +121,12 @@ def layout(rows: int, n_kv_heads: int) -> ShardingRules:
 
 def buffer_spec(rows: int, heads: int, rules: ShardingRules) -> PartitionSpec:
     """How a mesh shares a layer's buffers: their merged axis by rows and by heads."""
-    return PartitionSpec(sharding.fitting(rules.batch, rows) + sharding.fitting(rules.heads, heads))
+    return PartitionSpec(sum(_axes(rows, heads, rules), ()))
+
+
+def _axes(rows: int, heads: int, rules: ShardingRules) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes of rows, and of heads."""
+    return sharding.fitting(rules.batch, rows), sharding.fitting(rules.heads, heads)
 
 
 def held_heads(n_heads: int, n_kv_heads: int, rules: ShardingRules) -> int:
