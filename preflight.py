@@ -14,7 +14,7 @@ from trainers.trainer import Trainer
 from utils import sharding
 from utils.errors import ConfigError
 from utils.estimate import estimate_job
-from utils.memory import cache_bytes, human
+from utils.memory import cache_bytes, human, params_bytes
 from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 # A job's closed form is right to 6 %.
@@ -55,10 +55,10 @@ def grpo_bytes(
     # In completions.
     micro = rows_at_once and rows_at_once * (rollout.branches or rollout.group_size)
     on_cpu = jax.default_backend() == "cpu"
-    copy = model.n_params * jnp.dtype(trainer.model.dtype).itemsize
-    reference = {"reference": copy} if config.beta > 0 and trainer.lora is None else {}
+    copy = params_bytes(model.n_params, jnp.dtype(trainer.model.dtype))
+    held = copy if on_cpu else copy // sharding.axis_size(sharding.DECODING.heads)
+    reference = {"reference": held} if config.beta > 0 and trainer.lora is None else {}
     if not on_cpu:
-        reference = {name: n // _sharers() for name, n in reference.items()}
         return reference | _on_each_device(
             trainer,
             kind="grpo",
@@ -124,8 +124,3 @@ def _on_each_device(trainer: Trainer, **shape: Any) -> dict[str, int]:
     mesh = sharding.current_mesh()
     sizes = dict.fromkeys(sharding.MESH_AXES, 1) if mesh is None else dict(mesh.shape)
     return max(estimate_job(job, sizes), key=lambda program: program.peak_bytes).parts
-
-
-def _sharers() -> int:
-    """Devices that share one copy of the parameters."""
-    return sharding.axis_size(sharding.DECODING.heads)
