@@ -6,7 +6,7 @@ import signal
 if __name__ == "__main__":
     # Ctrl-C during the imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()  # until console.run: imports make much that stays, and looking at it takes time
+    gc.disable()  # until cli.run: imports make much that stays, and looking at it takes time
 
 import contextlib
 import json
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from rich.markup import escape
 
-import console
-import distributed
 import sampling
 from conversation import Conversation
-from decoding import GenerationConfig, context_length
 from generate import random_key
 from models.llama.chat_format import chat_format_for, check_messages
+from models.llama.decoding import GenerationConfig, context_length
 from models.llama.hub import DEFAULT_MODEL
+from models.llama.loading import load_model
 from models.llama.tokenizer import decode_utf8
+from utils import cli, distributed
 from utils.errors import AltiplanoError, ConfigError, DataError
 from utils.files import atomic_file, read_json
 
@@ -49,9 +49,9 @@ MAX_CONVERSATION_BYTES = 16 << 20
 class Terminal:
     """Reads lines, runs commands, prints answers. With stdin piped, an error ends it."""
 
-    def __init__(self, conversation: Conversation, interrupts: console.Interrupts):
+    def __init__(self, conversation: Conversation, interrupts: cli.Interrupts):
         self._chat, self._interrupts = conversation, interrupts
-        self._clock = console.Clock()
+        self._clock = cli.Clock()
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
         self._lines = 0
 
@@ -69,7 +69,7 @@ class Terminal:
             except AltiplanoError as e:
                 if not self._interactive:
                     raise
-                console.say(str(e))
+                cli.say(str(e))
 
     def _read(self) -> tuple[str, bool] | None:
         """The next (message or command, whether it is a command); None at the end."""
@@ -80,17 +80,17 @@ class Terminal:
                 return self._read_lines()
             except EOFError:
                 if self._interactive:
-                    console.stderr.print()
+                    cli.stderr.print()
                 return None
             except DataError as e:
                 if not self._interactive:
                     raise
-                console.say(str(e))
+                cli.say(str(e))
             except KeyboardInterrupt:
                 if interrupted or not self._interactive:
                     raise
                 interrupted = True
-                console.stderr.print("\n[dim]Ctrl-C again or /quit leaves[/]")
+                cli.stderr.print("\n[dim]Ctrl-C again or /quit leaves[/]")
 
     def _read_lines(self) -> tuple[str, bool]:
         text = self._line("> ")
@@ -112,13 +112,13 @@ class Terminal:
         self._lines += 1
         if self._interactive:
             if not sys.stdout.isatty():  # input() would write the prompt there, between answers
-                console.stderr.print(prompt, end="")
+                cli.stderr.print(prompt, end="")
                 prompt = ""
             try:
                 return input(prompt)
             except UnicodeDecodeError as e:
                 raise DataError(f"the line is not UTF-8: byte {e.object[e.start]:#04x}") from e
-        limit = console.MAX_STDIN_BYTES
+        limit = cli.MAX_STDIN_BYTES
         data = b"" if sys.stdin is None else sys.stdin.buffer.readline(limit + 1)
         if not data:
             raise EOFError
@@ -130,29 +130,29 @@ class Terminal:
     def _say(self, pieces: Iterator[str]) -> None:
         """Prints an answer as it comes; Ctrl-C stops it, and the conversation goes on."""
         self._interrupts.set(raises=False, leave_at=2)
-        with console.busy("reading"):
+        with cli.busy("reading"):
             first = next(pieces)
         self._clock.lap()
         try:
-            console.write(first)
+            cli.write(first)
             for piece in pieces if not self._interrupts.count else ():
-                console.write(piece)
+                cli.write(piece)
                 if self._interrupts.count:
                     break
         finally:
             pieces.close()
-            console.write("\n")
+            cli.write("\n")
         self._status(self._clock.lap(), stopped=self._interrupts.count > 0)
 
     def _status(self, seconds: float, stopped: bool) -> None:
         chat = self._chat
         if chat.dropped:
-            console.stderr.print(
+            cli.stderr.print(
                 f"[dim]the context is full: the oldest {chat.dropped} messages are dropped[/]"
             )
         if self._interactive:
             n = chat.answer_tokens
-            console.stderr.print(
+            cli.stderr.print(
                 f"[dim]{'stopped; ' * stopped}{n} tokens, {max(n - 1, 0) / seconds:.1f} tok/s; "
                 f"{chat.tokens} of {chat.context} tokens used[/]"
             )
@@ -172,7 +172,7 @@ class Terminal:
         elif name == "/set":
             _set(chat, rest.split())
         elif name == "/help":
-            console.stderr.print(escape(HELP))
+            cli.stderr.print(escape(HELP))
         else:
             raise ConfigError(f"unknown command {name:.80}; /help lists them")
 
@@ -190,7 +190,7 @@ def _save(path: str, messages: list[dict[str, str]]) -> None:
             f.write(json.dumps({"messages": messages}, ensure_ascii=False, indent=1).encode())
     except OSError as e:
         raise DataError(f"cannot write {path}: {e.strerror}") from e
-    console.say(f"{len(messages)} messages written to {path}", kind="")
+    cli.say(f"{len(messages)} messages written to {path}", kind="")
 
 
 def _load(path: str) -> list[dict[str, str]]:
@@ -264,14 +264,14 @@ def main(
         mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         debug: show the traceback of an error.
     """
-    interrupts = console.Interrupts()
-    console.keep_compilations()
+    interrupts = cli.Interrupts()
+    cli.keep_compilations()
     sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
     sampling.check_sampler(sampler)
     key = random_key(seed)
     GenerationConfig(max_new_tokens=max_gen_len, max_seq_len=max_seq_len)
     options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = console.load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
+    model = load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
     context = context_length(model.llama.config, max_seq_len)
     conversation = Conversation(model, chat_format_for(model.tokenizer, chat_format), context, key)
     conversation.sampler = sampler
@@ -279,7 +279,7 @@ def main(
         conversation.max_gen_len = max_gen_len
     conversation.set_system(system or "")
     if sys.stdin is not None and sys.stdin.isatty():
-        console.stderr.print(f"[dim]{escape(ckpt_dir)} · /help lists the commands[/]")
+        cli.stderr.print(f"[dim]{escape(ckpt_dir)} · /help lists the commands[/]")
     Terminal(conversation, interrupts).loop()
 
 
@@ -288,7 +288,7 @@ def check_alone() -> None:
     if distributed.launched(os.environ) or any(
         argument.partition("=")[0] == "--distributed" for argument in sys.argv[1:]
     ):
-        console.say(
+        cli.say(
             "chat.py is a single process, and this is one of several (--distributed, "
             "JAX_COORDINATOR_ADDRESS or a launcher such as srun); start it alone, or use "
             "python generate.py --chat, which several run together"
@@ -298,4 +298,4 @@ def check_alone() -> None:
 
 if __name__ == "__main__":
     check_alone()
-    console.run(main)
+    cli.run(main)

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import jax
 
-import console
 import sampling
-from decoding import Generation, GenerationConfig
 from generate import stream_text
 from models.llama.chat_format import ChatFormat
+from models.llama.decoding import Generation, GenerationConfig
+from models.llama.loading import Model
+from utils import cli
 from utils.errors import DataError, SamplingError
 from utils.kvcache import KVCache
 
@@ -28,7 +29,7 @@ class Conversation:
         answer_tokens: of the last answer.
     """
 
-    def __init__(self, model: console.Model, format: ChatFormat, context: int, key: jax.Array):
+    def __init__(self, model: Model, format: ChatFormat, context: int, key: jax.Array):
         self._model, self._format, self._key = model, format, key
         self._cache: KVCache | None = None
         self._cached: list[int] = []  # the tokens whose keys and values the cache holds

@@ -17,18 +17,18 @@ from typing import Any
 import rich.console
 import rich.table
 
-import console
 from models.llama.hub import DEFAULT_MODEL, resolve
 from models.llama.load import load_checkpoint, load_config
+from models.llama.loading import compute_dtype, use_mesh
 from models.llama.model import LLaMa
 from models.llama.tokenizer import check_against_model, load_tokenizer
-from trainers import processes
-from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.data import DataConfig, Dataset, load_dataset
-from trainers.rewards import RewardPool, load_reward
+from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
+from trainers.rewards.pool import RewardPool, load_reward
+from trainers.rewards.tasks import load_prompts, load_task
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from trainers.tasks import load_prompts, load_task
 from trainers.trainer import Batch
+from utils import cli, processes
 from utils.errors import ConfigError
 from utils.files import atomic_file, parse_json
 
@@ -73,8 +73,8 @@ def ppl(
         distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
-    console.Interrupts().set(raises=False, leave_at=1)
-    console.keep_compilations()
+    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.keep_compilations()
     config = DataConfig(
         seq_len=512 if seq_len is None else seq_len,
         batch_size=batch_size,
@@ -84,11 +84,11 @@ def ppl(
         shuffle=False,
         chat_format=chat_format,
     )
-    dtype = console.compute_dtype(dtype)
-    with console.progress() as report:
+    dtype = compute_dtype(dtype)
+    with cli.progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
-        console.use_mesh(mesh, path)
+        use_mesh(mesh, path)
         context = load_config(path).max_seq_len
         if seq_len is None:
             config = dataclasses.replace(config, seq_len=min(config.seq_len, context))
@@ -100,9 +100,9 @@ def ppl(
         means = trainer.derive(trainer.evaluate(params, {}, _reported(dataset, report)))
     means["targets"] = int(means.pop("weight"))
     if json:
-        console.write(jsonlib.dumps(means | {"counts": dataset.counts}) + "\n")
+        cli.write(jsonlib.dumps(means | {"counts": dataset.counts}) + "\n")
         return
-    console.write(
+    cli.write(
         f"perplexity {means['perplexity']:.4f}, loss {means['loss']:.4f} nats, "
         f"accuracy {means['accuracy']:.1%}, over {means['targets']:,} tokens of "
         f"{dataset.counts['examples']:,} examples\n"
@@ -171,11 +171,11 @@ def task(
         distributed: this process is one of several, see train.py; the first scores and writes.
         debug: show the traceback of an error.
     """
-    console.Interrupts().set(raises=False, leave_at=1)
-    console.keep_compilations()
+    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.keep_compilations()
     # All flags before the model is fetched and loaded: a wrong one should not cost that time.
     samples = (8 if temperature != 0 else 1) if samples is None else samples
-    config, dtype, args, rewards, out = console.all_of(
+    config, dtype, args, rewards, out = cli.all_of(
         lambda: EvaluationConfig(
             samples=samples,
             k=_numbers(k) if k else tuple(sorted({1, samples})),
@@ -184,16 +184,16 @@ def task(
             batch_size=batch_size,
             seed=seed,
         ),
-        lambda: console.compute_dtype(dtype),
+        lambda: compute_dtype(dtype),
         lambda: task_args_of(task, data, task_args),
         lambda: rewards_of(data, reward),
         lambda: processes.from_first(lambda: _writable(out)),
     )
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
-    with console.progress() as report:
+    with cli.progress() as report:
         path = resolve(ckpt_dir, report)
         tokenizer = load_tokenizer(tokenizer_path or path)
-        console.use_mesh(mesh, path)
+        use_mesh(mesh, path)
         if task is not None:
             asked = load_task(task, tokenizer, args=args, size=size, seed=seed, **prompting)
         else:
@@ -206,11 +206,11 @@ def task(
                 model, params, tokenizer, asked, pool, config, report=report, write=rows.append
             )
     for message in found["failures"][:_FAILURES]:
-        console.say(message, "warning: ")
+        cli.say(message, "warning: ")
     if more := found["failures"][_FAILURES:]:
-        console.say(f"and {len(more)} more failures of rewards", "warning: ")
+        cli.say(f"and {len(more)} more failures of rewards", "warning: ")
     if json:
-        console.write(jsonlib.dumps(found) + "\n")
+        cli.write(jsonlib.dumps(found) + "\n")
     else:
         _show(found)
     if out is not None and processes.is_first():
@@ -264,11 +264,11 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row(reward, *(_cell(measures[name]) for name in names))
     if len(found["rewards"]) > 1:
         table.add_row("weighted sum", *(_cell(found["total"].get(name, "")) for name in names))
-    # As text first: what a terminal is given goes through console.write.
+    # As text first: what a terminal is given goes through cli.write.
     page = rich.console.Console(file=io.StringIO(), width=60 + 30 * len(names), markup=False)
     page.print(table)
-    console.write(page.file.getvalue())
-    console.write(
+    cli.write(page.file.getvalue())
+    cli.write(
         f"{found['samples']} completions a prompt at temperature {found['temperature']:g}, "
         f"{found['mean_length']:.1f} tokens on average, {found['truncated']:.1%} truncated; "
         f"{found['tokens_per_s']:.0f} tok/s\n"
@@ -284,4 +284,4 @@ def _cell(measure: dict[str, Any] | int | str) -> str:
 
 
 if __name__ == "__main__":
-    console.run_one_of({"ppl": ppl, "task": task})
+    cli.run_one_of({"ppl": ppl, "task": task})

@@ -9,7 +9,7 @@ import signal
 if __name__ == "__main__":
     # Ctrl-C during the imports ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    gc.disable()  # until console.run: imports make much that stays, and looking at it takes time
+    gc.disable()  # until cli.run: imports make much that stays, and looking at it takes time
 
 import dataclasses
 import json as jsonlib
@@ -18,15 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-import console
 import sampling
-from decoding import STOP, Completions, Generation, GenerationConfig, context_length
 from models.llama.chat_format import chat_format_for
+from models.llama.decoding import STOP, Completions, Generation, GenerationConfig, context_length
 from models.llama.hub import DEFAULT_MODEL
+from models.llama.loading import Model, load_model
 from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer
 from prompts import read_prompts
-from utils import memory
+from utils import cli, memory
 from utils.errors import ConfigError, SamplingError, is_int
 
 Array = jax.Array
@@ -244,8 +244,8 @@ def main(
         distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
-    clock, interrupts = console.Clock(), console.Interrupts()
-    console.keep_compilations()
+    clock, interrupts = cli.Clock(), cli.Interrupts()
+    cli.keep_compilations()
     # All flags before the model is fetched and loaded: a wrong one should not cost that time.
     if logprobs and not json:
         raise ConfigError("--logprobs shows log-probabilities in the JSON: add --json")
@@ -259,25 +259,25 @@ def main(
     if not chat and (system is not None or chat_format is not None):
         raise ConfigError("--system and --chat_format need --chat")
     options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = console.load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
+    model = load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
     ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
     interrupts.set(raises=False, leave_at=1)
     run = Generation(model.llama, model.params, sampler, _complete(config, model, ids))
     clock.lap()
-    with console.busy("reading the prompt"):
+    with cli.busy("reading the prompt"):
         run.start(ids, key=key)
     prefill_seconds = clock.lap()
     if run.rows == 1 and not json:
         for piece in stream_text(run, model.tokenizer):
-            console.write(piece)
-        console.write("\n")
+            cli.write(piece)
+        cli.write("\n")
     else:
         done = _finish_with_progress(run, model.tokenizer)
         texts = _texts(done, model.tokenizer)
         for row in _json_rows(prompts, ids, done, texts, logprobs) if json else texts:
-            console.write(row + "\n")
+            cli.write(row + "\n")
     n_prompt, n_tokens = sum(map(len, ids)), int(run.completions().lengths.sum())
-    console.stderr.print(
+    cli.stderr.print(
         f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
         f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / clock.lap():.1f} tok/s; "
@@ -287,7 +287,7 @@ def main(
     )
 
 
-def _complete(config: GenerationConfig, model: console.Model, ids: list[list[int]]):
+def _complete(config: GenerationConfig, model: Model, ids: list[list[int]]):
     """The config with what the model knows: its stop ids, and the default of --max_gen_len."""
     most = config.max_new_tokens
     if most is None:
@@ -303,7 +303,7 @@ def _complete(config: GenerationConfig, model: console.Model, ids: list[list[int
 
 def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
     total = int(np.asarray(run.state.limits_R).sum())
-    with console.progress() as report:
+    with cli.progress() as report:
         return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
 
 
@@ -365,4 +365,4 @@ def _json_rows(prompts, ids, done: Completions, texts: list[str], logprobs: bool
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -9,16 +9,17 @@ from typing import Any
 import rich.console
 import rich.table
 
-import console
 from evaluate import rewards_of, task_args_of
 from generate import random_key
 from models.llama.hub import DEFAULT_MODEL
+from models.llama.loading import compute_dtype
 from trainers.grpo_trainer import GRPOConfig
 from trainers.replay import SavedRun, replay_step
-from trainers.report import write_report
+from trainers.report.report import write_report
+from trainers.rewards.tasks import load_prompts, load_task
 from trainers.rollout import RolloutConfig, rows_at_once
-from trainers.tasks import load_prompts, load_task
-from training import GRPOJob, Run, known_remat, load_source, lora_config
+from trainers.run import GRPOJob, Run, known_remat, load_source, lora_config
+from utils import cli
 
 # (Without LoRA, with it): adapters start at zero and want larger steps.
 _LEARNING_RATES = 1e-6, 1e-5
@@ -166,8 +167,8 @@ def grpo(
             "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
-    stop = console.StopSignals()
-    console.keep_compilations()
+    stop = cli.StopSignals()
+    cli.keep_compilations()
     at_once, branches = rows_at_once(micro_batch_size, group_size)
     config_of = functools.partial(
         GRPOConfig,
@@ -220,12 +221,12 @@ def grpo(
         export=export,
         check_every=check_every,
     )
-    config, rollout, lora, run, compute, remat, args, rewards = console.all_of(
+    config, rollout, lora, run, compute, remat, args, rewards = cli.all_of(
         config_of,
         rollout_of,
         functools.partial(lora_config, lora_rank, lora_alpha),
         run_of,
-        functools.partial(console.compute_dtype, dtype),
+        functools.partial(compute_dtype, dtype),
         functools.partial(known_remat, remat),
         functools.partial(task_args_of, task, data, task_args),
         functools.partial(rewards_of, data, reward),
@@ -245,8 +246,8 @@ def grpo(
         if eval_data is not None:
             evaluated = load_prompts(eval_data, source.tokenizer, rewards, **prompting)
     first = source.tokenizer.decode(prompts.prompts[0].ids)
-    console.say(f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens", "")
-    console.say(f"the first, as the model reads it: {first!r:.600}", "")
+    cli.say(f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens", "")
+    cli.say(f"the first, as the model reads it: {first!r:.600}", "")
     job = GRPOJob(
         config=config,
         rollout=rollout,
@@ -297,20 +298,20 @@ def replay(
         json: one JSON object instead of a table.
         debug: show the traceback of an error.
     """
-    console.Interrupts().set(raises=False, leave_at=1)
-    console.keep_compilations()
+    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.keep_compilations()
     changes = dict(loss=loss, beta=beta, kl=kl, epsilon_low=epsilon, epsilon_high=epsilon_high)
     changes |= dict(dual_clip=dual_clip, ratio_level=ratio_level, tis_cap=tis_cap)
     changes = {name: value for name, value in changes.items() if value is not None}
     past = SavedRun(Path(run), step)
     others = {"changed": changes} if changes else {}
-    with console.busy("computing"):
+    with cli.busy("computing"):
         found = replay_step(
             past.trainer, past.rollout, past.state, past.frozen, past.records, step, others
         )
     found = {"logged": past.logged} | found
     if json:
-        console.write(jsonlib.dumps(found) + "\n")
+        cli.write(jsonlib.dumps(found) + "\n")
         return
     names = list(dict.fromkeys(name for values in found.values() for name in values))
     table = rich.table.Table(title=f"step {step} of {run}")
@@ -322,7 +323,7 @@ def replay(
         table.add_row(name, *("" if cell is None else f"{cell:.8g}" for cell in cells))
     page = rich.console.Console(file=io.StringIO(), width=40 + 20 * len(found), markup=False)
     page.print(table)
-    console.write(page.file.getvalue())
+    cli.write(page.file.getvalue())
 
 
 def report(run: str, out: str | None = None, pngs: bool = False, debug: bool = False) -> None:
@@ -334,4 +335,4 @@ def report(run: str, out: str | None = None, pngs: bool = False, debug: bool = F
         pngs: the charts as PNG files beside it too.
         debug: show the traceback of an error.
     """
-    console.write(f"{write_report(run, out, pngs=pngs)}\n")
+    cli.write(f"{write_report(run, out, pngs=pngs)}\n")

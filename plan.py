@@ -18,17 +18,17 @@ import rich.console
 import rich.table
 from jax.experimental import topologies
 
-import console
 from models.llama.config import ModelConfig
 from models.llama.load import load_config
 from models.llama.presets import PRESETS
-from planning import Job, check_shared, compile_job
-from plan_search import search_job
-from utils.chips import Topology, parse_topology, roofline, slices
+from trainers.planning.chips import Topology, parse_topology, roofline, slices
+from trainers.planning.estimate import estimate_job
+from trainers.planning.hlo import Program
+from trainers.planning.job import Job, check_shared, compile_job
+from trainers.planning.search import search_job
+from utils import cli
 from utils.errors import ConfigError
-from utils.estimate import estimate_job
 from utils.files import parse_json
-from utils.hlo import Program
 from utils.memory import human
 from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
@@ -103,9 +103,9 @@ def main(
     """
     os.environ.update(_ENVIRONMENT | dict(os.environ))
     jax.config.update("jax_platforms", "cpu")
-    console.Interrupts().set(raises=False, leave_at=1)
+    cli.Interrupts().set(raises=False, leave_at=1)
     everywhere = search and ":" not in topology
-    config, places = console.all_of(
+    config, places = cli.all_of(
         lambda: model_config(model),
         lambda: slices(topology) if everywhere else [parse_topology(topology)],
     )
@@ -132,7 +132,7 @@ def main(
     def programs_of(wanted: Job, where: Topology, sizes: dict[str, int]) -> list[Program]:
         if not compiles:
             return estimate_job(wanted, sizes)
-        with console.busy(f"compiling for {where.name}") as status:
+        with cli.busy(f"compiling for {where.name}") as status:
             # On no terminal there is no status.
             say = lambda what: status and status.update(f"[dim]compiling the {what}[/]")
             return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), exact, say)
@@ -144,7 +144,7 @@ def main(
         check_shared(wanted, sizes)
         programs = programs_of(wanted, where, sizes)
     found = summary(wanted, where, sizes, programs)
-    console.write(jsonlib.dumps(found) + "\n" if json else report(found))
+    cli.write(jsonlib.dumps(found) + "\n" if json else report(found))
     if not found["fits"]:
         sys.exit(DOES_NOT_FIT)
 
@@ -286,4 +286,4 @@ def report(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    cli.run(main)

@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-import console
 from models.llama.tokenizer import decode_utf8
-from utils import memory
+from utils import cli, memory
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, parse_json
 
@@ -21,8 +20,8 @@ def read_prompts(prompt: str | None, path: str | None, chat: bool) -> tuple[list
     text = read_stdin().removesuffix("\n")
     if text.strip():
         return [text], chat
-    console.say(f"no --prompt: asking {console.DEFAULT_QUESTION!r} (--chat)", "")
-    return [console.DEFAULT_QUESTION], True
+    cli.say(f"no --prompt: asking {cli.DEFAULT_QUESTION!r} (--chat)", "")
+    return [cli.DEFAULT_QUESTION], True
 
 
 def _read_prompts_file(path: str) -> list[str]:
@@ -49,9 +48,7 @@ def read_stdin() -> str:
     """All of a piped stdin; nothing from a terminal. Raises DataError if it is no text or huge."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
-    data = sys.stdin.buffer.read(console.MAX_STDIN_BYTES + 1)
-    if len(data) > console.MAX_STDIN_BYTES:
-        raise DataError(
-            f"stdin holds over {memory.human(console.MAX_STDIN_BYTES)}: that is no prompt"
-        )
+    data = sys.stdin.buffer.read(cli.MAX_STDIN_BYTES + 1)
+    if len(data) > cli.MAX_STDIN_BYTES:
+        raise DataError(f"stdin holds over {memory.human(cli.MAX_STDIN_BYTES)}: that is no prompt")
     return decode_utf8(data, "stdin")

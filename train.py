@@ -9,13 +9,14 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import console
 import grpo
 from generate import random_key
 from models.llama.hub import DEFAULT_MODEL
+from models.llama.loading import compute_dtype
 from trainers.data import DataConfig, Dataset, load_dataset
+from trainers.run import Run, SFTJob, known_remat, load_source, lora_config
 from trainers.sft_trainer import SFTConfig
-from training import Run, SFTJob, known_remat, load_source, lora_config
+from utils import cli
 from utils.errors import is_int
 
 # (Without LoRA, with it): adapters start at zero and want larger steps.
@@ -111,8 +112,8 @@ def sft(
             "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
-    stop = console.StopSignals()
-    console.keep_compilations()
+    stop = cli.StopSignals()
+    cli.keep_compilations()
     # All flags before anything is fetched and loaded: a wrong one should not cost that time.
     config_of = functools.partial(
         SFTConfig,
@@ -151,12 +152,12 @@ def sft(
         export=export,
         check_every=check_every,
     )
-    config, data_config, lora, run, compute, remat = console.all_of(
+    config, data_config, lora, run, compute, remat = cli.all_of(
         config_of,
         data_of,
         functools.partial(lora_config, lora_rank, lora_alpha),
         run_of,
-        functools.partial(console.compute_dtype, dtype),
+        functools.partial(compute_dtype, dtype),
         functools.partial(known_remat, remat),
     )
     key = random_key(seed)
@@ -182,7 +183,7 @@ def sft(
 def say_counts(name: str, dataset: Dataset) -> None:
     """One line of what became of the rows."""
     told = ", ".join(f"{value:,} {key}" for key, value in dataset.counts.items() if value)
-    console.say(f"{name}: {told.replace('_', ' ')}", "")
+    cli.say(f"{name}: {told.replace('_', ' ')}", "")
 
 
 def _warmup(max_steps: Any) -> int:
@@ -192,4 +193,4 @@ def _warmup(max_steps: Any) -> int:
 COMMANDS = {"sft": sft, "grpo": grpo.grpo, "replay": grpo.replay, "report": grpo.report}
 
 if __name__ == "__main__":
-    console.run_one_of(COMMANDS)
+    cli.run_one_of(COMMANDS)

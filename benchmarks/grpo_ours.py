@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.grpo_products import Products  # noqa: E402
 from benchmarks.grpo_reward import distinct_ids  # noqa: E402
 from benchmarks.workers import serve  # noqa: E402
-from decoding import Generation, GenerationConfig  # noqa: E402
+from models.llama.decoding import Generation, GenerationConfig  # noqa: E402
 from models.llama.load import load_checkpoint  # noqa: E402
 from models.llama.model import LLaMa  # noqa: E402
 from models.llama.tokenizer import load_tokenizer  # noqa: E402
@@ -27,9 +27,9 @@ from sampling import TopP  # noqa: E402
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer  # noqa: E402
 from trainers.metrics import Compilations, PhaseClock  # noqa: E402
 from trainers.on_policy import RolloutBatches, RolloutData, Sampler, decoding_params  # noqa: E402
-from trainers.rewards import Reward, RewardPool  # noqa: E402
+from trainers.rewards.pool import Reward, RewardPool  # noqa: E402
+from trainers.rewards.tasks import Prompt, Task  # noqa: E402
 from trainers.rollout import RolloutConfig  # noqa: E402
-from trainers.tasks import Prompt, Task  # noqa: E402
 
 
 class Altiplano:

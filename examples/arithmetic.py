@@ -17,23 +17,24 @@ from pathlib import Path
 
 import jax
 import tokenizers
-from tokenizers import models as tokenizer_models, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from tokenizers import pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from anywhere
 
 from models.llama.config import ModelConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from models.llama.tokenizer import Tokenizer, load_tokenizer
-from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.data import DataConfig, load_dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import fit
 from trainers.metrics import MetricsLog
 from trainers.on_policy import RolloutData, Sampler
-from trainers.rewards import RewardPool, load_reward
+from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
+from trainers.rewards.pool import RewardPool, load_reward
+from trainers.rewards.tasks import Task, load_prompts
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from trainers.tasks import Task, load_prompts
 
 RIGHT = 0.52  # of the digits in the examples
 MODEL = ModelConfig(

@@ -19,9 +19,9 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # runs from anywhere
 
-from decoding import GenerationConfig
 from generate import generate
 from models.llama.chat_format import chat_format_for
+from models.llama.decoding import GenerationConfig
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig

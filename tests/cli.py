@@ -17,8 +17,8 @@ import pytest
 import tokenizers
 from transformers import LlamaConfig
 
-import console
 from tests import compiling, tiny
+from utils import cli as console
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from completions import GenerationConfig
 from generate import generate
+from models.llama.completions import GenerationConfig
 from models.llama.config import ModelConfig
 from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig

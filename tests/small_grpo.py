@@ -13,9 +13,9 @@ from tests import tiny
 from tests.grpo_rewards import even, ones
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.on_policy import Sampler
-from trainers.rewards import Reward, RewardPool
+from trainers.rewards.pool import Reward, RewardPool
+from trainers.rewards.tasks import Prompt, Task
 from trainers.rollout import RolloutConfig
-from trainers.tasks import Prompt, Task
 
 LENGTH = 8
 

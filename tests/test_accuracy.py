@@ -9,17 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from decoding import GenerationConfig
 from generate import generate
+from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa
 from models.llama.tokenizer import load_tokenizer
 from sampling import Greedy, TopP
 from tests import cli
-from trainers import accuracy
-from trainers.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task, pass_at_k
-from trainers.rewards import Reward, Scores
-from trainers.tasks import Prompt, Task
+from trainers.rewards import accuracy
+from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task, pass_at_k
+from trainers.rewards.pool import Reward, Scores
+from trainers.rewards.tasks import Prompt, Task
 from utils.errors import ConfigError
 
 # pass@k ------------------------------------------------------------------------------------------

@@ -13,15 +13,16 @@ import time
 import jax
 import pytest
 
-import console
 import sampling
 from conversation import Conversation
-from decoding import Generation
 from models.llama.chat_format import chat_format_for
+from models.llama.decoding import Generation
 from models.llama.load import load_checkpoint
+from models.llama.loading import Model
 from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
+from utils import cli as console
 from utils.errors import DataError, SamplingError
 
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperature", "0"]
@@ -33,7 +34,7 @@ ENDLESS = ["--ckpt_dir", str(cli.checkpoint(32768)), "--max_gen_len", "15000", "
 def model(context=256):
     folder = cli.checkpoint(context)
     config, params = load_checkpoint(folder, dtype="float32")
-    return console.Model(LLaMa(config), for_decoding(params), load_tokenizer(folder))
+    return Model(LLaMa(config), for_decoding(params), load_tokenizer(folder))
 
 
 def conversation(context=256, max_gen_len=10, sampler=sampling.TopP(0.0), long=False):

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import console
 from tests import cli
+from utils import cli as console
 from utils.errors import ConfigError
 
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12"]

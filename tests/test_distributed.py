@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     [
         (1, "trainers.loop._Run, '_account', 3"),
         (0, "trainers.checkpoint, 'write_manifest', 3"),
-        (1, "distributed, 'start', 1"),
+        (1, "utils.distributed, 'start', 1"),
     ],
 )
 def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place):
@@ -206,7 +206,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
         (dict(data="other.jsonl"), "", r"data\.digest is"),
         ({}, "import jax; jax.__version__ = '0.1'", "jax is '0.1', and '0"),
         ({}, "import trainers.identity as i; i.files_digest\n"
-             "import training; training.files_digest = lambda _: 'x'", "checkpoint is 'x'"),
+             "import trainers.run; trainers.run.files_digest = lambda _: 'x'", "checkpoint is 'x'"),
     ],
 )  # fmt: skip
 def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):
@@ -262,7 +262,7 @@ def test_one_that_hangs_is_named_and_all_leave(group, files, tmp_path):
 @pytest.mark.covers("E4")
 def test_one_that_does_not_come_is_named(group, files, tmp_path):
     slow = before("trainers.loop._Run, '_account', 2", "time.sleep(9)")
-    hasty = "import trainers.processes; trainers.processes.WAIT_SECONDS = 3"
+    hasty = "import utils.processes; utils.processes.WAIT_SECONDS = 3"
     done = group.run(
         2, "train.py", "sft", patches={0: hasty, 1: slow}, **shared(files, tmp_path, save_every=0)
     )
@@ -287,7 +287,7 @@ def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
 @pytest.mark.covers("E5")
 def test_a_reward_that_fails_stops_all(group, files, tmp_path):
     error = "errors.TrainError('a bad reward')"
-    patch = before("trainers.rewards.RewardPool, '_call', 2", f"raise {error}")
+    patch = before("trainers.rewards.pool.RewardPool, '_call', 2", f"raise {error}")
     done = group.run(2, "train.py", "grpo", patches={0: patch}, **grpo(files, tmp_path))
     assert codes(done) == [5, 5], done
     check_error(done[0], 5, "a bad reward")

@@ -12,7 +12,7 @@ import pytest
 
 from tests import cli
 from tests.programs import check_error, flags, programs
-from trainers.accuracy import bootstrap_interval, pass_at_k
+from trainers.rewards.accuracy import bootstrap_interval, pass_at_k
 
 SUM = "reasoning_gym:chain_sum"
 ONE_DIGIT = '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
 from models.llama.load import load_checkpoint
 from tests.tiny import hf_model
 from tests.tiny_gguf import STRING, build, info, pair, random_blocks, small_file, write_gguf

@@ -13,11 +13,27 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
 from models.llama.load import load_checkpoint
 from tests.tiny import hf_model
-from tests.tiny_gguf import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, U64
-from tests.tiny_gguf import array, build, info, pair, small_file, string, write_gguf
+from tests.tiny_gguf import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U8,
+    U16,
+    U32,
+    U64,
+    array,
+    build,
+    info,
+    pair,
+    small_file,
+    string,
+    write_gguf,
+)
 from utils.errors import ArtifactError, ConfigError
 
 HUGE = (2**64 - 1, 2**63, 2**63 - 1, 2**32, 10**9)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.llama.config import ModelConfig
-from models.llama.gguf_file import GGUFFile, open_gguf
+from models.llama.formats.gguf import GGUFFile, open_gguf
 from tests.tiny_gguf import ARRAY, STRING, U32, array, build, info, pair, small_file, string
 from utils.errors import ArtifactError, ConfigError
 

@@ -10,7 +10,7 @@ from tests import cli, small_grpo
 from tests.programs import CODES, INT, TERM, assert_same_run, check_error, programs
 from trainers.grpo_trainer import GRPOConfig
 from trainers.rollout import RolloutConfig
-from training import GRPOJob
+from trainers.run import GRPOJob
 from utils.errors import ConfigError
 from utils.sharding import MESH_AXES
 
@@ -106,7 +106,7 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
     "place",
     [
         "trainers.on_policy, 'generate', 3",
-        "trainers.rewards.RewardPool, '__call__', 3",
+        "trainers.rewards.pool.RewardPool, '__call__', 3",
         "trainers.loop._Run, '_account', 3",
         "trainers.checkpoint, 'write_arrays', 3",
     ],

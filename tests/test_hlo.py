@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils.hlo import analyse
+from trainers.planning.hlo import analyse
 
 L, D, F, B = 5, 256, 512, 128
 

@@ -47,7 +47,7 @@ def test_a_chat_that_is_alone_starts(monkeypatch):
 
 BUG = """
 import os, sys, time
-import distributed
+from utils import distributed
 process, coordinator = int(sys.argv[1]), sys.argv[2]
 launch = distributed.Launch(coordinator=coordinator, processes=2, process=process, timeout=60)
 distributed.start(launch, lambda text: os.write(2, text.encode()))

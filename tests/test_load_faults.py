@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load_file, save_file
 
+from models.llama.formats.hf import SafetensorsFile, SafetensorsFolder
+from models.llama.formats.meta import MetaFolder
 from models.llama.load import load_checkpoint
-from models.llama.meta_file import MetaFolder
-from models.llama.safetensors_file import SafetensorsFile, SafetensorsFolder
 from tests import tiny
 from utils.errors import ArtifactError, ConfigError
 from utils.files import InputFile, list_folder

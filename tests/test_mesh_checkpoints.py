@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from distributed import Launch, read_launch
 from tests import cli, small_runs
 from trainers.checkpoint import Checkpointer, CheckpointReader
+from utils.distributed import Launch, read_launch
 from utils.errors import CheckpointError, ConfigError
 
 

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.llama import meta_file
+from models.llama.formats import meta
+from models.llama.formats.meta import MetaFolder
 from models.llama.load import load_checkpoint
-from models.llama.meta_file import MetaFolder
 from tests import tiny
 from utils.errors import ArtifactError, ConfigError
 
@@ -144,7 +144,7 @@ def test_the_payloads_are_live(tmp_path):
 @pytest.mark.parametrize("guards", ["all", "torch alone"])
 def test_getattr_chain_never_runs(tmp_path, monkeypatch, guards):
     if guards == "torch alone":
-        monkeypatch.setattr(meta_file, "_check_pickle", lambda *args: None)
+        monkeypatch.setattr(meta, "_check_pickle", lambda *args: None)
     write_pth(tmp_path / NAME, getattr_chain(tmp_path / "canary"))
     with pytest.raises(ArtifactError, match="more than plain tensors|torch cannot read"):
         MetaFolder(tmp_path, 2)
@@ -160,7 +160,7 @@ def test_payloads_never_run(tmp_path, monkeypatch, name, guards):
     if guards == "torch alone":
         if name == "a file of memory":
             payload = Call(os.system, "true")  # torch allows bytearray: only our check refuses it
-        monkeypatch.setattr(meta_file, "_check_pickle", lambda *args: None)
+        monkeypatch.setattr(meta, "_check_pickle", lambda *args: None)
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(k) or real(*a, **k))
     torch.save({"tok_embeddings.weight": torch.ones(2, 2), "evil": payload}, tmp_path / NAME)
@@ -298,7 +298,7 @@ def test_broken_pickle(tmp_path, case):
 
 @pytest.mark.covers("A19")
 def test_a_large_pickle_is_refused_before_it_is_scanned(tmp_path, monkeypatch):
-    monkeypatch.setattr(meta_file, "_check_pickle", lambda *args: pytest.fail("it was scanned"))
+    monkeypatch.setattr(meta, "_check_pickle", lambda *args: pytest.fail("it was scanned"))
     write_pth(tmp_path / NAME, b"\x80\x02" + b"N0" * (1 << 18) + tensor_pickle()[2:])
     with pytest.raises(ArtifactError, match="no data.pkl of 1 to 524288 bytes"):
         MetaFolder(tmp_path, 2)

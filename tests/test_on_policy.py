@@ -11,13 +11,13 @@ from models.llama.lora import LoRAConfig
 from tests.grpo_rewards import failing, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
-from trainers.accuracy import EvaluationConfig
 from trainers.checkpoint import Checkpointer, CheckpointReader
 from trainers.loop import Progress, fit
 from trainers.metrics import MetricsLog, PhaseClock
 from trainers.on_policy import RolloutBatches, RolloutData, TaskEvaluation, decoding_params
 from trainers.replay import replay_step
-from trainers.rewards import Reward
+from trainers.rewards.accuracy import EvaluationConfig
+from trainers.rewards.pool import Reward
 from trainers.rollout import Layout, RolloutConfig, parts
 from trainers.rollout_file import from_record, to_record
 from utils.errors import ConfigError, DataError, TrainError

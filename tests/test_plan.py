@@ -11,13 +11,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 import plan
 from models.llama.presets import PRESETS
-from plan_search import search_job
-from planning import Job, _bytes, _Compiler, _needed_bytes, attention_cost
 from tests.cli import run
-from utils.chips import CHIPS, parse_topology, roofline, slices
+from trainers.planning.chips import CHIPS, parse_topology, roofline, slices
+from trainers.planning.estimate import estimate_job
+from trainers.planning.hlo_text import Array
+from trainers.planning.job import Job, _bytes, _Compiler, _needed_bytes, attention_cost
+from trainers.planning.search import search_job
 from utils.errors import ConfigError
-from utils.estimate import estimate_job
-from utils.hlo_text import Array
 from utils.sharding import MESH_AXES
 
 KEYS = "fits argument_bytes temp_bytes peak_bytes flops bytes_accessed collective_bytes"

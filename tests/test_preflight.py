@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-import preflight
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from models.llama.presets import PRESETS
-from planning import Job
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.planning import preflight
+from trainers.planning.estimate import estimate_job
+from trainers.planning.job import Job
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils.errors import ConfigError
-from utils.estimate import estimate_job
 from utils.sharding import MESH_AXES
 
 MODEL = PRESETS["llama-3.1-8b"]

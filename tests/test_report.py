@@ -21,9 +21,9 @@ import PIL.Image
 import pytest
 
 from tests import small_runs
-from trainers import report_charts
 from trainers.metrics import MetricsLog
-from trainers.report import write_report
+from trainers.report import charts
+from trainers.report.report import write_report
 from utils.errors import ConfigError, DataError
 
 SETTINGS = {
@@ -186,7 +186,7 @@ def test_facts_are_at_the_top(whole):
 def test_every_chart_is_there_and_shows_its_numbers(whole):
     folder, page = whole
     charts = page.charts()
-    assert list(charts) == [chart.name for chart in report_charts.CHARTS]
+    assert list(charts) == [chart.name for chart in charts.CHARTS]
     assert {"exact", "format"} <= set(svg_text(charts["rewards"]))
     assert {"rollout", "step"} <= set(svg_text(charts["seconds"]))
     assert "seconds a step" in svg_text(charts["seconds"])
@@ -223,7 +223,7 @@ def test_the_moving_mean_is_of_what_is_there_around(n):
     reach = max(1, n // 15) // 2
     near = [values[max(0, i - reach) : i + reach + 1] for i in range(n)]
     wanted = [np.nanmean(v) if np.isfinite(v).any() else math.nan for v in near]
-    np.testing.assert_allclose(report_charts._moving_mean(values), wanted)
+    np.testing.assert_allclose(charts._moving_mean(values), wanted)
 
 
 @pytest.mark.parametrize("n", [1, 5, 100, 1234])
@@ -235,10 +235,10 @@ def test_the_bars_of_time_add_up(n):
     lines["c"] = np.append(steps, steps[-1]), np.append(lines["c"][1], 2.0)
     lines["a"][1][0] = math.nan
     ax = matplotlib.figure.Figure().add_subplot()
-    handles = report_charts._draw_stack(ax, lines)
+    handles = charts._draw_stack(ax, lines)
     for (_, values), patch in zip(lines.values(), handles):
         top, edges, bottom = patch.get_data()
-        assert len(top) == min(n, report_charts._BARS)
+        assert len(top) == min(n, charts._BARS)
         assert (edges[0], edges[-1]) == (9.5, 9.5 + n)
         assert ((top - bottom) * np.diff(edges)).sum() == pytest.approx(np.nansum(values))
 
@@ -256,7 +256,7 @@ def test_charts_follow_the_readers_colours(tmp_path):
     page = report(write(tmp_path, [LINE]))
     picture = ET.tostring(page.charts()["kl"]).decode()
     assert "prefers-color-scheme:dark" in picture and picture.count("currentColor") > 5
-    assert "fill: #ffffff" not in picture and picture.count(report_charts._INK) == 1
+    assert "fill: #ffffff" not in picture and picture.count(charts._INK) == 1
 
 
 def test_a_point_alone_is_marked(tmp_path):
@@ -390,7 +390,7 @@ def test_a_run_of_fine_tuning(tmp_path):
 def test_a_run_of_one_step(tmp_path, record):
     page = report(write(tmp_path, [record], [rollout(record["step"])]))
     assert f"last step{record['step']}" in page.text
-    assert len(page.charts()) == (len(report_charts.CHARTS) - 1 if "kl" in record else 0)
+    assert len(page.charts()) == (len(charts.CHARTS) - 1 if "kl" in record else 0)
     assert page.text.count(f"Step {record['step']}") == 1
 
 

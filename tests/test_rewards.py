@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reward_faults import lengths
-from trainers.reward_functions import (
+from trainers.rewards.functions import (
     READY_MADE,
     THINK_FORMAT,
     FormatMatch,
@@ -28,8 +28,8 @@ from trainers.reward_functions import (
     exact_match,
     extract_number,
 )
-from trainers.reward_worker import check
-from trainers.rewards import Reward, RewardPool, Scores, load_reward
+from trainers.rewards.pool import Reward, RewardPool, Scores, load_reward
+from trainers.rewards.worker import check
 from utils.errors import ConfigError, DataError, TrainError
 
 NAN = math.nan
@@ -271,7 +271,7 @@ def test_functions_see_prompts_texts_tokens_and_columns():
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "from trainers.reward_functions import FormatMatch\n"
+        "from trainers.rewards.functions import FormatMatch\n"
         "def short(completions, **_):\n    return [-float(len(x)) for x in completions]\n"
         "polite = FormatMatch(r'.*please.*')\n"
         "class Group:\n    short = staticmethod(short)\n"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from decoding import GenerationConfig
 from generate import generate
 from models.llama import save
 from models.llama.chat_format import chat_format_for
 from models.llama.config import ModelConfig
+from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint, save_checkpoint
 from models.llama.model import LLaMa
 from models.llama.tokenizer import load_tokenizer

@@ -10,8 +10,8 @@ import reasoning_gym
 
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
-from trainers.rewards import Reward
-from trainers.tasks import Prompt, Task, load_prompts, load_task, reward_rows
+from trainers.rewards.pool import Reward
+from trainers.rewards.tasks import Prompt, Task, load_prompts, load_task, reward_rows
 from utils.errors import ArtifactError, ConfigError, DataError
 
 SUM = "reasoning_gym:chain_sum"
@@ -276,7 +276,7 @@ def test_the_digest_is_of_names_ids_and_columns():
 
 def test_the_digest_is_the_same_in_every_process(tokenizer):
     code = "import sys\nfrom models.llama.tokenizer import load_tokenizer\n"
-    code += "from trainers.tasks import load_task\n"
+    code += "from trainers.rewards.tasks import load_task\n"
     code += "print(load_task(sys.argv[2], load_tokenizer(sys.argv[1]), size=5).digest)"
     found = {
         subprocess.run(

@@ -83,8 +83,8 @@ import json
 import sys
 
 import plan
-import planning
-from utils.hlo_text import parse
+from trainers.planning import job as planning
+from trainers.planning.hlo_text import parse
 
 texts, analyse = [], planning.analyse
 planning.analyse = lambda text, *rest: texts.append(text) or analyse(text, *rest)
@@ -185,7 +185,7 @@ def test_a_decode_step_moves_the_weights_and_the_cache_once(model, topology):
 @pytest.mark.slow
 def test_a_mesh_may_split_the_sides_of_a_pods_grid():
     code = """
-from utils.chips import parse_topology
+from trainers.planning.chips import parse_topology
 from utils.sharding import make_mesh
 import plan
 devices = plan.tpu_devices(parse_topology("v5p:8x8x8"))

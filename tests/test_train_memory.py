@@ -9,10 +9,10 @@ import pytest
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
 from models.llama.presets import PRESETS
+from trainers.planning import train_memory
+from trainers.planning.train_memory import check_training_fits, peak_bytes, training_bytes
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from utils import train_memory
 from utils.errors import ConfigError
-from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 SMOL = "smollm2-135m"
 BF16 = dict(param_dtype="bfloat16", state_dtype="bfloat16")

@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 
-import console
 import evaluate
 import train
+from utils import cli as console
 
 COMMANDS = {
     "train.py": train.COMMANDS,

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from trainers import processes
+from utils import processes
 from utils.errors import CheckpointError
 
 

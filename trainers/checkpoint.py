@@ -20,18 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers import processes
 from trainers.arrays import describe, finish_parts, read_arrays, to_host, write_arrays, write_part
 from trainers.checkpoint_files import LEFTOVER, LOCK, explaining, hide, reason, sweep, try_out
 from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
+from utils import processes
 from utils.errors import CheckpointError, is_int, raise_all
-from utils.files import (
-    FolderLock,
-    atomic_directory,
-    fsync_tree,
-    read_json,
-    reading_folder,
-)
+from utils.files import FolderLock, atomic_directory, fsync_tree, read_json, reading_folder
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26

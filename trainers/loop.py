@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.model import Params
-from trainers import processes
 from trainers.checkpoint import Checkpointer
 from trainers.data import Dataset
 from trainers.metrics import (
@@ -23,6 +22,7 @@ from trainers.metrics import (
     train_flops_per_token,
 )
 from trainers.trainer import Batch, Trainer, TrainState
+from utils import processes
 from utils.errors import TrainError
 from utils.replicas import check_replicas
 from utils.sharding import current_mesh, place_batch

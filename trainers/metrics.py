@@ -22,7 +22,7 @@ import rich.console
 import rich.progress
 
 from models.llama.config import ModelConfig
-from trainers import processes
+from utils import processes
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file
 

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from decoding import GenerationConfig
 from generate import generate
+from models.llama.decoding import GenerationConfig
 from models.llama.model import Params, for_decoding
 from models.llama.tokenizer import Tokenizer
-from trainers.accuracy import EvaluationConfig, evaluate_task
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.loop import Evaluation, OnPolicyBatches
 from trainers.metrics import MetricsLog, PhaseClock
-from trainers.rewards import RewardPool
+from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
+from trainers.rewards.pool import RewardPool
+from trainers.rewards.tasks import Prompt, Task, reward_rows
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.rollout_file import to_record
-from trainers.tasks import Prompt, Task, reward_rows
 from trainers.trainer import Batch, TrainState
 from utils import sharding
 from utils.errors import ConfigError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainers.grpo_trainer import SCALES, group_advantages
-from trainers.tasks import Prompt
+from trainers.rewards.tasks import Prompt
 from trainers.trainer import Batch
 from utils.errors import is_int, is_number, raise_all
 

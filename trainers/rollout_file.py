@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from models.llama.tokenizer import Tokenizer
+from trainers.rewards.tasks import Prompt
 from trainers.rollout import Layout, Rollout
-from trainers.tasks import Prompt
 from utils.errors import DataError
 
 _BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from models.llama.config_rope import llama3_scaling, require, rope_from_gguf, rope_from_hf, shortest
+from models.llama.formats.rope import (
+    llama3_scaling,
+    require,
+    rope_from_gguf,
+    rope_from_hf,
+    shortest,
+)
 from utils.errors import ConfigError, is_int, is_number, raise_all
 from utils.rope import RopeScaling
 

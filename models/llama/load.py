@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.config import ModelConfig
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
+from models.llama.formats.hf import INDEX, SINGLE, SafetensorsFolder
+from models.llama.formats.meta import MetaFolder
 from models.llama.hub import resolve
 from models.llama.layout import Leaf, leaves, same_bits
-from models.llama.meta_file import MetaFolder
-from models.llama.safetensors_file import INDEX, SINGLE, SafetensorsFolder
 from models.llama.save import save_checkpoint
 from models.llama.stream import Params, Progress, TensorSource, read_params
 from models.llama.stream_sharded import read_sharded

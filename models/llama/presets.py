@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from models.llama.config import ModelConfig
-from models.llama.config_rope import llama3_scaling
+from models.llama.formats.rope import llama3_scaling
 
 
 def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:

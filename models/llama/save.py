@@ -11,9 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models.llama.config import ModelConfig
+from models.llama.formats.hf import INDEX, SINGLE
+from models.llama.formats.meta import import_torch
 from models.llama.layout import Leaf, flatten, leaves, to_neighbour_pairs
-from models.llama.meta_file import import_torch
-from models.llama.safetensors_file import INDEX, SINGLE
 from models.llama.tokenizer import check_against_model
 from models.llama.tokenizer_save import token_ids, write_tokenizer
 from utils.errors import CheckpointError, ConfigError

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
 from models.llama.tokenizer_codecs import Piece
 from models.llama.tokenizer_files import (
     LLAMA3_PAD,

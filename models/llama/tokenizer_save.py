@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, pre_tokenizers, processors
 
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
 from models.llama.sentencepiece_model import (
     CONTROL,
     UNKNOWN,

@@ -16,7 +16,7 @@ import xllamacpp
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from models.llama.gguf_file import open_gguf
+from models.llama.formats.gguf import open_gguf
 from models.llama.tokenizer_files import LLAMA3_SPECIAL
 
 LLAMA3_MODEL = Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"

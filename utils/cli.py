@@ -13,8 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fire
 import jax
@@ -22,13 +21,8 @@ import platformdirs
 import rich.console
 import rich.progress
 
-import distributed
-from models.llama.hub import DEFAULT_MODEL, resolve
-from models.llama.load import load_checkpoint, load_config
-from models.llama.model import LLaMa, Params
-from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from utils import distributed
 from utils.errors import AltiplanoError, ArtifactError, ConfigError
-from utils.sharding import default_mesh, make_mesh
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 
@@ -41,19 +35,6 @@ DEFAULT_QUESTION = "What is the capital of France?"
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-class Model(NamedTuple):
-    """What a command line works with; `params` has the layout for decoding."""
-
-    llama: LLaMa
-    params: Params
-    tokenizer: Tokenizer
-
-    @property
-    def vocab_limit(self) -> int:
-        """Ids from here on are rows of the embedding without a token."""
-        return min(self.tokenizer.vocab_size, self.llama.config.vocab_size)
 
 
 def run(command: Callable[..., None]) -> None:
@@ -265,60 +246,6 @@ class StopSignals:
                 os._exit(code)
             self.code = code
             say("stopping after this step; once more leaves at once", "")
-
-
-def _auto(dtype: str) -> str:
-    """What `--dtype auto` stands for; another dtype as it is."""
-    if dtype != "auto":
-        return dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def compute_dtype(dtype: str) -> Any:
-    """The dtype of a `--dtype` flag: float32, bfloat16, or auto: float32 on a CPU, else bfloat16."""
-    dtype = _auto(dtype)
-    if dtype not in ("float32", "bfloat16"):
-        raise ConfigError(f"--dtype {dtype!r:.40}, expected float32, bfloat16 or auto")
-    return jax.numpy.dtype(dtype)
-
-
-def load_model(
-    ckpt_dir: str = DEFAULT_MODEL,
-    tokenizer_path: str | None = None,
-    dtype: str = "auto",
-    mesh: str | None = None,
-    **options: Any,
-) -> Model:
-    """Loads weights and tokenizer, with a progress bar on stderr.
-
-    Args:
-        ckpt_dir: see `load_checkpoint`.
-        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
-        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        mesh: see `use_mesh`.
-        options: allow_extra, check_finite and tie of `load_checkpoint`.
-    """
-    dtype = _auto(dtype)
-    with progress() as report:
-        path = resolve(ckpt_dir, report)
-        tokenizer = load_tokenizer(tokenizer_path or path)
-        use_mesh(mesh, path)
-        config, params = load_checkpoint(
-            path, dtype=dtype, decoding=True, progress=report, **options
-        )
-    check_against_model(tokenizer, config.vocab_size)
-    return Model(LLaMa(config), params, tokenizer)
-
-
-def use_mesh(spec: str | None, path: Path) -> None:
-    """Shares the model at a path by all devices from here on, see `utils.sharding.make_mesh`."""
-    if jax.device_count() == 1 and spec is None:
-        return
-    if spec is None:
-        spec = default_mesh(load_config(path), jax.device_count())
-    mesh = make_mesh(spec)
-    say(f"mesh: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}", "")
-    jax.set_mesh(mesh)
 
 
 def busy(what: str) -> contextlib.AbstractContextManager:

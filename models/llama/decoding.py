@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from completions import Completions, GenerationConfig
+from models.llama.completions import Completions, GenerationConfig
 from models.llama.config import ModelConfig
-from models.llama.model import LLaMa, Params, cache_shape, init_cache, for_decoding
+from models.llama.model import LLaMa, Params, cache_shape, for_decoding, init_cache
 from utils import memory, sharding
 from utils.errors import SamplingError
 from utils.kvcache import KVCache, bucket, check_capacity

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from utils.hlo_text import Array, Computation, Instruction, parse
+from trainers.planning.hlo_text import Array, Computation, Instruction, parse
 
 # Kinds of collectives.
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")

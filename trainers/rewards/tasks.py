@@ -11,8 +11,8 @@ from typing import Any
 from models.llama.chat_format import ChatFormat, Message, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
-from trainers.reward_functions import ReasoningGym
-from trainers.rewards import Reward
+from trainers.rewards.functions import ReasoningGym
+from trainers.rewards.pool import Reward
 from utils.errors import ConfigError, DataError, is_int, raise_all
 
 # What a reward is called with besides the columns.

@@ -15,9 +15,9 @@ from multiprocessing import connection
 
 import numpy as np
 
-from trainers import processes
-from trainers.reward_functions import READY_MADE
-from trainers.reward_process import RewardProcess
+from trainers.rewards.functions import READY_MADE
+from trainers.rewards.process import RewardProcess
+from utils import processes
 from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
 
 # So many prompts in a row time out, and a function is not asked about the rest of the batch.

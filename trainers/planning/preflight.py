@@ -6,16 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import console
-import planning
 from models.llama.model import cache_shape
+from trainers.planning import job as planning
+from trainers.planning.estimate import estimate_job
+from trainers.planning.train_memory import check_training_fits, peak_bytes, training_bytes
 from trainers.rollout import RolloutConfig
 from trainers.trainer import Trainer
-from utils import sharding
+from utils import cli, sharding
 from utils.errors import ConfigError
-from utils.estimate import estimate_job
 from utils.memory import cache_bytes, human, params_bytes
-from utils.train_memory import check_training_fits, peak_bytes, training_bytes
 
 # A job's closed form is right to 6 %.
 _MARGIN = 1.1
@@ -83,7 +82,7 @@ def check_memory(parts: dict[str, int]) -> None:
     on_cpu, mesh = jax.default_backend() == "cpu", sharding.current_mesh()
     where = "" if on_cpu or mesh is None else f" on each of {mesh.size} devices"
     listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
-    console.say(f"memory of a step{where}: {human(peak_bytes(parts))} ({listed})", "")
+    cli.say(f"memory of a step{where}: {human(peak_bytes(parts))} ({listed})", "")
     if on_cpu:
         return check_training_fits(parts)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

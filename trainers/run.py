@@ -12,16 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import console
 from models.llama.config import ModelConfig
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
+from models.llama.loading import use_mesh
 from models.llama.lora import LoRAConfig
 from models.llama.model import REMATS, LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
-from preflight import check_memory, grpo_bytes, sft_bytes
-from trainers import processes
-from trainers.accuracy import EvaluationConfig
 from trainers.checkpoint import Checkpointer
 from trainers.data import Dataset, tokenizer_digest
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
@@ -29,13 +26,15 @@ from trainers.identity import files_digest, key_words, versions
 from trainers.loop import Data, Evaluation, Progress, fit
 from trainers.metrics import MetricsLog, ProgressBar
 from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
+from trainers.planning.preflight import check_memory, grpo_bytes, sft_bytes
 from trainers.resume import check_resume
-from trainers.rewards import RewardPool
+from trainers.rewards.accuracy import EvaluationConfig
+from trainers.rewards.pool import RewardPool
+from trainers.rewards.tasks import Task
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from trainers.tasks import Task
 from trainers.trainer import Trainer, TrainState
-from utils import sharding
+from utils import cli, processes, sharding
 from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
 
@@ -51,9 +50,9 @@ class Source:
 
 def load_source(ckpt_dir: str, tokenizer_path: str | None, mesh: str | None) -> Source:
     """Finds or fetches a checkpoint, and loads its tokenizer; devices will share it as `mesh` says."""
-    with console.progress() as report:
+    with cli.progress() as report:
         path = resolve(ckpt_dir, report)
-    console.use_mesh(mesh, path)
+    use_mesh(mesh, path)
     found = Path(tokenizer_path or path)
     return Source(path=path, tokenizer_path=found, tokenizer=load_tokenizer(found))
 
@@ -209,7 +208,7 @@ class Run:
         job: Job,
         source: Source,
         key: jax.Array,
-        stop: console.StopSignals,
+        stop: cli.StopSignals,
     ) -> None:
         """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
         trainer = job.trainer(load_config(source.path))
@@ -243,7 +242,7 @@ class Run:
                     file.write(json.dumps(meta | {"source": paths}, indent=1).encode())
             start_step = int(state.step) + 1
             data, evaluated = job.open(trainer, self.out_dir, start_step, stack)
-            bar = ProgressBar(trainer.config.max_steps, console=console.stderr)
+            bar = ProgressBar(trainer.config.max_steps, console=cli.stderr)
             stack.enter_context(bar)
             logged = dict(tensorboard=self.tensorboard, start_step=start_step, sinks=[bar])
             log = stack.enter_context(MetricsLog(self.out_dir, **logged))
@@ -264,7 +263,7 @@ class Run:
         stop.at_once = True  # nothing is left to finish: the export is written whole or not at all
         step, code = int(state.step), processes.agree(stop.code or 0)
         if code and (self.export or step < trainer.config.max_steps):
-            console.say(f"stopped after step {step}, which is saved; --resume goes on", "")
+            cli.say(f"stopped after step {step}, which is saved; --resume goes on", "")
             sys.exit(code)
         if self.export:
             self._export(trainer, state, frozen, source)
@@ -298,8 +297,8 @@ class Run:
         saved, progress = _without_progress(restored.meta)
         changes = check(saved)
         for change in changes:
-            console.say(f"changed: {change}", "")
-        console.say(f"going on after step {restored.step}", "")
+            cli.say(f"changed: {change}", "")
+        cli.say(f"going on after step {restored.step}", "")
         if saved["data"] != meta["data"]:
             progress = dataclasses.replace(progress, position=None)
         return restored.state, progress
@@ -309,10 +308,10 @@ class Run:
         save = functools.partial(
             save_checkpoint, format="hf", tokenizer=source.tokenizer_path, overwrite=True
         )
-        with console.busy("exporting"):
+        with cli.busy("exporting"):
             params = processes.to_first(trainer.export_params(state, frozen))
             processes.from_first(lambda: save(folder, trainer.model.config, params))
-        console.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+        cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
 
 
 def lora_config(rank: int, alpha: float | None) -> LoRAConfig | None:
@@ -341,7 +340,7 @@ def load_params(trainer: Trainer, source: Source, *, frozen: bool | None = None)
     """The model's parameters; a frozen model is only read, and has the dtype in which it is used."""
     frozen = trainer.lora is not None if frozen is None else frozen
     dtype = trainer.model.dtype if frozen else trainer.config.param_dtype
-    with console.progress() as report:
+    with cli.progress() as report:
         return load_checkpoint(source.path, dtype=dtype, progress=report)[1]
 
 

@@ -1,6 +1,6 @@
 """The process that a reward function runs in, seen from outside: start, ask, answer, kill.
 
-Inside is `trainers.reward_worker`.
+Inside is `trainers.rewards.worker`.
 """
 
 import inspect
@@ -94,7 +94,7 @@ class RewardProcess:
         self.connection, theirs = connection.Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("reward_worker.py")],
+                [sys.executable, Path(__file__).with_name("worker.py")],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for us; and one signal ends all that it forks

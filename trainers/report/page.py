@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainers.report_charts import Drawn
+from trainers.report.charts import Drawn
 from utils.errors import DataError, is_number
 
 # What is shown of a step's rollout: with more, a page would be tens of megabytes.

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from trainers.planning.hlo import Cost, Program
+from trainers.planning.train_memory import factored
 from utils.cross_entropy import chunk_size
-from utils.hlo import Cost, Program
 from utils.kernels import LANES
 from utils.kvcache import bucket
-from utils.train_memory import factored
 
 _F32 = 4
 _MUON_ROUNDS = 5  # of Newton and Schulz, optax's default

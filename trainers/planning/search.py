@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from models.llama.model import init_params, param_axes
-from planning import REMATS, Job
+from trainers.planning.chips import Chip, Topology, roofline
+from trainers.planning.estimate import estimate_job
+from trainers.planning.hlo import Program
+from trainers.planning.job import REMATS, Job
 from utils import sharding
-from utils.chips import Chip, Topology, roofline
 from utils.errors import ConfigError
-from utils.estimate import estimate_job
-from utils.hlo import Program
 
 _COMPILES = 4
 

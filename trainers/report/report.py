@@ -10,8 +10,8 @@ from typing import Any
 
 from models.llama.config import ModelConfig
 from trainers.metrics import whole_lines
-from trainers.report_charts import Columns, draw_charts
-from trainers.report_page import completions, figure, number, page, plain, table, text
+from trainers.report.charts import Columns, draw_charts
+from trainers.report.page import completions, figure, number, page, plain, table, text
 from utils.errors import ConfigError, DataError, is_int, is_number
 from utils.files import atomic_file, parse_json, read_json
 

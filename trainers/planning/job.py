@@ -11,23 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-import decoding
 import sampling
+from models.llama import decoding
 from models.llama.config import ModelConfig
 from models.llama.lora import LoRAConfig
-from models.llama.model import REMATS, LLaMa, decoding_axes, for_decoding
-from models.llama.model import init_cache, init_params, param_axes
+from models.llama.model import (
+    REMATS,
+    LLaMa,
+    decoding_axes,
+    for_decoding,
+    init_cache,
+    init_params,
+    param_axes,
+)
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.optimizer import DTYPES, OPTIMIZERS
+from trainers.planning.estimate import estimate_job
+from trainers.planning.hlo import Program, analyse
+from trainers.planning.hlo_text import Array
 from trainers.rollout import rows_at_once
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Trainer
 from utils import sharding
 from utils.cross_entropy import chunk_size
 from utils.errors import ConfigError, is_int, raise_all
-from utils.estimate import estimate_job
-from utils.hlo import Program, analyse
-from utils.hlo_text import Array
 from utils.kvcache import KVCache, bucket, buffer_spec
 
 KINDS = ("sft", "lora", "grpo", "generate")

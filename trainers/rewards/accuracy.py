@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding import Completions, GenerationConfig
 from generate import generate, random_key
+from models.llama.decoding import Completions, GenerationConfig
 from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from sampling import TopP
 from trainers.metrics import Compilations, PhaseClock
-from trainers.rewards import RewardPool
-from trainers.tasks import Prompt, Task, reward_rows
+from trainers.rewards.pool import RewardPool
+from trainers.rewards.tasks import Prompt, Task, reward_rows
 from utils.errors import ConfigError, is_int, is_number, raise_all
 
 # A completion is right if its score is at least this.
