@@ -75,7 +75,7 @@ def test_libraries_neither_print_nor_exit_nor_read_argv(path):
         if isinstance(node, ast.Call) and not ends:
             called = ast.unparse(node.func)
             assert called not in ("print", "exit", "sys.exit", "os._exit", "input"), f"{path}"
-        if isinstance(node, ast.Attribute):
+        if isinstance(node, ast.Attribute) and path.name != "cli.py":
             # hub.py hands its environment on to pip.
             banned = ("sys.argv", "os.environ") if path.name != "hub.py" else ("sys.argv",)
             assert ast.unparse(node) not in banned, f"{path}:{node.lineno}"
