@@ -19,9 +19,9 @@ from rich.markup import escape
 
 import sampling
 from conversation import Conversation
-from generate import random_key
 from models.llama.chat_format import chat_format_for, check_messages
-from models.llama.decoding import GenerationConfig, context_length
+from models.llama.decoding import GenerationConfig
+from models.llama.generation import context_length, random_key
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.loading import load_model
 from models.llama.tokenizer import decode_utf8

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import jax
 
 import sampling
-from generate import stream_text
 from models.llama.chat_format import ChatFormat
-from models.llama.decoding import Generation, GenerationConfig
+from models.llama.decoding import GenerationConfig
+from models.llama.generation import Generation, stream_text
 from models.llama.loading import Model
-from utils import cli
 from utils.errors import DataError, SamplingError
 from utils.kvcache import KVCache
 

@@ -1,7 +1,4 @@
-"""Text from a checkpoint: the command line, and `generate`, the function everything samples with.
-
-Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
-"""
+"""Text from a checkpoint: the command line, and `generate` and `stream` for `from generate import …`."""
 
 import gc
 import signal
@@ -13,177 +10,30 @@ if __name__ == "__main__":
 
 import dataclasses
 import json as jsonlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 import sampling
 from models.llama.chat_format import chat_format_for
-from models.llama.decoding import STOP, Completions, Generation, GenerationConfig, context_length
+from models.llama.decoding import Completions, GenerationConfig
+from models.llama.generation import (
+    Generation,
+    context_length,
+    finish,
+    generate,
+    random_key,
+    stream,
+    stream_text,
+)
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.loading import Model, load_model
-from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer
 from prompts import read_prompts
 from utils import cli, memory
-from utils.errors import ConfigError, SamplingError, is_int
+from utils.errors import ConfigError
 
-Array = jax.Array
-
-# Decode steps between two looks at the text for stop strings, and two reports of progress.
-STRIDE = 8
-
-
-def generate(
-    model: LLaMa,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    sampler: sampling.Sampler = sampling.Greedy(),
-    config: GenerationConfig = GenerationConfig(),
-    *,
-    key: Array | None = None,
-    tokenizer=None,
-) -> Completions:
-    """Completions of a batch of prompts of any lengths.
-
-    A row's tokens depend on its prompt, its number among the prompt's samples and `key`, and not on
-    its batch mates or its place. Prompts of other lengths reuse a compiled step: buffers come in
-    bucketed sizes.
-
-    Args:
-        model: its config says the context length.
-        params: as loaded, or `for_decoding(params)`, which spares a copy of the weights a call.
-        prompts: B lists of token ids.
-        sampler: Greedy or TopP.
-        config: lengths, stops, samples a prompt.
-        key: one PRNG key, or [B] keys, one a prompt; default: key 0. A single key is folded with a
-            checksum of each prompt's ids.
-        tokenizer: only for stop strings.
-
-    Returns:
-        Completions of B · n rows.
-
-    Raises:
-        SamplingError: an empty or too long prompt, an id outside the vocabulary, a bad number, or
-            logits that are not finite (named by step and row).
-    """
-    run = Generation(model, params, sampler, config)
-    run.start(prompts, key=key)
-    return finish(run, tokenizer)
-
-
-def stream(
-    model: LLaMa,
-    params: Params,
-    prompt: Sequence[int],
-    sampler: sampling.Sampler = sampling.Greedy(),
-    config: GenerationConfig = GenerationConfig(),
-    *,
-    key: Array | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Yields (token, log-prob) of one prompt as they come: the same tokens as `generate`."""
-    run = Generation(model, params, sampler, config)
-    run.start([prompt], key=key)
-    yield from run.stream()
-
-
-class RowText:
-    """The text of one row while it decodes, and whether a stop string is in it.
-
-    Attributes:
-        text: so far; up to the stop string once there is one.
-        stopped: whether there is one.
-        tokens: how many were pushed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
-        self.text, self.stopped, self.tokens = "", False, 0
-
-    def push(self, token: int) -> None:
-        """Adds the next token."""
-        self.tokens += 1
-        self._add(self._decoder.push(token))
-
-    def finish(self) -> None:
-        """Adds what the decoder held back: the row has ended."""
-        self._add(self._decoder.finish())
-
-    def _add(self, piece: str) -> None:
-        self.text += piece
-        found = [i for i in map(self.text.find, self._stops) if i >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    @property
-    def certain(self) -> int:
-        """Characters that no later token can turn into the start of a stop string."""
-        if self.stopped:
-            return len(self.text)
-        longest = max(map(len, self._stops), default=1) - 1
-        for held in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-held:]) for stop in self._stops):
-                return len(self.text) - held
-        return len(self.text)
-
-
-def stream_text(run: Generation, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
-    row, shown = RowText(tokenizer, run.config.stop_strings), 0
-    for token, _ in run.stream():
-        row.push(token)
-        yield row.text[shown : row.certain]
-        shown = row.certain
-        if row.stopped:
-            run.end(np.asarray([row.tokens]), np.asarray([STOP]))
-            return
-    row.finish()
-    yield row.text[shown:]
-
-
-def finish(
-    run: Generation,
-    tokenizer: Tokenizer | None = None,
-    report: Callable[[int], None] | None = None,
-) -> Completions:
-    """Decodes a started Generation to its end.
-
-    Args:
-        run: started.
-        tokenizer: only for stop strings; they are looked for every few steps.
-        report: called now and then with the number of tokens so far.
-
-    Raises:
-        SamplingError: stop strings without a tokenizer, or logits that are not finite.
-    """
-    stops = run.config.stop_strings
-    if not stops and report is None:
-        run.advance()
-        return run.completions()
-    if stops and tokenizer is None:
-        raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
-    rows = [RowText(tokenizer, stops) for _ in range(run.rows if stops else 0)]
-    while True:
-        done = run.completions()
-        if rows:
-            _end_at_stop_strings(run, rows, done)
-        if report is not None:
-            report(int(done.lengths.sum()))
-        if not run.running:
-            return run.completions([row.text if row.stopped else None for row in rows])
-        run.advance(STRIDE)
-
-
-def _end_at_stop_strings(run: Generation, rows: list[RowText], done: Completions) -> None:
-    """Gives each row's new tokens to its text, and ends the rows in which a stop string appeared."""
-    counts, reasons = done.lengths.copy(), np.asarray(run.state.reason_R).copy()
-    for i, row in enumerate(rows):
-        while not row.stopped and row.tokens < counts[i]:
-            row.push(int(done.tokens[i, row.tokens]))
-        if row.stopped:
-            counts[i], reasons[i] = row.tokens, STOP
-    run.end(counts, reasons)
+__all__ = ["Completions", "GenerationConfig", "generate", "stream"]
 
 
 def main(
@@ -305,13 +155,6 @@ def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
     total = int(np.asarray(run.state.limits_R).sum())
     with cli.progress() as report:
         return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
-
-
-def random_key(seed: int) -> Array:
-    """A PRNG key. Raises SamplingError unless the seed is in 0 .. 2^32 - 1."""
-    if not is_int(seed) or not 0 <= seed < 2**32:
-        raise SamplingError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
-    return jax.random.key(seed)
 
 
 def _stop_strings(stop: str | None) -> tuple[str, ...]:

@@ -4,13 +4,12 @@ import functools
 import io
 import json as jsonlib
 from pathlib import Path
-from typing import Any
 
 import rich.console
 import rich.table
 
 from evaluate import rewards_of, task_args_of
-from generate import random_key
+from models.llama.generation import random_key
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.loading import compute_dtype
 from trainers.grpo_trainer import GRPOConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpo
-from generate import random_key
+from models.llama.generation import random_key
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.loading import compute_dtype
 from trainers.data import DataConfig, Dataset, load_dataset

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peers import LlamaCpp, Transformers, xllamacpp  # noqa: E402
-from models.llama.decoding import Generation, GenerationConfig  # noqa: E402
+from models.llama.decoding import GenerationConfig  # noqa: E402
+from models.llama.generation import Generation  # noqa: E402
 from models.llama.hub import DEFAULT_MODEL, resolve  # noqa: E402
 from models.llama.load import load_checkpoint, save_checkpoint  # noqa: E402
 from models.llama.model import LLaMa, for_decoding  # noqa: E402

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.grpo_products import Products  # noqa: E402
 from benchmarks.grpo_reward import distinct_ids  # noqa: E402
 from benchmarks.workers import serve  # noqa: E402
-from models.llama.decoding import Generation, GenerationConfig  # noqa: E402
+from models.llama.decoding import GenerationConfig  # noqa: E402
+from models.llama.generation import Generation  # noqa: E402
 from models.llama.load import load_checkpoint  # noqa: E402
 from models.llama.model import LLaMa  # noqa: E402
 from models.llama.tokenizer import load_tokenizer  # noqa: E402

@@ -16,8 +16,8 @@ import numpy as np
 
 import sampling
 from generate import generate
-from models.llama.completions import GenerationConfig
 from models.llama.config import ModelConfig
+from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params

@@ -16,7 +16,7 @@ import pytest
 import sampling
 from conversation import Conversation
 from models.llama.chat_format import chat_format_for
-from models.llama.decoding import Generation
+from models.llama.generation import Generation
 from models.llama.load import load_checkpoint
 from models.llama.loading import Model
 from models.llama.model import LLaMa, for_decoding

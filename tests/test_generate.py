@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from generate import GenerationConfig, RowText, finish, generate, stream, stream_text
 from models.llama import decoding
-from models.llama.decoding import Generation
+from models.llama.decoding import GenerationConfig
+from models.llama.generation import Generation, RowText, finish, generate, stream, stream_text
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from sampling import Greedy, TopP

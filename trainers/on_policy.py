@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from generate import generate
 from models.llama.decoding import GenerationConfig
+from models.llama.generation import generate
 from models.llama.model import Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from trainers.grpo_trainer import GRPOTrainer

@@ -1,12 +1,11 @@
-"""Generation under way: a batch of rows, prefilled once and decoded step by step.
+"""Decoding on the device: the prefill, and the one decode step that everything samples with.
 
 The batch, the stream and the RL rollout all run `decode`'s body, so they cannot diverge.
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
 """
 
+import dataclasses
 import functools
-import zlib
-from collections.abc import Iterator, Sequence
 
 import flax.struct
 import jax
@@ -14,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from models.llama.completions import Completions, GenerationConfig
-from models.llama.config import ModelConfig
-from models.llama.model import LLaMa, Params, cache_shape, for_decoding, init_cache
-from utils import memory, sharding
-from utils.errors import SamplingError
-from utils.kvcache import KVCache, bucket, check_capacity
+from models.llama.model import LLaMa, Params, init_cache
+from utils import sharding
+from utils.errors import SamplingError, is_int
+from utils.kvcache import KVCache
 
 Array = jax.Array
 
@@ -27,174 +24,68 @@ RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
 REASONS = {RUNNING: "running", STOP: "stop", LENGTH: "length"}
 
 
-class Generation:
-    """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
-
-    `cache` may be handed on: chat starts the next turn on the cache of the last one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How far to generate; none of these numbers recompiles but n.
 
     Attributes:
-        rows: of the batch, prompts times samples.
+        max_new_tokens: tokens a row at most; None: as many as the context holds. A number above the
+            context length is cut to what it holds.
+        max_seq_len: prompt and completion together; None: the model's.
+        n: samples a prompt, from one prefill.
+        stop_ids: any of these ends a row; it is the completion's last token.
+        stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
+        vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
+            the tokenizer has tokens; None: all rows are tokens.
+        prompt_width: buffers are made for prompts of at least so many tokens, so that all calls with
+            no longer ones share one compilation; None: for the longest of a call.
     """
 
-    def __init__(self, model, params, sampler, config: GenerationConfig):
-        sampling.check_sampler(sampler)
-        self.model, self.params, self.config = model, for_decoding(params), config
-        vocab = model.config.vocab_size
-        stop_ids = sorted(config.stop_ids)
-        padded = stop_ids + [-1] * (-len(stop_ids) % 8 or 8 * (not stop_ids))
-        limit = vocab if config.vocab_limit is None else min(vocab, config.vocab_limit)
-        self.rules = Rules(
-            sampling.traced(sampler), jnp.asarray(padded, jnp.int32), jnp.asarray(limit, jnp.int32)
-        )
-        self.state: DecodeState | None = None
-        self.rows = 0
+    max_new_tokens: int | None = 256
+    max_seq_len: int | None = None
+    n: int = 1
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    vocab_limit: int | None = None
+    prompt_width: int | None = None
 
-    def start(
-        self, prompts, *, key: Array | None = None, cache: KVCache | None = None, room: int = 1
-    ) -> None:
-        """Prefills the prompts and samples the first token of each row.
-
-        Args:
-            prompts: B lists of token ids, the ones that `cache` does not hold yet.
-            key: see `generate`.
-            cache: B rows already filled; it is donated. None: an empty one.
-            room: slots a row that the cache shall have at least, for what comes after these rows.
-        """
-        n_prompts = len(prompts)
-        held = np.zeros(n_prompts, np.int32)
-        if cache is not None:
-            held = np.asarray(cache.lengths)[:n_prompts]
-        limits = self._check(prompts, held)
-        lengths = np.asarray([len(p) for p in prompts], np.int32)
-        width = self.config.prompt_width or 1
-        if self.config.prompt_width:
-            room = max(room, width + (self.config.max_new_tokens or 0))
-        width = bucket(max(width, lengths.max()), 16)
-        capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
-        tokens = np.zeros((n_prompts, width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        if cache is not None and self.config.n > 1:
-            raise SamplingError("a filled cache takes one sample a prompt: n=1")
-        if cache is None or cache.capacity < capacity:
-            self._check_memory(n_prompts * self.config.n, capacity)
-            cache = cache and cache.resized(capacity)
-        check_capacity(held, width, capacity if cache is None else cache.capacity)
-        keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
-        batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
-        # The parts of a mesh have as many rows each: some that end at once fill it up.
-        missing = -n_prompts % sharding.axis_size(sharding.DECODING.batch)
-        if missing:
-            fills = (tokens[:1], lengths[:1], np.zeros(1, np.int32), keys[:1])
-            fill = lambda x, row: jnp.concatenate([x, *[row] * missing])
-            batch = tuple(map(fill, batch, fills))
-        self.rows = n_prompts * self.config.n
-        sizes = (self.config.n, capacity)
-        self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
-        self._raise_if_not_finite()
-
-    def advance(self, steps: int | None = None) -> None:
-        """Decodes until every row has ended, or for so many steps."""
-        most = np.iinfo(np.int32).max if steps is None else steps
-        self.state = decode(self.model, self.params, self.rules, self.state, jnp.int32(most))
-        self._raise_if_not_finite()
-
-    def stream(self) -> Iterator[tuple[int, float]]:
-        """Yields (token, log-prob) of a single row, one decode step at a time."""
-        index = 0
-        while True:
-            if np.asarray(self.state.counts_R)[0] > index:
-                token = np.asarray(self.state.tokens_RS)[0, index]
-                yield int(token), float(np.asarray(self.state.logprobs_RS)[0, index])
-                index += 1
-            if not self.running:
-                return
-            self.advance(1)
-
-    def end(self, counts_R: np.ndarray, reason_R: np.ndarray) -> None:
-        """Ends rows from outside: how many tokens each keeps, and why it ended (or RUNNING)."""
-        counts_R, reason_R = (
-            np.concatenate([new, np.asarray(old)[self.rows :]]).astype(np.int32)
-            for new, old in ((counts_R, self.state.counts_R), (reason_R, self.state.reason_R))
-        )
-        self.state = self.state.replace(
-            counts_R=jnp.asarray(counts_R), reason_R=jnp.asarray(reason_R)
-        )
-
-    @property
-    def running(self) -> bool:
-        """Whether any row has not ended."""
-        return bool((np.asarray(self.state.reason_R) == RUNNING).any())
-
-    def completions(self, stop_text: list[str | None] | None = None) -> Completions:
-        """What was sampled so far."""
-        state, lengths = self.state, np.asarray(self.state.counts_R)[: self.rows]
-        width = int(lengths.max(initial=0))
-        inside = np.arange(width) < lengths[:, None]
-        return Completions(
-            tokens=np.where(inside, np.asarray(state.tokens_RS)[: self.rows, :width], 0),
-            lengths=lengths,
-            logprobs=np.asarray(state.logprobs_RS)[: self.rows, :width],
-            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R)[: self.rows].tolist()],
-            stop_text=stop_text or [None] * self.rows,
-        )
-
-    def _check(self, prompts, held: np.ndarray) -> np.ndarray:
-        """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
-        c, vocab = self.config, self.model.config.vocab_size
-        context = context_length(self.model.config, c.max_seq_len)
-        more = lambda n: f" or pass --max_seq_len {n} or more" * (
-            n <= self.model.config.max_seq_len
-        )
-        most = context if c.max_new_tokens is None else c.max_new_tokens
-        if not len(prompts):
-            raise SamplingError("no prompts; pass at least one list of token ids")
-        limits = []
-        for row, (prompt, before) in enumerate(zip(prompts, held.tolist(), strict=True)):
-            where = f"prompt {row}" if len(prompts) > 1 else "prompt"
-            if not len(prompt):
-                raise SamplingError(f"{where} is empty: it has no token to start from")
-            if wrong := [t for t in prompt if not 0 <= t < vocab]:
-                raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
-            used = before + len(prompt)
-            if used >= context and most > 0:
-                raise SamplingError(
-                    f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
-                    f"shorten it{more(used + 1)}"
-                )
-            if most <= context and c.max_new_tokens is not None and used + most > context:
-                raise SamplingError(
-                    f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
-                    f"max_seq_len={context}; shorten either{more(used + most)}"
-                )
-            limits.append(min(most, context - used))
-        return np.asarray(limits, np.int32)
-
-    def _check_memory(self, rows: int, capacity: int) -> None:
-        config, dtype = self.model.config, cache_dtype(self.params)
-        size = memory.cache_bytes(cache_shape(config, rows, capacity), config.n_layers, dtype)
-        memory.check_fits({f"the KV cache of {rows} rows of {capacity} tokens": size})
-
-    def _raise_if_not_finite(self) -> None:
-        bad = np.flatnonzero(np.asarray(self.state.reason_R) == NOT_FINITE)
-        if len(bad):
-            step = int(self.state.counts_R[bad[0]])
-            error = SamplingError(
-                f"logits of row {bad[0]} at step {step} are not finite: the weights hold NaN or "
-                "infinity, or the dtype overflows; try --dtype float32 or check the checkpoint"
-            )
-            error.exit_code = 5
-            raise error
+    def __post_init__(self):
+        bad = []
+        least_of = dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1, prompt_width=1)
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and (not is_int(value) or value < least):
+                flag = " (--max_gen_len)" if name == "max_new_tokens" else ""
+                bad.append(f"{name}={value!r}{flag}, expected an integer of at least {least}")
+        if self.n is None:
+            bad.append("n=None, expected an integer of at least 1")
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            bad.append(f"stop={list(self.stop_strings)!r}: a stop string must not be empty")
+        if bad:
+            raise SamplingError("; ".join(bad))
 
 
-def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
-    """Tokens of a row at most. Raises SamplingError if more than the model's context are asked for."""
-    model = config.max_seq_len
-    if (max_seq_len or model) > model:
-        raise SamplingError(
-            f"max_seq_len={max_seq_len} exceeds the model's context of {model} tokens"
-        )
-    return max_seq_len or model
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What `generate` returns: row i · n + j is sample j of prompt i.
+
+    Attributes:
+        tokens: [R, W] int32, zeros after a row's length.
+        lengths: [R] int32, tokens up to and including the stop id.
+        logprobs: [R, W] float32, under the sampler's distribution before truncation.
+        finish_reason: "stop" or "length" a row.
+        stop_text: for a row that a stop string ended, its text up to that string; else None.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: list[str]
+    stop_text: list[str | None]
+
+    def row(self, i: int) -> list[int]:
+        """The tokens of row i, without padding."""
+        return self.tokens[i, : self.lengths[i]].tolist()
 
 
 def cache_dtype(params: Params) -> jnp.dtype:
@@ -203,14 +94,6 @@ def cache_dtype(params: Params) -> jnp.dtype:
     XLA's CPU back end has no bfloat16 attention: it would convert the whole cache in every step.
     """
     return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["embed"].dtype
-
-
-def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
-    """[B] keys: those given, or one key folded with a checksum of each prompt."""
-    if key.ndim:
-        return key
-    sums = [zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts]
-    return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.asarray(sums, jnp.uint32))
 
 
 @flax.struct.dataclass

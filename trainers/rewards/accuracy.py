@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from generate import generate, random_key
 from models.llama.decoding import Completions, GenerationConfig
+from models.llama.generation import generate, random_key
 from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from sampling import TopP

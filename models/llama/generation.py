@@ -1,0 +1,373 @@
+"""Generation: what is asked for, a batch of rows under way, and what comes back.
+
+Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sampling
+from models.llama.config import ModelConfig
+from models.llama.decoding import (
+    NOT_FINITE,
+    REASONS,
+    RUNNING,
+    STOP,
+    Completions,
+    DecodeState,
+    GenerationConfig,
+    Rules,
+    cache_dtype,
+    decode,
+    prefill,
+)
+from models.llama.model import LLaMa, Params, cache_shape, for_decoding
+from models.llama.tokenizer import Tokenizer
+from utils import memory, sharding
+from utils.errors import SamplingError, is_int
+from utils.kvcache import KVCache, bucket, check_capacity
+
+Array = jax.Array
+
+# Decode steps between two looks at the text for stop strings, and two reports of progress.
+STRIDE = 8
+
+
+class Generation:
+    """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
+
+    `cache` may be handed on: chat starts the next turn on the cache of the last one.
+
+    Attributes:
+        rows: of the batch, prompts times samples.
+    """
+
+    def __init__(self, model, params, sampler, config: GenerationConfig):
+        sampling.check_sampler(sampler)
+        self.model, self.params, self.config = model, for_decoding(params), config
+        vocab = model.config.vocab_size
+        stop_ids = sorted(config.stop_ids)
+        padded = stop_ids + [-1] * (-len(stop_ids) % 8 or 8 * (not stop_ids))
+        limit = vocab if config.vocab_limit is None else min(vocab, config.vocab_limit)
+        self.rules = Rules(
+            sampling.traced(sampler), jnp.asarray(padded, jnp.int32), jnp.asarray(limit, jnp.int32)
+        )
+        self.state: DecodeState | None = None
+        self.rows = 0
+
+    def start(
+        self, prompts, *, key: Array | None = None, cache: KVCache | None = None, room: int = 1
+    ) -> None:
+        """Prefills the prompts and samples the first token of each row.
+
+        Args:
+            prompts: B lists of token ids, the ones that `cache` does not hold yet.
+            key: see `generate`.
+            cache: B rows already filled; it is donated. None: an empty one.
+            room: slots a row that the cache shall have at least, for what comes after these rows.
+        """
+        n_prompts = len(prompts)
+        held = np.zeros(n_prompts, np.int32)
+        if cache is not None:
+            held = np.asarray(cache.lengths)[:n_prompts]
+        limits = self._check(prompts, held)
+        lengths = np.asarray([len(p) for p in prompts], np.int32)
+        width = self.config.prompt_width or 1
+        if self.config.prompt_width:
+            room = max(room, width + (self.config.max_new_tokens or 0))
+        width = bucket(max(width, lengths.max()), 16)
+        capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
+        tokens = np.zeros((n_prompts, width), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        if cache is not None and self.config.n > 1:
+            raise SamplingError("a filled cache takes one sample a prompt: n=1")
+        if cache is None or cache.capacity < capacity:
+            self._check_memory(n_prompts * self.config.n, capacity)
+            cache = cache and cache.resized(capacity)
+        check_capacity(held, width, capacity if cache is None else cache.capacity)
+        keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
+        batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
+        # The parts of a mesh have as many rows each: some that end at once fill it up.
+        missing = -n_prompts % sharding.axis_size(sharding.DECODING.batch)
+        if missing:
+            fills = (tokens[:1], lengths[:1], np.zeros(1, np.int32), keys[:1])
+            fill = lambda x, row: jnp.concatenate([x, *[row] * missing])
+            batch = tuple(map(fill, batch, fills))
+        self.rows = n_prompts * self.config.n
+        sizes = (self.config.n, capacity)
+        self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
+        self._raise_if_not_finite()
+
+    def advance(self, steps: int | None = None) -> None:
+        """Decodes until every row has ended, or for so many steps."""
+        most = np.iinfo(np.int32).max if steps is None else steps
+        self.state = decode(self.model, self.params, self.rules, self.state, jnp.int32(most))
+        self._raise_if_not_finite()
+
+    def stream(self) -> Iterator[tuple[int, float]]:
+        """Yields (token, log-prob) of a single row, one decode step at a time."""
+        index = 0
+        while True:
+            if np.asarray(self.state.counts_R)[0] > index:
+                token = np.asarray(self.state.tokens_RS)[0, index]
+                yield int(token), float(np.asarray(self.state.logprobs_RS)[0, index])
+                index += 1
+            if not self.running:
+                return
+            self.advance(1)
+
+    def end(self, counts_R: np.ndarray, reason_R: np.ndarray) -> None:
+        """Ends rows from outside: how many tokens each keeps, and why it ended (or RUNNING)."""
+        counts_R, reason_R = (
+            np.concatenate([new, np.asarray(old)[self.rows :]]).astype(np.int32)
+            for new, old in ((counts_R, self.state.counts_R), (reason_R, self.state.reason_R))
+        )
+        self.state = self.state.replace(
+            counts_R=jnp.asarray(counts_R), reason_R=jnp.asarray(reason_R)
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether any row has not ended."""
+        return bool((np.asarray(self.state.reason_R) == RUNNING).any())
+
+    def completions(self, stop_text: list[str | None] | None = None) -> Completions:
+        """What was sampled so far."""
+        state, lengths = self.state, np.asarray(self.state.counts_R)[: self.rows]
+        width = int(lengths.max(initial=0))
+        inside = np.arange(width) < lengths[:, None]
+        return Completions(
+            tokens=np.where(inside, np.asarray(state.tokens_RS)[: self.rows, :width], 0),
+            lengths=lengths,
+            logprobs=np.asarray(state.logprobs_RS)[: self.rows, :width],
+            finish_reason=[REASONS[r] for r in np.asarray(state.reason_R)[: self.rows].tolist()],
+            stop_text=stop_text or [None] * self.rows,
+        )
+
+    def _check(self, prompts, held: np.ndarray) -> np.ndarray:
+        """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
+        c, vocab = self.config, self.model.config.vocab_size
+        context = context_length(self.model.config, c.max_seq_len)
+        more = lambda n: f" or pass --max_seq_len {n} or more" * (
+            n <= self.model.config.max_seq_len
+        )
+        most = context if c.max_new_tokens is None else c.max_new_tokens
+        if not len(prompts):
+            raise SamplingError("no prompts; pass at least one list of token ids")
+        limits = []
+        for row, (prompt, before) in enumerate(zip(prompts, held.tolist(), strict=True)):
+            where = f"prompt {row}" if len(prompts) > 1 else "prompt"
+            if not len(prompt):
+                raise SamplingError(f"{where} is empty: it has no token to start from")
+            if wrong := [t for t in prompt if not 0 <= t < vocab]:
+                raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
+            used = before + len(prompt)
+            if used >= context and most > 0:
+                raise SamplingError(
+                    f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
+                    f"shorten it{more(used + 1)}"
+                )
+            if most <= context and c.max_new_tokens is not None and used + most > context:
+                raise SamplingError(
+                    f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
+                    f"max_seq_len={context}; shorten either{more(used + most)}"
+                )
+            limits.append(min(most, context - used))
+        return np.asarray(limits, np.int32)
+
+    def _check_memory(self, rows: int, capacity: int) -> None:
+        config, dtype = self.model.config, cache_dtype(self.params)
+        size = memory.cache_bytes(cache_shape(config, rows, capacity), config.n_layers, dtype)
+        memory.check_fits({f"the KV cache of {rows} rows of {capacity} tokens": size})
+
+    def _raise_if_not_finite(self) -> None:
+        bad = np.flatnonzero(np.asarray(self.state.reason_R) == NOT_FINITE)
+        if len(bad):
+            step = int(self.state.counts_R[bad[0]])
+            error = SamplingError(
+                f"logits of row {bad[0]} at step {step} are not finite: the weights hold NaN or "
+                "infinity, or the dtype overflows; try --dtype float32 or check the checkpoint"
+            )
+            error.exit_code = 5
+            raise error
+
+
+def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
+    """Tokens of a row at most. Raises SamplingError if more than the model's context are asked for."""
+    model = config.max_seq_len
+    if (max_seq_len or model) > model:
+        raise SamplingError(
+            f"max_seq_len={max_seq_len} exceeds the model's context of {model} tokens"
+        )
+    return max_seq_len or model
+
+
+def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
+    """[B] keys: those given, or one key folded with a checksum of each prompt."""
+    if key.ndim:
+        return key
+    sums = [zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts]
+    return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.asarray(sums, jnp.uint32))
+
+
+def random_key(seed: int) -> Array:
+    """A PRNG key. Raises SamplingError unless the seed is in 0 .. 2^32 - 1."""
+    if not is_int(seed) or not 0 <= seed < 2**32:
+        raise SamplingError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
+    return jax.random.key(seed)
+
+
+def generate(
+    model: LLaMa,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampler: sampling.Sampler = sampling.Greedy(),
+    config: GenerationConfig = GenerationConfig(),
+    *,
+    key: Array | None = None,
+    tokenizer=None,
+) -> Completions:
+    """Completions of a batch of prompts of any lengths.
+
+    A row's tokens depend on its prompt, its number among the prompt's samples and `key`, and not on
+    its batch mates or its place. Prompts of other lengths reuse a compiled step: buffers come in
+    bucketed sizes.
+
+    Args:
+        model: its config says the context length.
+        params: as loaded, or `for_decoding(params)`, which spares a copy of the weights a call.
+        prompts: B lists of token ids.
+        sampler: Greedy or TopP.
+        config: lengths, stops, samples a prompt.
+        key: one PRNG key, or [B] keys, one a prompt; default: key 0. A single key is folded with a
+            checksum of each prompt's ids.
+        tokenizer: only for stop strings.
+
+    Returns:
+        Completions of B · n rows.
+
+    Raises:
+        SamplingError: an empty or too long prompt, an id outside the vocabulary, a bad number, or
+            logits that are not finite (named by step and row).
+    """
+    run = Generation(model, params, sampler, config)
+    run.start(prompts, key=key)
+    return finish(run, tokenizer)
+
+
+def stream(
+    model: LLaMa,
+    params: Params,
+    prompt: Sequence[int],
+    sampler: sampling.Sampler = sampling.Greedy(),
+    config: GenerationConfig = GenerationConfig(),
+    *,
+    key: Array | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Yields (token, log-prob) of one prompt as they come: the same tokens as `generate`."""
+    run = Generation(model, params, sampler, config)
+    run.start([prompt], key=key)
+    yield from run.stream()
+
+
+class RowText:
+    """The text of one row while it decodes, and whether a stop string is in it.
+
+    Attributes:
+        text: so far; up to the stop string once there is one.
+        stopped: whether there is one.
+        tokens: how many were pushed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
+        self.text, self.stopped, self.tokens = "", False, 0
+
+    def push(self, token: int) -> None:
+        """Adds the next token."""
+        self.tokens += 1
+        self._add(self._decoder.push(token))
+
+    def finish(self) -> None:
+        """Adds what the decoder held back: the row has ended."""
+        self._add(self._decoder.finish())
+
+    def _add(self, piece: str) -> None:
+        self.text += piece
+        found = [i for i in map(self.text.find, self._stops) if i >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    @property
+    def certain(self) -> int:
+        """Characters that no later token can turn into the start of a stop string."""
+        if self.stopped:
+            return len(self.text)
+        longest = max(map(len, self._stops), default=1) - 1
+        for held in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-held:]) for stop in self._stops):
+                return len(self.text) - held
+        return len(self.text)
+
+
+def stream_text(run: Generation, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
+    row, shown = RowText(tokenizer, run.config.stop_strings), 0
+    for token, _ in run.stream():
+        row.push(token)
+        yield row.text[shown : row.certain]
+        shown = row.certain
+        if row.stopped:
+            run.end(np.asarray([row.tokens]), np.asarray([STOP]))
+            return
+    row.finish()
+    yield row.text[shown:]
+
+
+def finish(
+    run: Generation,
+    tokenizer: Tokenizer | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Completions:
+    """Decodes a started Generation to its end.
+
+    Args:
+        run: started.
+        tokenizer: only for stop strings; they are looked for every few steps.
+        report: called now and then with the number of tokens so far.
+
+    Raises:
+        SamplingError: stop strings without a tokenizer, or logits that are not finite.
+    """
+    stops = run.config.stop_strings
+    if not stops and report is None:
+        run.advance()
+        return run.completions()
+    if stops and tokenizer is None:
+        raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
+    rows = [RowText(tokenizer, stops) for _ in range(run.rows if stops else 0)]
+    while True:
+        done = run.completions()
+        if rows:
+            _end_at_stop_strings(run, rows, done)
+        if report is not None:
+            report(int(done.lengths.sum()))
+        if not run.running:
+            return run.completions([row.text if row.stopped else None for row in rows])
+        run.advance(STRIDE)
+
+
+def _end_at_stop_strings(run: Generation, rows: list[RowText], done: Completions) -> None:
+    """Gives each row's new tokens to its text, and ends the rows in which a stop string appeared."""
+    counts, reasons = done.lengths.copy(), np.asarray(run.state.reason_R).copy()
+    for i, row in enumerate(rows):
+        while not row.stopped and row.tokens < counts[i]:
+            row.push(int(done.tokens[i, row.tokens]))
+        if row.stopped:
+            counts[i], reasons[i] = row.tokens, STOP
+    run.end(counts, reasons)
