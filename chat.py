@@ -49,7 +49,7 @@ MAX_CONVERSATION_BYTES = 16 << 20
 class Terminal:
     """Reads lines, runs commands, prints answers. With stdin piped, an error ends it."""
 
-    def __init__(self, conversation: Conversation, interrupts: cli.Interrupts):
+    def __init__(self, conversation: Conversation, interrupts: cli.Signals):
         self._chat, self._interrupts = conversation, interrupts
         self._clock = cli.Clock()
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
@@ -129,7 +129,7 @@ class Terminal:
 
     def _say(self, pieces: Iterator[str]) -> None:
         """Prints an answer as it comes; Ctrl-C stops it, and the conversation goes on."""
-        self._interrupts.set(raises=False, leave_at=2)
+        self._interrupts.set(leave_at=2)
         with cli.busy("reading"):
             first = next(pieces)
         self._clock.lap()
@@ -264,7 +264,7 @@ def main(
         mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
         debug: show the traceback of an error.
     """
-    interrupts = cli.Interrupts()
+    interrupts = cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
     sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
     sampling.check_sampler(sampler)

@@ -73,7 +73,7 @@ def ppl(
         distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
-    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.Signals()
     cli.keep_compilations()
     config = DataConfig(
         seq_len=512 if seq_len is None else seq_len,
@@ -171,7 +171,7 @@ def task(
         distributed: this process is one of several, see train.py; the first scores and writes.
         debug: show the traceback of an error.
     """
-    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.Signals()
     cli.keep_compilations()
     # All flags before the model is fetched and loaded: a wrong one should not cost that time.
     samples = (8 if temperature != 0 else 1) if samples is None else samples

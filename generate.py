@@ -94,7 +94,7 @@ def main(
         distributed: this process is one of several, see train.py; the first writes.
         debug: show the traceback of an error.
     """
-    clock, interrupts = cli.Clock(), cli.Interrupts()
+    clock, interrupts = cli.Clock(), cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
     # All flags before the model is fetched and loaded: a wrong one should not cost that time.
     if logprobs and not json:
@@ -111,7 +111,7 @@ def main(
     options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
     model = load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
     ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
-    interrupts.set(raises=False, leave_at=1)
+    interrupts.set()
     run = Generation(model.llama, model.params, sampler, _complete(config, model, ids))
     clock.lap()
     with cli.busy("reading the prompt"):

@@ -166,7 +166,7 @@ def grpo(
             "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
-    stop = cli.StopSignals()
+    stop = cli.Signals(sigterm=True)
     cli.keep_compilations()
     at_once, branches = rows_at_once(micro_batch_size, group_size)
     config_of = functools.partial(
@@ -297,7 +297,7 @@ def replay(
         json: one JSON object instead of a table.
         debug: show the traceback of an error.
     """
-    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.Signals()
     cli.keep_compilations()
     changes = dict(loss=loss, beta=beta, kl=kl, epsilon_low=epsilon, epsilon_high=epsilon_high)
     changes |= dict(dual_clip=dual_clip, ratio_level=ratio_level, tis_cap=tis_cap)

@@ -103,7 +103,7 @@ def main(
     """
     os.environ.update(_ENVIRONMENT | dict(os.environ))
     jax.config.update("jax_platforms", "cpu")
-    cli.Interrupts().set(raises=False, leave_at=1)
+    cli.Signals()
     everywhere = search and ":" not in topology
     config, places = cli.all_of(
         lambda: model_config(model),

@@ -112,7 +112,7 @@ def sft(
             "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
         debug: show the traceback of an error.
     """
-    stop = cli.StopSignals()
+    stop = cli.Signals(sigterm=True)
     cli.keep_compilations()
     # All flags before anything is fetched and loaded: a wrong one should not cost that time.
     config_of = functools.partial(

@@ -109,7 +109,7 @@ def inside(program: str, *args: str, input: str | bytes = b"") -> subprocess.Com
         # These two change the process for good.
         patch.setattr(console, "keep_compilations", lambda: None)
         idle = types.SimpleNamespace(count=0, set=lambda **_: None)
-        patch.setattr(console, "Interrupts", lambda: idle)
+        patch.setattr(console, "Signals", lambda **_: idle)
         try:
             console.run(importlib.import_module(program.removesuffix(".py")).main)
         except SystemExit as e:

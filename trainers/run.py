@@ -38,6 +38,8 @@ from utils import cli, processes, sharding
 from utils.errors import CheckpointError, ConfigError, is_int, raise_all
 from utils.files import atomic_file
 
+_STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
@@ -208,7 +210,7 @@ class Run:
         job: Job,
         source: Source,
         key: jax.Array,
-        stop: cli.StopSignals,
+        stop: cli.Signals,
     ) -> None:
         """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
         trainer = job.trainer(load_config(source.path))
@@ -246,7 +248,7 @@ class Run:
             stack.enter_context(bar)
             logged = dict(tensorboard=self.tensorboard, start_step=start_step, sinks=[bar])
             log = stack.enter_context(MetricsLog(self.out_dir, **logged))
-            stop.at_once = False
+            stop.set(leave_at=2, notice=_STOPPING)
             state, _ = fit(
                 trainer,
                 state,
@@ -260,7 +262,7 @@ class Run:
                 should_stop=lambda: stop.code is not None,
                 check_every=self.check_every,
             )
-        stop.at_once = True  # nothing is left to finish: the export is written whole or not at all
+        stop.set(leave_at=1)  # nothing is left to finish: the export is written whole or not at all
         step, code = int(state.step), processes.agree(stop.code or 0)
         if code and (self.export or step < trainer.config.max_steps):
             cli.say(f"stopped after step {step}, which is saved; --resume goes on", "")

@@ -1,18 +1,30 @@
-"""What the command lines share: arguments, errors as one line, Ctrl-C, progress, kept compilations."""
+"""Command lines: flags from config dataclasses, `--help`, errors as one line, signals, progress.
+
+A command is a function whose parameters are config dataclasses; each field with a flag (`utils.fields`)
+is a flag. A parameter's default, an instance, states the command's own defaults, and its name is the
+heading of its flags in `--help`. A flag that several groups have is given to each of them.
+
+    def main(prompts: PromptFlags, sampler: TopP = TopP(0.6, 0.9)) -> None: …
+
+The command's docstring is the head of its `--help`; an example is a paragraph of it.
+"""
 
 import contextlib
+import dataclasses
+import difflib
 import functools
 import gc
 import inspect
 import io
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import fire
@@ -20,8 +32,9 @@ import jax
 import platformdirs
 import rich.console
 import rich.progress
+import rich.table
 
-from utils import distributed
+from utils import distributed, fields
 from utils.errors import AltiplanoError, ArtifactError, ConfigError
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
@@ -37,11 +50,22 @@ _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessFlags(fields.Config):
+    """The flag of a command that several processes may run together."""
+
+    distributed: str | None = fields.field(
+        None,
+        'this process is one of several: "coordinator=HOST:PORT,processes=4,process=0", or "auto": '
+        "as the launcher says; Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag",
+    )
+
+
 def run(command: Callable[..., None]) -> None:
     """Runs a command line; an error becomes one line and the documented exit code.
 
-    `--debug` shows the traceback as well. Of several processes (`distributed.read_launch`, by the
-    command's `--distributed` or the environment) only the first writes.
+    `--debug` shows the traceback as well. Of several processes (`distributed.read_launch`, by
+    `ProcessFlags` or the environment) only the first writes.
     """
     gc.freeze()
     gc.enable()
@@ -59,9 +83,19 @@ def run(command: Callable[..., None]) -> None:
 def _run(command: Callable[..., None], debug: bool) -> int:
     """Returns the exit code."""
     try:
-        if (arguments := _parse_arguments(command)) is not None:
-            _join_others(arguments.get("distributed"))
-            command(**arguments)
+        if {"--help", "-h"} & set(sys.argv[1:]) and _takes_configs(command):
+            print(fields.help_page(command, sys.argv[0]), end="")
+        else:
+            if not _takes_configs(command):
+                if (arguments := _parse_arguments(command)) is None:
+                    return 0
+                _join_others(arguments.get("distributed"))
+                command(**arguments)
+                sys.stdout.flush()
+                return 0
+            given = parse_flags(command, sys.argv[1:])
+            _join_others(given.get("distributed"))
+            command(**fields.build(command, given))
         sys.stdout.flush()
     except AltiplanoError as e:
         return _report(str(e), e.exit_code, debug, everywhere=getattr(e, "everywhere", False))
@@ -88,7 +122,7 @@ def _join_others(flag: str | None) -> None:
     launch = distributed.read_launch(flag, os.environ)
     if launch is None:
         return
-    # gloo tells on stdout of each connection; what is written there is the user's text alone.
+    # gloo logs each connection to stdout. Redirect it to stderr: stdout carries the user's text only.
     kept = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = open(kept, "w", encoding="utf-8")
@@ -98,18 +132,77 @@ def _join_others(flag: str | None) -> None:
 
 
 def run_one_of(commands: dict[str, Callable[..., None]]) -> None:
-    """As `run`, of the command that the first argument names."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Runs the command that the first argument names."""
+    program, name = sys.argv[0], "".join(sys.argv[1:2])
     if name in commands:
-        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+        sys.argv[:2] = [f"{program} {name}"]
         return run(commands[name])
-    names = ", ".join(commands)
-    asked = name in ("-h", "--help")
-    say(
-        f"{sys.argv[0]} {name!r:.40}: expected a command: {names}; each has --help",
-        "" if asked else "error: ",
+    if name in ("", "-h", "--help"):
+        out = sys.stdout if name else sys.stderr
+        print(f"usage: python {program} {{{','.join(commands)}}} …; each has --help", file=out)
+        for known, command in commands.items():
+            print(f"  {known:<8} {fields.paragraphs(command)[0]}", file=out)
+    else:
+        say(f"{program} {name!r:.40}: expected a command: {', '.join(commands)}; each has --help")
+    sys.exit(0 if name.startswith("-") else ConfigError.exit_code)
+
+
+def parse_flags(command: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
+    """The flags among a command line's words: texts as they are, numbers and switches as values.
+
+    fire parses; a recording function stands for the command, so that nothing runs before all words
+    are understood. Raises ConfigError for a word that no flag takes.
+    """
+    known = {flag.name: flag for flag in fields.flags_of(command)}
+    words = [re.sub("^--no[-_]", "--no", word) for word in words]
+    _check_names(words, known)
+    found, surplus, said = {}, [], io.StringIO()
+    texts = {name: str for name, flag in known.items() if flag.is_text}
+
+    @fire.decorators.SetParseFns(**texts)
+    def record(*args: Any, **flags: Any) -> None:
+        surplus.extend(args)
+        found.update(flags)
+
+    kinds = inspect.Parameter
+    record.__signature__ = inspect.Signature(
+        [kinds("args", kinds.VAR_POSITIONAL)]
+        + [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in known]
     )
-    sys.exit(0 if asked else ConfigError.exit_code)
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(record, command=words)
+    except fire.core.FireExit as e:
+        reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
+        raise ConfigError(f"{reason}; see --help") from e
+    if surplus:
+        hint = f"--{next(iter(known))} {surplus[0]!r:.60}"
+        raise ConfigError(f"unknown argument {surplus[0]!r:.60}; did you mean {hint}? See --help")
+    for name, value in found.items():  # fire says True where no value follows
+        missing = str(value) == "True" and not any(word.endswith("True") for word in words)
+        if missing and not known[name].is_switch:
+            raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
+    return found
+
+
+def _check_names(words: Sequence[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for a flag that is not known; fire would invent some of one letter."""
+    for word in words:
+        flag = word.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        short = re.fullmatch("-[a-zA-Z]", flag)
+        if short or word.startswith("--") and not {name, name.removeprefix("no")} & {*known}:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise ConfigError(f"unknown flag {flag:.60}; {hint}")
+
+
+# Until every command takes configs.
+
+
+def _takes_configs(command: Callable[..., None]) -> bool:
+    kinds = [p.annotation for p in inspect.signature(command).parameters.values()]
+    return all(map(dataclasses.is_dataclass, kinds))
 
 
 def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
@@ -177,75 +270,53 @@ def write(text: str) -> None:
     print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
 
 
-def _watch_signals(watch: Callable[[int], None]) -> None:
-    """Runs `watch(file descriptor)` in a thread; each signal writes its number as a byte there."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=watch, args=(reader,), daemon=True).start()
-
-
-class Interrupts:
-    """What Ctrl-C does from now on: raise KeyboardInterrupt, and the second time end the process.
+class Signals:
+    """Ends the process at Ctrl-C, or counts it for whoever looks; SIGTERM too if asked for.
 
     Python handles a signal between two of its own steps, and a compilation is one step of many
-    seconds. A thread that waits for the signal's byte is not held up by it.
+    seconds. So a thread waits for the byte that a signal writes into a pipe.
 
     Attributes:
-        count: how often Ctrl-C was pressed since `set`.
-    """
-
-    def __init__(self):
-        self.set(raises=True, leave_at=2)
-        _watch_signals(self._watch)
-
-    def set(self, *, raises: bool, leave_at: int | None) -> None:
-        """Starts to count anew.
-
-        Args:
-            raises: whether Ctrl-C raises KeyboardInterrupt, as soon as Python can.
-            leave_at: the count at which the process ends at once; None: never.
-        """
-        self.count, self._leave_at = 0, leave_at
-        signal.signal(signal.SIGINT, signal.default_int_handler if raises else lambda *_: None)
-
-    def _watch(self, reader: int) -> None:
-        while True:
-            if os.read(reader, 1) == bytes([signal.SIGINT]):
-                self.count += 1
-                if self.count == self._leave_at:
-                    # stdout is flushed after every write: nothing is lost.
-                    stderr.show_cursor(True)
-                    os._exit(INTERRUPTED)
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C for a training run: the first ends it after its step, the second at once.
-
-    As with `Interrupts`, a thread waits for the signal, since Python may be within a compilation.
-
-    Attributes:
-        code: None, or the exit code of the signal that came: 75 for SIGTERM, 130 for Ctrl-C.
-        at_once: whether the first ends it at once too, as there is no step to finish: at first so.
+        count: signals since `set`.
+        code: the exit code of the first one: 130 for Ctrl-C, 75 for SIGTERM; None: none came.
     """
 
     CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
-    def __init__(self):
+    def __init__(self, *, sigterm: bool = False, raises: bool = False, leave_at: int | None = 1):
+        self._numbers = self.CODES if sigterm else [signal.SIGINT]
         self.code: int | None = None
-        self.at_once = True
-        for number in self.CODES:
-            signal.signal(number, lambda *_: None)
-        _watch_signals(self._watch)
+        self.set(raises=raises, leave_at=leave_at)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def set(self, *, raises: bool = False, leave_at: int | None = 1, notice: str = "") -> None:
+        """Counts from 0 again.
+
+        Args:
+            raises: whether Ctrl-C raises KeyboardInterrupt, as soon as Python can.
+            leave_at: the count at which the process ends at once; None: never.
+            notice: said at a signal that does not end the process.
+        """
+        self.count, self._leave_at, self._notice = 0, leave_at, notice
+        for number in self._numbers:
+            # Python writes the byte only for a signal that has a handler.
+            signal.signal(number, signal.default_int_handler if raises else lambda *_: None)
 
     def _watch(self, reader: int) -> None:
         while True:
-            code = self.CODES[signal.Signals(os.read(reader, 1)[0])]
-            if self.at_once or self.code is not None:
+            if (number := os.read(reader, 1)[0]) not in self._numbers:
+                continue
+            self.count += 1
+            if self.count == self._leave_at:
+                # stdout is flushed after every write: nothing is lost.
                 stderr.show_cursor(True)
-                os._exit(code)
-            self.code = code
-            say("stopping after this step; once more leaves at once", "")
+                os._exit(self.CODES[number])
+            self.code = self.code or self.CODES[number]
+            if self._notice:
+                say(self._notice, "")
 
 
 def busy(what: str) -> contextlib.AbstractContextManager:
@@ -271,6 +342,18 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+def table(heads: Sequence[str], rows: Iterable[Sequence[str] | None], title: str = "") -> str:
+    """A table as text: the first column to the left, numbers to the right; None draws a line."""
+    out = rich.table.Table(title=title or None)
+    for i, head in enumerate(heads):
+        out.add_column(head, justify="right" if i else "left")
+    for row in rows:
+        out.add_section() if row is None else out.add_row(*row)
+    page = rich.console.Console(file=io.StringIO(), width=1000, markup=False)
+    page.print(out)
+    return page.file.getvalue()
+
+
 def keep_compilations() -> None:
     """Compiled programs go to the user's cache folder, so that a second start need not compile."""
     folder = platformdirs.user_cache_path("altiplano") / "xla"
@@ -290,17 +373,13 @@ class Clock:
     def __init__(self):
         self.compile_seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        self._lap()
+        self._start = time.perf_counter()
 
     def _on_event(self, event: str, seconds: float, **_) -> None:
         if event.startswith("/jax/core/compile/"):
             self.compile_seconds += seconds
 
-    def _lap(self) -> tuple[float, float]:
-        self._start = time.perf_counter(), self.compile_seconds
-        return self._start
-
     def lap(self) -> float:
         """Seconds since the last lap, without compilation."""
-        (wall, compiled), (now, compiled_now) = self._start, self._lap()
-        return max(now - wall - (compiled_now - compiled), 1e-9)
+        start, self._start = self._start, time.perf_counter() - self.compile_seconds
+        return max(self._start - start, 1e-9)

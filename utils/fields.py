@@ -8,9 +8,16 @@ Command lines, `--help` and the table of what may differ on a resume are built f
 """
 
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
+import re
+import shutil
+import textwrap
+import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 from utils.errors import AltiplanoError, ConfigError, is_int, is_number
@@ -40,12 +47,15 @@ class Setting(NamedTuple):
         allowed: its range; None: whatever its type says.
         flag: its name on the command line; "" keeps it off the command line.
         resume: one of ALWAYS, CONFIG, DATA, NEVER.
+        parse: makes the value from the flag's text, or raises ConfigError; None: the value is the text,
+            number or switch itself.
     """
 
     help: str = ""
     allowed: Range | None = None
-    flag: str = ""
+    flag: str | None = ""
     resume: str = NEVER
+    parse: Callable[[str], Any] | None = None
 
 
 def field(
@@ -55,10 +65,11 @@ def field(
     *,
     flag: str | None = None,
     resume: str = NEVER,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
     """A dataclass field with its `Setting`; flag=None names the flag like the field."""
     return dataclasses.field(
-        default=default, metadata={"setting": Setting(help, allowed, flag, resume)}
+        default=default, metadata={"setting": Setting(help, allowed, flag, resume, parse)}
     )
 
 
@@ -75,8 +86,11 @@ def one_of(*names: str) -> Range:
 
 def integer(least: int | None = None, most: int | None = None) -> Range:
     """An integer within bounds that are included."""
-    words = "an integer" + _bounds(least, most)
-    return Range(words, lambda x: is_int(x) and _inside(x, least, most))
+
+    def fits(x: Any) -> bool:
+        return is_int(x) and (least is None or x >= least) and (most is None or x <= most)
+
+    return Range("an integer" + _bounds(least, most), fits)
 
 
 def number(
@@ -87,34 +101,23 @@ def number(
     below: float | None = None,
 ) -> Range:
     """A finite number; `least` and `most` are included, `above` and `below` are not."""
-    words = "a number" + _bounds(least, most)
-    words += "" if above is None else f" above {above:g}"
-    words += (
-        ""
-        if below is None
-        else f"{' and' if above is not None or least is not None else ''} below {below:g}"
-    )
+    words = _bounds(least, most)
+    for word, limit in (("above", above), ("below", below)):
+        words += "" if limit is None else " and" * bool(words) + f" {word} {limit}"
 
     def fits(x: Any) -> bool:
-        return (
-            is_number(x)
-            and math.isfinite(x)
-            and _inside(x, least, most)
-            and (above is None or x > above)
-            and (below is None or x < below)
-        )
+        if not is_number(x) or not math.isfinite(x):
+            return False
+        inside = (least is None or x >= least) and (most is None or x <= most)
+        return inside and (above is None or x > above) and (below is None or x < below)
 
-    return Range(words, fits)
+    return Range("a number" + words, fits)
 
 
 def _bounds(least: float | None, most: float | None) -> str:
     if least is None:
-        return "" if most is None else f" up to {most:g}"
-    return f" from {least:g}" + ("" if most is None else f" to {most:g}")
-
-
-def _inside(x: float, least: float | None, most: float | None) -> bool:
-    return (least is None or x >= least) and (most is None or x <= most)
+        return "" if most is None else f" of at most {most}"
+    return f" of at least {least}" if most is None else f" from {least} to {most}"
 
 
 _OF_TYPE = {
@@ -125,18 +128,20 @@ _OF_TYPE = {
 }
 
 
+def kinds(of: dataclasses.Field) -> set[type]:
+    """The types that a field's values may have, NoneType among them."""
+    return set(typing.get_args(of.type) if isinstance(of.type, types.UnionType) else (of.type,))
+
+
 def takes_none(of: dataclasses.Field) -> bool:
     """Whether a field's type admits None."""
-    return type(None) in typing.get_args(of.type)
+    return type(None) in kinds(of)
 
 
 def allowed(of: dataclasses.Field) -> Range | None:
     """A field's range: the one that it states, else the one of its type; None: anything."""
-    stated = setting(of).allowed
-    if stated is not None:
-        return stated
-    kinds = [kind for kind in typing.get_args(of.type) or (of.type,) if kind is not type(None)]
-    return _OF_TYPE.get(kinds[0]) if len(kinds) == 1 else None
+    stated, types = setting(of).allowed, kinds(of) - {type(None)}
+    return stated or (_OF_TYPE.get(*types) if len(types) == 1 else None)
 
 
 class Config:
@@ -153,14 +158,131 @@ class Config:
 
     def problems(self) -> list[str]:
         """All that is wrong with the values, one text per problem."""
-        return list(field_problems(self))
+        return [
+            f"{f.name}={value!r:.60}, expected {expected}"
+            for f in dataclasses.fields(self)
+            if (expected := misfit(f, value := getattr(self, f.name)))
+        ]
 
 
-def field_problems(config: Any) -> Iterator[str]:
-    """The fields of a dataclass whose values are out of range, one text each."""
-    for f in dataclasses.fields(config):
-        value, known = getattr(config, f.name), allowed(f)
-        if known is None or (value is None and takes_none(f)) or known.fits(value):
-            continue
-        empty = ", or None" if takes_none(f) else ""
-        yield f"{f.name}={value!r:.60}, expected {known.expected}{empty}"
+def misfit(of: dataclasses.Field, value: Any) -> str:
+    """The range that a value of a field is outside of, in words; "" if it fits."""
+    known = allowed(of)
+    if known is None or (value is None and takes_none(of)) or known.fits(value):
+        return ""
+    return known.expected + ", or None" * takes_none(of)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EveryCommand(Config):
+    """Flags that all commands have."""
+
+    debug: bool = field(False, "show the traceback of an error")
+
+
+class Flag(NamedTuple):
+    """A flag of a command: its field, the parameter that takes the field's config, and its default."""
+
+    name: str
+    field: dataclasses.Field
+    group: str
+    default: Any  # dataclasses.MISSING: the flag is required
+
+    def value(self, given: Any) -> Any:
+        """The field's value, from what fire made of the words. Raises ConfigError."""
+        parse = setting(self.field).parse
+        value = parse(given) if parse and given is not None else given
+        if expected := misfit(self.field, value).removesuffix(", or None"):
+            off = f"; --no{self.name} turns it off" * self.is_switch
+            raise ConfigError(f"--{self.name} must be {expected}, got {given!r:.60}{off}")
+        return value
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is turned on and off, and has no value."""
+        return bool in kinds(self.field)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value is the text that was typed, whatever it looks like."""
+        return str in kinds(self.field) or setting(self.field).parse is not None
+
+    def help(self, width: int) -> str:
+        """Its lines in `--help`: the flag with its default (--[no]flag if it is not off), and its help."""
+        said, known = setting(self.field).help, allowed(self.field)
+        if known is not None and known.expected.startswith("one of "):
+            said += f" ({known.expected})"
+        unset = self.default in (None, "", (), dataclasses.MISSING)
+        left = f"--{self.name} {self.name.upper() if unset else self.default}"
+        if self.is_switch:
+            left = f"--{'[no]' * (self.default is not False)}{self.name}"
+        indent = " " * 27
+        return textwrap.fill(said, width, initial_indent=f"  {left:<24} ", subsequent_indent=indent)
+
+
+def flags_of(command: Callable[..., None]) -> list[Flag]:
+    """The flags of a command, by parameter and then by field; those of every command come last."""
+    every = inspect.Parameter(
+        "every_command", inspect.Parameter.KEYWORD_ONLY, annotation=EveryCommand
+    )
+    return [
+        Flag(
+            setting(f).flag,
+            f,
+            group.name,
+            f.default if group.default is group.empty else getattr(group.default, f.name),
+        )
+        for group in [*inspect.signature(command).parameters.values(), every]
+        for f in dataclasses.fields(group.annotation)
+        if setting(f).flag
+    ]
+
+
+def build(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+    """The configs that a command takes, from its flags. Raises one ConfigError with all problems."""
+    built, problems = {}, []
+    for name, parameter in inspect.signature(command).parameters.items():
+        values, wrong = {}, []
+        flags = [flag for flag in flags_of(command) if flag.group == name]
+        for flag in flags:
+            try:
+                if flag.name in given:
+                    values[flag.field.name] = flag.value(given[flag.name])
+                elif flag.default is dataclasses.MISSING:
+                    wrong.append(f"--{flag.name} is required")
+            except ConfigError as e:
+                wrong.append(str(e))
+        try:
+            if not wrong:
+                own, of = parameter.default, parameter.annotation
+                own = of if own is parameter.empty else functools.partial(dataclasses.replace, own)
+                built[name] = own(**values)
+        except AltiplanoError as e:  # a rule between fields
+            text = str(e).removeprefix(f"{of.__name__}: ")
+            for flag in flags:
+                text = re.sub(rf"(?<!-)\b{flag.field.name}=", f"--{flag.name}=", text)
+            wrong.append(text)
+        problems += wrong
+    if problems:
+        raise ConfigError("; ".join(dict.fromkeys(problems)))
+    return built
+
+
+def paragraphs(command: Callable[..., None]) -> list[str]:
+    """The paragraphs of a command's docstring; the first is a sentence."""
+    return [" ".join(part.split()) for part in inspect.getdoc(command).split("\n\n")]
+
+
+def help_page(command: Callable[..., None], program: str) -> str:
+    """The `--help` of a command: usage, its docstring, and the flags under their groups' names."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    first: dict[str, Flag] = {}
+    for flag in flags_of(command):
+        first.setdefault(flag.name, flag)
+    flags = first.values()
+    required = [f"--{f.name} {f.name.upper()}" for f in flags if f.default is dataclasses.MISSING]
+    head = " ".join(["usage: python", program, *required, "[flags]"])
+    lines = [textwrap.fill(text, width) for text in (head, *paragraphs(command))]
+    for group, members in itertools.groupby(flags, lambda flag: flag.group):
+        lines += [f"\n{group.replace('_', ' ')}:", *(flag.help(width) for flag in members)]
+    return "\n".join(lines) + "\n"
