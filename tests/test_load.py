@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from models.llama.config import ModelConfig
-from models.llama.layout import flatten
 from models.llama.load import load_checkpoint
 from models.llama.model import for_decoding
 from models.llama.stream import count_nonfinite
 from tests import tiny
 from tests.tiny_gguf import write_gguf
 from utils.errors import ArtifactError, ConfigError
+from utils.trees import flatten
 
 # Written out here a second time, so that a wrong row in the library's table is seen.
 HF_NAMES = {
@@ -53,7 +53,7 @@ def assert_holds(params, model) -> None:
     """The parameters are the transformers model's weights to the bit, and nothing else."""
     state, seen = model.state_dict(), set()
     for path, array in flatten(params).items():
-        pattern = HF_NAMES["/".join(path)]
+        pattern = HF_NAMES[path]
         names = [pattern.format(i) for i in range(model.config.num_hidden_layers)]
         names = names if "{}" in pattern else [pattern]
         for name, layer in zip(names, array if "{}" in pattern else [array], strict=True):

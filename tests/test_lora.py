@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.llama.layout import flatten, leaves
-from models.llama.lora import TARGETS, LoRAConfig, attach, init_lora, matrix_shapes, merge
+from models.llama.layout import MATRICES, leaves
+from models.llama.lora import TARGETS, LoRAConfig, attach, init_lora, merge
 from models.llama.model import LLaMa
 from tests.test_sft_trainer import compare, fast, gradients, variant
 from tests.test_torch_training import batch_of
 from trainers.sft_trainer import SFTConfig, SFTTrainer
+from utils.trees import flatten
 
 LORA = LoRAConfig(rank=3, alpha=4.5)  # scaled by 1.5
 
@@ -33,9 +34,8 @@ def torch_gradients(model, config, tree, scale, batch):
     trained = {k: torch.tensor(np.asarray(v), requires_grad=True) for k, v in flatten(tree).items()}
     weights = dict(model.named_parameters())
     for leaf in leaves(config, "hf"):
-        *path, name = leaf.path
-        if (*path, f"{name}_a") in trained:
-            update = trained[*path, f"{name}_b"] @ trained[*path, f"{name}_a"] * scale
+        if f"{leaf.path}_a" in trained:
+            update = trained[f"{leaf.path}_b"] @ trained[f"{leaf.path}_a"] * scale
             weights |= {hf: weights[hf] + update[i] for i, hf in enumerate(leaf.names)}
     ids = torch.from_numpy(batch["tokens"]).long()
     call = dict(input_ids=ids, use_cache=False)
@@ -74,7 +74,7 @@ def test_a_new_adapter_changes_no_bit_and_a_merged_one_is_the_attached_one():
     merged = merge(params, adapters(), LORA)
     assert np.abs(attached - base).max() > 0.1
     np.testing.assert_allclose(logits(merged), attached, atol=1e-5 * np.abs(attached).max())
-    for name, (part, *_) in matrix_shapes(config).items():
+    for name, part in MATRICES.items():
         tree = {k: np.asarray(v, np.float64) for k, v in adapters()["layers"][part].items()}
         wanted = params["layers"][part][name] + 1.5 * tree[f"{name}_b"] @ tree[f"{name}_a"]
         np.testing.assert_allclose(merged["layers"][part][name], wanted, atol=1e-5)
@@ -143,7 +143,7 @@ def test_only_adapters_are_trained_and_a_bfloat16_base_stays_as_it_is():
     exported = trainer.export_params(state, frozen)
     same = lambda path: np.array_equal(flatten(exported)[path], flatten(before)[path])
     changed = {path for path in flatten(before) if not same(path)}
-    assert changed == {("layers", "attn", "wv"), ("layers", "mlp", "w_up")}
+    assert changed == {"layers/attn/wv", "layers/mlp/w_up"}
     assert jax.tree.map(lambda x: x.dtype, exported) == jax.tree.map(lambda x: x.dtype, before)
 
 

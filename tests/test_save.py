@@ -215,7 +215,7 @@ def test_an_interrupted_tokenizer_leaves_what_was_there(tmp_path, monkeypatch, o
 def wrong_params(config, params):
     yield "layers/attn/wq is missing", params | {"layers": params["layers"] | {"attn": {}}}
     yield "lm_head is missing", {k: v for k, v in params.items() if k != "lm_head"}
-    yield "extra is no parameter", params | {"extra": params["embed"]}
+    yield "extra is not a parameter", params | {"extra": params["embed"]}
     yield r"embed is \[64, 160\], expected \[160, 64\]", params | {"embed": params["embed"].T}
     yield "final_norm has dtype int32", params | {"final_norm": params["final_norm"].astype(int)}
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from models.llama.config import ModelConfig
-from models.llama.layout import flatten, leaves
+from models.llama.layout import leaves
 from models.llama.model import LLaMa
 from tests import tiny
 from tests.oracles.torch_training import adamw_recipe, loss_and_grads
@@ -17,6 +17,7 @@ from tests.test_torch_training import batch_of
 from trainers.data import DataConfig, Dataset
 from trainers.examples import Examples
 from trainers.sft_trainer import SFTConfig, SFTTrainer, next_tokens
+from utils.trees import flatten
 
 VARIANTS = {
     "biases": tiny.VARIANTS["biases"],  # of both kinds; grouped heads, an output head of its own
@@ -35,7 +36,7 @@ def variant(name):
     state, params = model.state_dict(), {}
     for leaf in leaves(config, "hf"):
         arrays = [state[key].numpy() for key in leaf.names]
-        *parents, last = leaf.path
+        *parents, last = leaf.path.split("/")
         inside = params
         for part in parents:
             inside = inside.setdefault(part, {})

@@ -7,8 +7,9 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
+from models.llama.layout import PARAM_AXES, decoding_axes, param_axes
 from models.llama.lora import LoRAConfig, adapter_axes, init_lora
-from models.llama.model import PARAM_AXES, decoding_axes, init_params, param_axes
+from models.llama.model import init_params
 from models.llama.presets import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
@@ -48,7 +49,7 @@ def test_the_whole_table_is_used():
     assert param_axes(BIASED) == PARAM_AXES
     lora = LoRAConfig(rank=2)
     tree = jax.eval_shape(lambda: init_lora(MODEL, lora, jax.random.key(0)))
-    specs = flat(param_specs(tree, adapter_axes(lora, PARAM_AXES), TRAINING, Sizes()))
+    specs = flat(param_specs(tree, adapter_axes(lora), TRAINING, Sizes()))
     assert specs["layers/attn/wo_a"] == P(None, None, ("tensor",))
     assert specs["layers/attn/wo_b"] == P(None, ("fsdp", "context"), None)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from models.llama.load import load_checkpoint
-from models.llama.layout import flatten
 from tests import tiny
 from tests.oracles.torch_training import adamw_recipe, loss_and_grads
+from utils.trees import flatten
 
 RECIPE = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
 
@@ -51,9 +51,9 @@ def test_loss_and_gradients_are_those_of_transformers(name):
         k: v.shape for k, v in found.grads.items()
     }
     for path, theirs in (
-        (("embed",), "model.embed_tokens.weight"),
-        (("layers", "attn", "wq"), "model.layers.{}.self_attn.q_proj.weight"),
-        (("layers", "ffn_norm"), "model.layers.{}.post_attention_layernorm.weight"),
+        ("embed", "model.embed_tokens.weight"),
+        ("layers/attn/wq", "model.layers.{}.self_attn.q_proj.weight"),
+        ("layers/ffn_norm", "model.layers.{}.post_attention_layernorm.weight"),
     ):
         grads = [parameters[theirs.format(i)].grad.numpy() for i in range(3)]
         grads = np.stack(grads) if "{}" in theirs else grads[0]

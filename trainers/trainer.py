@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from models.llama import lora as adapters
+from models.llama.layout import param_axes
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, Params, param_axes
+from models.llama.model import LLaMa, Params
 from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_rate, make_optimizer
 from utils import sharding
 from utils.errors import ConfigError, is_int
@@ -188,7 +189,7 @@ class Trainer(abc.ABC):
         """The logical axes of what is trained."""
         if self.lora is None:
             return self.model_axes()
-        return adapters.adapter_axes(self.lora, self.model_axes())
+        return adapters.adapter_axes(self.lora)
 
     def model_specs(self, params: Params) -> Params:
         """How the context mesh shares the model's parameters, see `utils.sharding`."""

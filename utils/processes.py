@@ -15,6 +15,7 @@ from orbax.checkpoint import multihost
 
 from utils import errors
 from utils.errors import ConfigError, TrainError
+from utils.trees import flatten
 
 # How long the others may take until they come by: rewards, digests of a checkpoint, an export.
 WAIT_SECONDS = 1800
@@ -129,7 +130,7 @@ def check_same(values: dict[str, Any]) -> None:
     Raises:
         ConfigError: on all processes; names a process that is not like the first, and each value.
     """
-    rows = [json.loads(row) for row in gather(json.dumps(_flat(values), default=str))]
+    rows = [json.loads(row) for row in gather(json.dumps(flatten(values, "."), default=str))]
     for process, row in enumerate(rows):
         names = [name for name in rows[0] | row if row.get(name) != rows[0].get(name)]
         if names:
@@ -143,11 +144,3 @@ def check_same(values: dict[str, Any]) -> None:
             )
             error.everywhere = True
             raise error
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict)
-        out |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return out

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from models.llama import layout
 from models.llama.formats.rope import (
     llama3_scaling,
     require,
@@ -88,22 +89,12 @@ class ModelConfig:
     @property
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix of a layer, by its name."""
-        q_dim, kv_dim = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        shapes = {"wq": (q_dim, self.dim), "wk": (kv_dim, self.dim), "wv": (kv_dim, self.dim)}
-        shapes |= {"wo": (self.dim, q_dim), "w_gate": (self.ffn_dim, self.dim)}
-        return shapes | {"w_up": (self.ffn_dim, self.dim), "w_down": (self.dim, self.ffn_dim)}
+        return layout.matrix_shapes(self)
 
     @property
     def n_params(self) -> int:
-        """Number of parameters, a tied head counted once."""
-        attn = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
-        if self.attention_bias:
-            attn += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) + self.dim
-        mlp = 3 * self.dim * self.ffn_dim + self.mlp_bias * (2 * self.ffn_dim + self.dim)
-        heads = 1 if self.tie_embeddings else 2
-        return (
-            self.n_layers * (attn + mlp + 2 * self.dim) + (heads * self.vocab_size + 1) * self.dim
-        )
+        """Number of parameters; a tied head is counted once."""
+        return layout.n_params(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":

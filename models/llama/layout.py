@@ -1,79 +1,161 @@
-"""The parameters of a model, their shapes, and what each file format calls them. No JAX here."""
+"""The parameters of a model: one table, from which everything that knows them is derived. No JAX here.
+
+A row of the table states a parameter's path, its shape in fields of ModelConfig, its name in each file
+format, and whether a bias goes with it. Shapes, counts, logical axes for sharding, the matrices that
+LoRA adapts and the tensors of a checkpoint follow from the rows.
+"""
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from models.llama.config import ModelConfig
+Axes = tuple[str | None, ...]
 
-# One row a parameter: shape of one layer's array in fields of ModelConfig, then the names in Hugging
-# Face, Meta and GGUF files ({} is the layer). Matrices are [out, in] everywhere. Large ones first:
-# the embedding is one tensor for one thread, and others have work beside it meanwhile.
-_TABLE = {
-    "embed": (("vocab_size", "dim"), "model.embed_tokens", "tok_embeddings", "token_embd"),
-    "lm_head": (("vocab_size", "dim"), "lm_head", "output", "output"),
-    "layers/mlp/w_gate": (
-        ("ffn_dim", "dim"),
-        "model.layers.{}.mlp.gate_proj",
-        "layers.{}.feed_forward.w1",
-        "blk.{}.ffn_gate",
-    ),
-    "layers/mlp/w_up": (
-        ("ffn_dim", "dim"),
-        "model.layers.{}.mlp.up_proj",
-        "layers.{}.feed_forward.w3",
-        "blk.{}.ffn_up",
-    ),
-    "layers/mlp/w_down": (
-        ("dim", "ffn_dim"),
-        "model.layers.{}.mlp.down_proj",
-        "layers.{}.feed_forward.w2",
-        "blk.{}.ffn_down",
-    ),
-    "layers/attn/wq": (
-        ("n_heads*head_dim", "dim"),
-        "model.layers.{}.self_attn.q_proj",
-        "layers.{}.attention.wq",
-        "blk.{}.attn_q",
-    ),
-    "layers/attn/wk": (
-        ("n_kv_heads*head_dim", "dim"),
-        "model.layers.{}.self_attn.k_proj",
-        "layers.{}.attention.wk",
-        "blk.{}.attn_k",
-    ),
-    "layers/attn/wv": (
-        ("n_kv_heads*head_dim", "dim"),
-        "model.layers.{}.self_attn.v_proj",
-        "layers.{}.attention.wv",
-        "blk.{}.attn_v",
-    ),
-    "layers/attn/wo": (
-        ("dim", "n_heads*head_dim"),
-        "model.layers.{}.self_attn.o_proj",
-        "layers.{}.attention.wo",
-        "blk.{}.attn_output",
-    ),
-    "layers/attn_norm": (
-        ("dim",),
-        "model.layers.{}.input_layernorm",
-        "layers.{}.attention_norm",
-        "blk.{}.attn_norm",
-    ),
-    "layers/ffn_norm": (
-        ("dim",),
-        "model.layers.{}.post_attention_layernorm",
-        "layers.{}.ffn_norm",
-        "blk.{}.ffn_norm",
-    ),
-    "final_norm": (("dim",), "model.norm", "norm", "output_norm"),
-}
-_FORMATS = {"hf": 1, "meta": 2, "gguf": 3}
+# Sizes as products of config fields, named by the house's dimension key; and the logical axis over
+# which a matrix is sharded along each (utils/sharding.py). Vectors of size D are not sharded.
+_V, _D, _F, _NH, _KH = "vocab_size", "dim", "ffn_dim", "n_heads*head_dim", "n_kv_heads*head_dim"
+_AXES = {_V: "vocab", _D: "embed", _F: "ffn", _NH: "heads", _KH: "kv_heads"}
+
+
+class Sizes(Protocol):
+    """The fields of a ModelConfig that the table's sizes name, and these."""
+
+    n_layers: int
+    tie_embeddings: bool
+
+
+class Row(NamedTuple):
+    """One parameter, or one that each layer has.
+
+    Attributes:
+        path: its keys in the nested dict, "layers/attn/wq".
+        size: of each axis but that of the layers, as a product of config fields; matrices are [out,
+            in] in every format.
+        hf, meta, gguf: the tensor's name in each format; {} is the layer.
+        bias: the config field that says whether a bias [out] goes with it, "b" for "w" in its name.
+        unless: the config field that says that a model lacks it.
+        only: the config field that says that a model has it.
+    """
+
+    path: str
+    size: tuple[str, ...]
+    hf: str
+    meta: str
+    gguf: str
+    bias: str = ""
+    unless: str = ""
+    only: str = ""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it has a leading layer axis."""
+        return self.path.startswith("layers/")
+
+    @property
+    def axes(self) -> Axes:
+        """Logical axes, that of the layers included."""
+        axes = tuple(_AXES[n] if len(self.size) == 2 or n != _D else None for n in self.size)
+        return (None, *axes) if self.stacked else axes
+
+    def shape(self, config: Sizes) -> tuple[int, ...]:
+        """Its shape in numbers, without the layer axis."""
+        return tuple(math.prod(getattr(config, f) for f in n.split("*")) for n in self.size)
+
+
+_MODEL = (
+    Row("embed", (_V, _D), "model.embed_tokens", "tok_embeddings", "token_embd"),
+    Row("final_norm", (_D,), "model.norm", "norm", "output_norm"),
+    Row("lm_head", (_V, _D), "lm_head", "output", "output", unless="tie_embeddings"),
+)
+_ATTN, _MLP = "attention_bias", "mlp_bias"
+_LAYER = (
+    Row("attn_norm", (_D,), "input_layernorm", "attention_norm", "attn_norm"),
+    Row("attn/wq", (_NH, _D), "self_attn.q_proj", "attention.wq", "attn_q", _ATTN),
+    Row("attn/wk", (_KH, _D), "self_attn.k_proj", "attention.wk", "attn_k", _ATTN),
+    Row("attn/wv", (_KH, _D), "self_attn.v_proj", "attention.wv", "attn_v", _ATTN),
+    Row("attn/wo", (_D, _NH), "self_attn.o_proj", "attention.wo", "attn_output", _ATTN),
+    Row("ffn_norm", (_D,), "post_attention_layernorm", "ffn_norm", "ffn_norm"),
+    Row("mlp/w_gate", (_F, _D), "mlp.gate_proj", "feed_forward.w1", "ffn_gate", _MLP),
+    Row("mlp/w_up", (_F, _D), "mlp.up_proj", "feed_forward.w3", "ffn_up", _MLP),
+    Row("mlp/w_down", (_D, _F), "mlp.down_proj", "feed_forward.w2", "ffn_down", _MLP),
+)
+# What a layer's tensors have before their names; {} is the layer's number.
+_PREFIXES = {"hf": "model.layers.{}.", "meta": "layers.{}.", "gguf": "blk.{}."}
+
+# Rows of the q and k projections come in another order in Meta's and GGUF's files: how many heads.
+_ROTATED = dict.fromkeys(("layers/attn/wq", "layers/attn/bq"), "n_heads")
+_ROTATED |= dict.fromkeys(("layers/attn/wk", "layers/attn/bk"), "n_kv_heads")
 
 # Matrices with the same input, which decoding multiplies as one: see `models.llama.model.for_decoding`.
 FUSED = {"attn": {"qkv": ("q", "k", "v")}, "mlp": {"_gate_up": ("_gate", "_up")}}
+
+
+def _table() -> tuple[Row, ...]:
+    """All parameters, biases included, with whole paths and names."""
+    rows = []
+    for row in (*_MODEL, *_LAYER):
+        prefixes = _PREFIXES if row in _LAYER else dict.fromkeys(_PREFIXES, "")
+        names = {format: prefix + getattr(row, format) for format, prefix in prefixes.items()}
+        path = f"layers/{row.path}" if row in _LAYER else row.path
+        rows.append(row._replace(path=path, **{f: f"{name}.weight" for f, name in names.items()}))
+        if row.bias:
+            parent, _, name = path.rpartition("/")
+            biases = {f: f"{name}.bias" for f, name in names.items()}
+            rows.append(Row(f"{parent}/b{name[1:]}", row.size[:1], **biases, only=row.bias))
+    return tuple(rows)
+
+
+TABLE = _table()
+
+# Logical axes of every parameter, by its path (utils/sharding.py). The layer axis is not sharded.
+PARAM_AXES: dict[str, Axes] = {row.path: row.axes for row in TABLE}
+
+# The part of a layer ("attn" or "mlp") that has a matrix, by the matrix's name.
+MATRICES: dict[str, str] = {
+    name: part
+    for part, name in (row.path.split("/")[1:] for row in TABLE if row.path.count("/") == 2)
+    if name.startswith("w")
+}
+
+
+def rows_of(config: Sizes) -> list[Row]:
+    """The parameters that a model has."""
+    return [
+        row
+        for row in TABLE
+        if not (row.unless and getattr(config, row.unless))
+        and (not row.only or getattr(config, row.only))
+    ]
+
+
+def param_axes(config: Sizes) -> dict[str, Axes]:
+    """The rows of PARAM_AXES that a model has parameters for."""
+    return {row.path: row.axes for row in rows_of(config)}
+
+
+def decoding_axes(table: Mapping[str, Axes]) -> dict[str, Axes]:
+    """The same rows for `models.llama.model.for_decoding` on a mesh, one array per layer; paths are
+    regular expressions.
+    """
+    return {
+        path.replace("layers/", r"layers/\d+/"): axes[1:] if path.startswith("layers/") else axes
+        for path, axes in table.items()
+    }
+
+
+def matrix_shapes(config: Sizes) -> dict[str, tuple[int, int]]:
+    """(out, in) of each matrix of a layer, by its name."""
+    shapes = {row.path: row.shape(config) for row in TABLE}
+    return {name: shapes[f"layers/{part}/{name}"] for name, part in MATRICES.items()}
+
+
+def n_params(config: Sizes) -> int:
+    """Number of parameters; a tied head is counted once."""
+    copies = {True: config.n_layers, False: 1}
+    return sum(math.prod(row.shape(config)) * copies[row.stacked] for row in rows_of(config))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,16 +163,16 @@ class Leaf:
     """One array of the parameters, and the tensors of a file that it is made of.
 
     Attributes:
-        path: where it is in the nested dict.
+        path: its keys in the nested dict, "layers/attn/wq".
         fields: its layer's shape in fields of ModelConfig, for error messages.
         shape: the same in numbers, without the layer axis.
-        names: tensor names, one a layer, or one alone.
-        stacked: it has a leading layer axis.
-        heads: of wq, wk, bq and bk in Meta's and GGUF's RoPE layout: the number of heads whose rows
-            must be reordered. Else 0.
+        names: tensor names, one per layer, or a single one.
+        stacked: whether it has a leading layer axis.
+        heads: the number of heads whose rows must be reordered: those of wq, wk, bq and bk in Meta's
+            and GGUF's RoPE layout. Otherwise 0.
     """
 
-    path: tuple[str, ...]
+    path: str
     fields: tuple[str, ...]
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -98,7 +180,7 @@ class Leaf:
     heads: int
 
 
-def leaves(config: ModelConfig, format: str) -> list[Leaf]:
+def leaves(config: Sizes, format: str) -> list[Leaf]:
     """The parameters of a model.
 
     Args:
@@ -106,48 +188,36 @@ def leaves(config: ModelConfig, format: str) -> list[Leaf]:
         format: "hf", "meta" or "gguf", which decides the names.
     """
     out = []
-    for path, row in _TABLE.items():
-        if path == "lm_head" and config.tie_embeddings:
-            continue
-        name = row[_FORMATS[format]]
-        out.append(_leaf(config, path, row[0], f"{name}.weight", format))
-        parent, key = path.rpartition("/")[::2]
-        has_bias = {"layers/attn": config.attention_bias, "layers/mlp": config.mlp_bias}
-        if has_bias.get(parent, False):
-            # wq -> bq, w_gate -> b_gate
-            out.append(_leaf(config, f"{parent}/b{key[1:]}", row[0][:1], f"{name}.bias", format))
+    for row in rows_of(config):
+        heads = _ROTATED.get(row.path) if format != "hf" else None
+        layers = range(config.n_layers if row.stacked else 1)
+        out.append(
+            Leaf(
+                path=row.path,
+                fields=row.size,
+                shape=row.shape(config),
+                names=tuple(getattr(row, format).format(i) for i in layers),
+                stacked=row.stacked,
+                heads=getattr(config, heads) if heads else 0,
+            )
+        )
     return out
-
-
-def _leaf(config: ModelConfig, path: str, fields: tuple[str, ...], name: str, format: str) -> Leaf:
-    stacked = path.startswith("layers/")
-    key = path.rpartition("/")[2]
-    heads = {"wq": config.n_heads, "bq": config.n_heads}
-    heads |= {"wk": config.n_kv_heads, "bk": config.n_kv_heads}
-    return Leaf(
-        path=tuple(path.split("/")),
-        fields=fields,
-        shape=tuple(math.prod(getattr(config, f) for f in field.split("*")) for field in fields),
-        names=tuple(name.format(i) for i in range(config.n_layers)) if stacked else (name,),
-        stacked=stacked,
-        heads=0 if format == "hf" else heads.get(key, 0),
-    )
 
 
 def decoding_groups(parts: list[Leaf]) -> list[list[Leaf]]:
     """Parameters that decoding multiplies as one, in the order of FUSED; the others alone."""
-    groups: dict[tuple[str, ...], list[Leaf]] = {}
+    groups: dict[str, list[Leaf]] = {}
     for leaf in parts:
         groups.setdefault(fused_path(leaf.path), []).append(leaf)
     return list(groups.values())
 
 
-def fused_path(path: tuple[str, ...]) -> tuple[str, ...]:
-    """Where a parameter is in the layout for decoding: layers/attn/wq is part of wqkv."""
-    *parent, name = path
-    for fused, names in FUSED.get(parent[-1] if parent else "", {}).items():
+def fused_path(path: str) -> str:
+    """A parameter's path in the layout for decoding: layers/attn/wq is part of layers/attn/wqkv."""
+    parent, _, name = path.rpartition("/")
+    for fused, names in FUSED.get(parent.removeprefix("layers/"), {}).items():
         if name[1:] in names:
-            return (*parent, name[0] + fused)
+            return f"{parent}/{name[0]}{fused}"
     return path
 
 
@@ -171,18 +241,9 @@ def to_neighbour_pairs(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
-def flatten(params: Mapping) -> dict[tuple[str, ...], object]:
-    """The arrays of a nested dict by path."""
-    out = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            out |= {(key, *path): leaf for path, leaf in flatten(value).items()}
-        else:
-            out[(key,)] = value
-    return out
-
-
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two contiguous arrays are equal to the bit (NaN too, and -0 is not 0)."""
-    raw = lambda x: x.reshape(-1).view(f"u{x.itemsize}")
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(raw(a), raw(b))
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    bits = f"u{a.itemsize}"
+    return np.array_equal(a.reshape(-1).view(bits), b.reshape(-1).view(bits))

@@ -78,7 +78,8 @@ def load_checkpoint(
     """
     target = None if dtype is None else _target_dtype(dtype)
     config, source, format = _open(resolve(path_or_name, progress), tie)
-    parts = leaves(config, format)
+    # Large ones first: the embedding is one tensor for one thread, and others have work meanwhile.
+    parts = sorted(leaves(config, format), key=lambda leaf: -math.prod(leaf.shape))
     # From here on every parameter has its bytes in the file: no config can make us allocate more.
     _check_names(config, source, parts, _IGNORED[format], allow_extra)
     target = target or _common_dtype(source, parts)

@@ -5,21 +5,19 @@ the model adds b·a·x to w·x and never forms b·a (utils.ops.linear). Source: 
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from models.llama.config import ModelConfig
+from models.llama.layout import MATRICES, PARAM_AXES, Axes
 from utils.errors import is_int, is_number, raise_all
-from utils.sharding import Axes
 
 Array = jax.Array
 Params = dict[str, Any]
 
-_PARTS = {"attn": ("wq", "wk", "wv", "wo"), "mlp": ("w_gate", "w_up", "w_down")}
-TARGETS = tuple(name for names in _PARTS.values() for name in names)
+TARGETS = tuple(MATRICES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,36 +56,25 @@ class LoRAConfig:
 def init_lora(config: ModelConfig, lora: LoRAConfig, key: Array, dtype=jnp.float32) -> Params:
     """A fresh tree: a uniform as in LoRA's own code (Kaiming, within 1/sqrt(in)), b zero."""
     layers: dict[str, dict[str, Array]] = {}
-    for number, (name, (part, out_dim, in_dim)) in enumerate(matrix_shapes(config).items()):
+    for number, (name, (out_dim, in_dim)) in enumerate(config.matrix_shapes.items()):
         if name in lora.targets:
             shape = (config.n_layers, lora.rank, in_dim)
             bound = in_dim**-0.5
             a = jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
             b = jnp.zeros((config.n_layers, out_dim, lora.rank), dtype)
-            layers.setdefault(part, {}).update({f"{name}_a": a, f"{name}_b": b})
+            layers.setdefault(MATRICES[name], {}).update({f"{name}_a": a, f"{name}_b": b})
     return {"layers": layers}
 
 
-def adapter_axes(lora: LoRAConfig, table: dict[str, Axes]) -> dict[str, Axes]:
-    """Logical axes of the tree, from those of the matrices (`models.llama.model.PARAM_AXES`)."""
+def adapter_axes(lora: LoRAConfig) -> dict[str, Axes]:
+    """Logical axes of the tree, from those of the matrices."""
     rows = {}
-    for part, names in _PARTS.items():
-        for name in names:
-            if name in lora.targets:
-                path = f"layers/{part}/{name}"
-                [axes] = [axes for row, axes in table.items() if re.fullmatch(row, path)]
-                rows[f"{path}_a"] = axes[0], None, axes[2]
-                rows[f"{path}_b"] = axes[0], axes[1], None
+    for name, part in MATRICES.items():
+        if name in lora.targets:
+            path = f"layers/{part}/{name}"
+            depth, out, inner = PARAM_AXES[path]
+            rows |= {f"{path}_a": (depth, None, inner), f"{path}_b": (depth, out, None)}
     return rows
-
-
-def matrix_shapes(config: ModelConfig) -> dict[str, tuple[str, int, int]]:
-    """(part, out, in) of each matrix of a layer."""
-    return {
-        name: (part, *config.matrix_shapes[name])
-        for part, names in _PARTS.items()
-        for name in names
-    }
 
 
 def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
@@ -107,7 +94,7 @@ def merge(params: Params, tree: Params, lora: LoRAConfig) -> Params:
     layers = dict(params["layers"])
     for part, matrices in tree["layers"].items():
         layers[part] = dict(layers[part])
-        for name in _PARTS[part]:
+        for name in TARGETS:
             if f"{name}_a" in matrices:
                 a, b = matrices[f"{name}_a"], matrices[f"{name}_b"]
                 layers[part][name] = _merged(layers[part][name], a, b, lora.scale)

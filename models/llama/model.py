@@ -21,13 +21,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
-from models.llama.layout import FUSED
+from models.llama.layout import FUSED, PARAM_AXES, decoding_axes
 from utils import ops, sharding
 from utils.attention import attend
 from utils.kernels import LANES, RESIDUALS
 from utils.kvcache import KVCache, held_heads, layout
 from utils.rope import inv_frequencies
-from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, Axes, ShardingRules
+from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, ShardingRules
 from utils.sharding import constrain, share_rows
 
 Array = jax.Array
@@ -204,45 +204,6 @@ class LLaMa(nn.Module):
             lengths = cache.lengths + x_BTD.shape[1]
             cache = cache.replace(k=tuple(new_k), v=tuple(new_v), lengths=lengths, empty=False)
         return x_BTD, cache
-
-
-# Logical axes of every parameter, by its path (utils/sharding.py). The layer axis lies on none.
-PARAM_AXES: dict[str, Axes] = {
-    "embed": ("vocab", "embed"),
-    "lm_head": ("vocab", "embed"),
-    "final_norm": (None,),
-    "layers/(attn|ffn)_norm": (None, None),
-    "layers/attn/wq": (None, "heads", "embed"),
-    "layers/attn/w[kv]": (None, "kv_heads", "embed"),
-    "layers/attn/wo": (None, "embed", "heads"),
-    "layers/attn/bq": (None, "heads"),
-    "layers/attn/b[kv]": (None, "kv_heads"),
-    "layers/attn/bo": (None, None),
-    "layers/mlp/w_(gate|up)": (None, "ffn", "embed"),
-    "layers/mlp/w_down": (None, "embed", "ffn"),
-    "layers/mlp/b_(gate|up)": (None, "ffn"),
-    "layers/mlp/b_down": (None, None),
-}
-
-
-def param_axes(config: ModelConfig) -> dict[str, Axes]:
-    """The rows of PARAM_AXES that a model has parameters for."""
-    absent = {
-        "lm_head": config.tie_embeddings,
-        "layers/attn/b": not config.attention_bias,
-        "layers/mlp/b": not config.mlp_bias,
-    }
-    return {
-        row: axes
-        for row, axes in PARAM_AXES.items()
-        if not any(gone and row.startswith(start) for start, gone in absent.items())
-    }
-
-
-def decoding_axes(table: dict[str, Axes]) -> dict[str, Axes]:
-    """The same rows for the layout of `for_decoding` on a mesh: one array a layer."""
-    one = lambda row, axes: (row.replace("layers/", r"layers/\d+/"), axes[1:])
-    return dict(one(*row) if row[0].startswith("layers/") else row for row in table.items())
 
 
 # Names of the matrix products' results and a kernel's, which `remat="dots"` keeps.

@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from models.llama.config import ModelConfig
 from models.llama.formats.hf import INDEX, SINGLE
 from models.llama.formats.meta import import_torch
-from models.llama.layout import Leaf, flatten, leaves, to_neighbour_pairs
+from models.llama.layout import Leaf, leaves, to_neighbour_pairs
 from models.llama.tokenizer import check_against_model
 from models.llama.tokenizer_save import token_ids, write_tokenizer
 from utils.errors import CheckpointError, ConfigError
 from utils.files import atomic_directory
+from utils.trees import flatten
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -73,7 +74,7 @@ def save_checkpoint(
                 ids = token_ids(read)
             if format == "hf":
                 # transformers 4 reads torch_dtype, 5 reads dtype.
-                dtype = arrays[("embed",)].dtype.name
+                dtype = arrays["embed"].dtype.name
                 described |= {"dtype": dtype, "torch_dtype": dtype} | ids
                 _write_json(folder / "config.json", described)
                 _write_safetensors(folder, parts, arrays, max_shard_bytes)
@@ -86,21 +87,20 @@ def save_checkpoint(
         raise CheckpointError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def _check_params(params: Mapping[str, Any], parts: list[Leaf]) -> dict[tuple[str, ...], Any]:
+def _check_params(params: Mapping[str, Any], parts: list[Leaf]) -> dict[str, Any]:
     """The arrays by path. Raises one ConfigError about all that do not fit the config."""
     arrays = flatten(params)
     expected = {
         leaf.path: ((len(leaf.names),) if leaf.stacked else ()) + leaf.shape for leaf in parts
     }
-    bad = [f"{'/'.join(path)} is missing" for path in expected if path not in arrays]
+    bad = [f"{path} is missing" for path in expected if path not in arrays]
     for path, array in arrays.items():
-        name = "/".join(path)
         if path not in expected:
-            bad.append(f"{name} is no parameter of this config")
+            bad.append(f"{path} is not a parameter of this config")
         elif tuple(array.shape) != expected[path]:
-            bad.append(f"{name} is {list(array.shape)}, expected {list(expected[path])}")
+            bad.append(f"{path} is {list(array.shape)}, expected {list(expected[path])}")
         elif array.dtype.name not in _DTYPES:
-            bad.append(f"{name} has dtype {array.dtype.name}, expected {', '.join(_DTYPES)}")
+            bad.append(f"{path} has dtype {array.dtype.name}, expected {', '.join(_DTYPES)}")
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise ConfigError(f"params do not fit the config: {'; '.join(bad[:10])}{more}")

@@ -136,7 +136,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _insert(params: Params, leaf: Leaf, arrays: Sequence[np.ndarray], decoding: bool) -> None:
     """Hands the arrays of a group, `leaf` its first, to JAX. On CPU that copies nothing."""
-    *parents, name = fused_path(leaf.path) if decoding else leaf.path
+    *parents, name = (fused_path(leaf.path) if decoding else leaf.path).split("/")
     if not leaf.stacked:
         params[name] = jax.device_put(arrays[0])
         return

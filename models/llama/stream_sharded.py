@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.llama.layout import Leaf, to_half_split
-from models.llama.model import PARAM_AXES, decoding_axes
+from models.llama.layout import PARAM_AXES, Leaf, decoding_axes, to_half_split
 from models.llama.stream import Params, Progress, TensorSource, count_nonfinite
 from utils import sharding
 
@@ -62,9 +61,9 @@ def read_sharded(
 def _arrays(leaf: Leaf, decoding: bool) -> list[tuple[str, tuple[str, ...]]]:
     """(path, its tensors' names) of each array that a leaf becomes: one, or one a layer."""
     if leaf.stacked and decoding:
-        rest = leaf.path[1:]
-        return [("/".join(("layers", str(i), *rest)), (n,)) for i, n in enumerate(leaf.names)]
-    return [("/".join(leaf.path), leaf.names)]
+        rest = leaf.path.removeprefix("layers/")
+        return [(f"layers/{i}/{rest}", (n,)) for i, n in enumerate(leaf.names)]
+    return [(leaf.path, leaf.names)]
 
 
 def _shapes(parts: list[Leaf], dtype: np.dtype, decoding: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Reference(NamedTuple):
     loss: float
     nll_sum: float
     weight: float
-    grads: dict[tuple[str, ...], np.ndarray]
+    grads: dict[str, np.ndarray]
 
 
 def loss_and_grads(model: LlamaForCausalLM, batches: Sequence[Batch]) -> Reference:
@@ -121,7 +121,7 @@ def _documents(batch: Batch) -> Iterator[Batch]:
                 yield {key: value[row][at] for key, value in arrays.items()}
 
 
-def _by_path(model: LlamaForCausalLM) -> dict[tuple[str, ...], np.ndarray]:
+def _by_path(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     config = ModelConfig.from_hf(model.config.to_dict())
     grads = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
     out = {}

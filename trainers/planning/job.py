@@ -14,15 +14,14 @@ from jax.sharding import Mesh, PartitionSpec
 import sampling
 from models.llama import decoding
 from models.llama.config import ModelConfig
+from models.llama.layout import decoding_axes, param_axes
 from models.llama.lora import LoRAConfig
 from models.llama.model import (
     REMATS,
     LLaMa,
-    decoding_axes,
     for_decoding,
     init_cache,
     init_params,
-    param_axes,
 )
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.optimizer import DTYPES, OPTIMIZERS

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.llama.model import init_params, param_axes
+from models.llama.layout import param_axes
+from models.llama.model import init_params
 from trainers.planning.chips import Chip, Topology, roofline
 from trainers.planning.estimate import estimate_job
 from trainers.planning.hlo import Program

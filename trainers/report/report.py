@@ -14,6 +14,7 @@ from trainers.report.charts import Columns, draw_charts
 from trainers.report.page import completions, figure, number, page, plain, table, text
 from utils.errors import ConfigError, DataError, is_int, is_number
 from utils.files import atomic_file, parse_json, read_json
+from utils.trees import flatten
 
 # Settings of run.json that stand at the top, by their last name; the others are at the bottom.
 _KEY_SETTINGS = (
@@ -57,7 +58,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: boo
         "</div>",
         *shown,
         "<details><summary>All settings</summary>",
-        table([(k, json.dumps(v)) for k, v in _flatten(settings).items()]),
+        table([(k, json.dumps(v)) for k, v in flatten(settings).items()]),
         "</details>",
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def _read_metrics(path: Path) -> Columns:
             raise DataError(f"{where}: step is {step!r:.40}, expected an integer from 0")
         columns.setdefault("step", []).append((step, step))
         record["compilations"] = {"seconds": _compile_seconds(record.get("compilations"), where)}
-        for name, value in _flatten(record).items():
+        for name, value in flatten(record).items():
             value = int(value) if isinstance(value, bool) else value
             if value is None or is_number(value):
                 columns.setdefault(name, []).append((step, number(value)))
@@ -113,18 +114,6 @@ def _read_rollouts(path: Path) -> list[tuple[str, dict]]:
     return [(where, parse_json(line, where, DataError)) for where, line in found]
 
 
-def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a/b": 1}. No recursion: JSON may be nested deeper than Python's stack."""
-    out, todo = {}, list(tree.items())
-    while todo:
-        name, value = todo.pop(0)
-        if isinstance(value, dict):
-            todo[:0] = [(f"{name}/{key}", part) for key, part in value.items()]
-        else:
-            out[name] = value
-    return out
-
-
 # Facts ------------------------------------------------------------------------------------------
 
 
@@ -134,7 +123,7 @@ def _facts(settings: dict, columns: Columns) -> list[tuple[str, str]]:
         value for name in names for _, value in columns.get(name, []) if math.isfinite(value)
     )
     rows = [("model", _model(settings.get("model")))]
-    flat = _flatten(settings)
+    flat = flatten(settings)
     if "lora" in settings:
         rank = flat.get("lora/rank")
         rows.append(("trained", f"LoRA of rank {rank}" if rank else "all parameters"))
