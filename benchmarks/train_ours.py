@@ -37,6 +37,8 @@ class Altiplano:
             weight_decay=0.01,
             param_dtype=params_dtype,
             state_dtype=params_dtype,
+            micro_batch_size=None,
+            warmup_steps=0,
         )
         self._trainer = SFTTrainer(
             model=LLaMa(self._config, dtype=self._dtype, remat=remat),

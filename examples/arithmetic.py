@@ -107,9 +107,8 @@ def run(
     write_data(folder, seed)
     data = DataConfig(seq_len=16, batch_size=256, seed=seed)
     dataset = load_dataset(folder / "examples.jsonl", tokenizer, data)
-    sft = SFTTrainer(
-        llama, SFTConfig(optimizer="muon", learning_rate=1e-2, beta2=0.99, max_steps=sft_steps)
-    )
+    muon = dict(optimizer="muon", learning_rate=1e-2, beta2=0.99, warmup_steps=0)
+    sft = SFTTrainer(llama, SFTConfig(micro_batch_size=None, max_steps=sft_steps, **muon))
     state, _ = sft.init(init_params(MODEL, jax.random.key(seed)), jax.random.key(seed))
     with MetricsLog(folder / "sft") as log:
         state, _ = fit(sft, state, {}, dataset, log=log)
@@ -121,7 +120,9 @@ def run(
     )
     trainer = GRPOTrainer(
         llama,
-        GRPOConfig(learning_rate=1e-3, schedule="constant", max_steps=steps, max_completion_len=4),
+        GRPOConfig(
+            learning_rate=1e-3, max_steps=steps, max_completion_len=4, micro_batch_size=None
+        ),
         vocab_limit=tokenizer.vocab_size,
     )
     with (

@@ -176,7 +176,7 @@ def test_what_is_wrong_is_one_line(programs, files, tmp_path):
             "seed is -1.*int8",
         ),
         (dict(k="1,x"), 2, "--k '1,x'"),
-        (dict(k=4), 2, "k is 4, expected 1 to samples=3"),
+        (dict(k=4), 2, "k=4, expected 1 to samples .3."),
         (dict(temperature=0), 2, "samples=3 at temperature 0"),
         (dict(chat=False, system="Be brief."), 2, "chat is off"),
         (dict(chat_format="alpaca"), 2, "alpaca"),

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.llama.lora import LoRAConfig
 from tests.oracles import grpo_torch
 from trainers.grpo_trainer import (
     KLS,
@@ -14,6 +15,7 @@ from trainers.grpo_trainer import (
     MAX_LOG_RATIO,
     RATIO_LEVELS,
     GRPOConfig,
+    GRPOTrainer,
     aggregate,
     clipped_surrogate,
     group_advantages,
@@ -95,7 +97,7 @@ def test_a_group_with_one_score_or_none_teaches_nothing(rewards):
 
 @pytest.mark.covers("D13")
 def test_a_group_of_one_is_refused():
-    with pytest.raises(ConfigError, match="group_size=1, expected an integer from 2"):
+    with pytest.raises(ConfigError, match="group_size=1, expected an integer of at least 2"):
         RolloutConfig(group_size=1)
 
 
@@ -360,7 +362,6 @@ def test_all_that_is_wrong_is_said_at_once():
         ("beta", "0.1"),
         ("epsilon_low", -0.1),
         ("epsilon_high", -0.1),
-        ("epsilon_high", None),
         ("dual_clip", 1.2),
         ("dual_clip", float("inf")),
         ("tis_cap", float("nan")),
@@ -387,4 +388,7 @@ def test_good_numbers_at_their_edges():
         0.2,
         0.2,
     )
-    assert (default.learning_rate, default.clip_norm, default.temperature) == (1e-6, 1.0, 1.0)
+    assert (default.clip_norm, default.temperature) == (1.0, 1.0)
+    for lora, rate in ((None, 1e-6), (LoRAConfig(), 1e-5)):
+        assert GRPOTrainer(None, default, lora).config.learning_rate == rate
+    assert GRPOConfig(epsilon_low=0.1).epsilon_high == 0.1

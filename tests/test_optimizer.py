@@ -12,7 +12,7 @@ import pytest
 
 from models.llama.lora import LoRAConfig
 from trainers.optimizer import OPTIMIZERS, OptimizerConfig, learning_rate, make_optimizer
-from trainers.sft_trainer import SFTConfig
+from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils.errors import ConfigError
 
 PLAIN = dict(schedule="constant", clip_norm=None, learning_rate=0.01)
@@ -179,15 +179,15 @@ def test_schedules_at_every_step(schedule):
 
 WRONG = dict(
     optimizer=["sgd", "", None],
-    learning_rate=[0, 0.0, -1e-3, math.nan, math.inf, 11, "1e-4", None, True],
+    learning_rate=[0, 0.0, -1e-3, math.nan, math.inf, 11, "1e-4", True],
     schedule=["step", None],
-    warmup_steps=[-1, 101, 1.5, None, True],
+    warmup_steps=[-1, 101, 1.5, True],
     max_steps=[0, -1, 2.0, None, "9"],
     weight_decay=[-0.1, math.nan, math.inf, "0"],
     beta1=[1, 1.0, -0.1, math.nan, None],
     beta2=[1.0, 2, math.nan, "0.9"],
     eps=[0, -1e-8, math.nan, math.inf],
-    clip_norm=[0, 0.0, -1, math.nan, math.inf, "1"],
+    clip_norm=[-1, math.nan, math.inf, "1"],
     state_dtype=["float16", None],
     micro_batch_size=[0, -1, 1.0, True],
     param_dtype=["float8", None],
@@ -236,6 +236,16 @@ def test_a_lora_config_names_all_that_is_wrong():
 def test_a_config_that_is_right_is_hashable_and_takes_integers():
     config = SFTConfig(learning_rate=1, clip_norm=None, warmup_steps=100, weight_decay=0, beta1=0)
     assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_defaults_that_depend_on_other_settings():
+    assert SFTConfig(max_steps=200).warmup_steps == 6 and SFTConfig(max_steps=9).warmup_steps == 0
+    assert SFTConfig(clip_norm=0) == SFTConfig(clip_norm=None) != SFTConfig()
+    for lora, rate in ((None, 2e-5), (LoRAConfig(), 2e-4)):
+        assert SFTTrainer(None, SFTConfig(), lora).config.learning_rate == rate
+        assert SFTTrainer(None, SFTConfig(learning_rate=0.1), lora).config.learning_rate == 0.1
+    with pytest.raises(ConfigError, match="learning_rate=None"):
+        OptimizerConfig(learning_rate=None)
 
 
 def test_a_second_moment_falls_again():

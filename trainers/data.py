@@ -18,7 +18,8 @@ from models.llama.tokenizer import Tokenizer
 from trainers.examples import MASKS, OVERLONG, Examples, encode_record, is_plain
 from trainers.packing import pack
 from trainers.records import read_records
-from utils.errors import ConfigError, DataError, is_int, raise_all
+from utils.errors import ConfigError, DataError
+from utils.fields import CONFIG, DATA, Config, field, integer, one_of
 
 Batch = dict[str, np.ndarray]
 
@@ -26,55 +27,32 @@ _SMALLEST_BUCKET = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Config):
     """How rows become batches.
 
-    Attributes:
-        seq_len: tokens of the longest row.
-        batch_size: rows of a global batch, that is of an optimizer step.
-        packing: several examples share a row; attention and positions keep them apart.
-        mask: which tokens are targets: `assistant` all answers of a conversation, `last` its last
-            one, `completion` what follows the prompt, `all` every token; `auto` is `assistant`
-            for messages, `completion` for prompt and completion, `all` for text.
-        overlong: what happens to an example longer than seq_len: `truncate` keeps its start,
-            `drop` leaves it out, `split` cuts a text into parts (other rows are truncated).
-        shuffle: a new order each epoch; else the order of the file.
-        seed: of the order, 0 to 2^32 - 1.
-        chat_format: a name for `chat_format_for`; None for the checkpoint's own template.
+    The loss covers (`mask`) all answers of a conversation (`assistant`), its last one (`last`), what
+    follows the prompt (`completion`) or every token (`all`); `auto` is `assistant` for messages,
+    `completion` for prompt and completion, `all` for text. With `packing`, attention and positions
+    keep the examples of a row apart. Settings that resume by DATA are part of `Dataset.digest`.
     """
 
-    seq_len: int = 512
-    batch_size: int = 8
-    packing: bool = False
-    mask: str = "auto"
-    overlong: str = "truncate"
-    shuffle: bool = True
-    seed: int = 0
-    chat_format: str | None = None
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, low, high in (
-            ("seq_len", 2, 1 << 24),
-            ("batch_size", 1, 1 << 24),
-            ("seed", 0, (1 << 32) - 1),
-        ):
-            value = getattr(self, name)
-            if not is_int(value) or not low <= value <= high:
-                problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
-        for name, allowed in (
-            ("mask", MASKS),
-            ("overlong", OVERLONG),
-            ("packing", (False, True)),
-            ("shuffle", (False, True)),
-        ):
-            value = getattr(self, name)
-            if not any(value is x or (isinstance(x, str) and value == x) for x in allowed):
-                names = ", ".join(map(str, allowed))
-                problems.append(f"{name} is {value!r:.40}, expected one of {names}")
-        if self.chat_format is not None and not isinstance(self.chat_format, str):
-            problems.append(f"chat_format is {self.chat_format!r:.40}, expected a name")
-        raise_all("data", problems)
+    seq_len: int = field(512, "longest row, in tokens", integer(2, 1 << 24), resume=CONFIG)
+    batch_size: int = field(8, "rows per optimizer step", integer(1, 1 << 24), resume=CONFIG)
+    packing: bool = field(False, "let several examples share a row", resume=CONFIG)
+    mask: str = field("auto", "tokens that the loss covers", one_of(*MASKS), resume=DATA)
+    overlong: str = field(
+        "truncate",
+        "examples longer than a row: keep the start, drop them, or split texts into parts",
+        one_of(*OVERLONG),
+        resume=DATA,
+    )
+    shuffle: bool = field(
+        True, "a new order each epoch; else the order of the file", flag="", resume=DATA
+    )
+    seed: int = field(0, "seed of the data's order", integer(0, 2**32 - 1), resume=CONFIG)
+    chat_format: str | None = field(
+        None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
+    )
 
 
 class Dataset:

@@ -9,6 +9,7 @@ gradient is.
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from models.llama.model import Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, split_rows
 from utils import sharding
 from utils.cross_entropy import token_logprobs
-from utils.errors import is_int, is_number
+from utils.errors import is_number
+from utils.fields import CONFIG, again, field, integer, number, one_of
 
 Array = jax.Array
 
@@ -33,59 +35,86 @@ MAX_LOG_RATIO = 20.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOConfig(TrainConfig):
-    """The numbers of the loss.
+    """The numbers of the loss; see `aggregate` for `loss` and `kl_penalty` for `kl`.
 
-    Attributes:
-        loss: how token losses are averaged, see `aggregate`.
-        beta: weight of the KL penalty; at 0 no reference is kept.
-        kl: its estimator, see `kl_penalty`.
-        epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high].
-        dual_clip: the ratio is also cut at this number, above 1 + epsilon_high; None: never.
-        ratio_level: one ratio a token, or one a sequence (GSPO).
-        tis_cap: truncated importance sampling: a token weighs min(p_trainer / p_sampler, cap); None:
-            it weighs 1.
-        mask_truncated: a completion without a stop token has no loss (DAPO's overlong filtering).
-        temperature: of sampling, and so of every log-prob.
-        max_completion_len: tokens of a completion at most, what `dr_grpo` divides by.
+    A Trainer counts `micro_batch_size` in rows, the command line in completions: see `rows_at_once`.
     """
 
-    learning_rate: float = 1e-6
-    loss: str = "dapo"
-    beta: float = 0.0
-    kl: str = "ratio_k3"
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    dual_clip: float | None = None
-    ratio_level: str = "token"
-    tis_cap: float | None = None
-    mask_truncated: bool = False
-    temperature: float = 1.0
-    max_completion_len: int = 512
+    base_rates: ClassVar[tuple[float, float]] = (1e-6, 1e-5)
+    learning_rate: float | None = again(
+        TrainConfig, "learning_rate", None, help="peak learning rate; default: 1e-6, with LoRA 1e-5"
+    )
+    schedule: str = again(TrainConfig, "schedule", "constant")
+    micro_batch_size: int | None = again(
+        TrainConfig,
+        "micro_batch_size",
+        8,
+        help="completions in memory at once (at least one group per device); smaller saves memory "
+        "and changes nothing else",
+    )
+    eval_every: int = again(
+        TrainConfig,
+        "eval_every",
+        0,
+        help="steps between evaluations; 0: only before the first and after the last",
+    )
+    loss: str = field(
+        "dapo", "how the losses of tokens are averaged", one_of(*LOSSES), resume=CONFIG
+    )
+    beta: float = field(
+        0.0, "weight of the KL penalty; 0: no reference model", number(0), resume=CONFIG
+    )
+    kl: str = field("ratio_k3", "estimator of the KL penalty", one_of(*KLS), resume=CONFIG)
+    epsilon_low: float = field(
+        0.2, "ratios are clipped to 1 ± this", number(0, below=1), flag="epsilon", resume=CONFIG
+    )
+    epsilon_high: float | None = field(
+        None,
+        "upper clip bound, if it differs from epsilon (DAPO's clip-higher)",
+        number(0),
+        resume=CONFIG,
+    )
+    dual_clip: float | None = field(
+        None,
+        "ratios are also cut at this, above 1 + epsilon_high, where the advantage is negative",
+        number(),
+        resume=CONFIG,
+    )
+    ratio_level: str = field(
+        "token", "one ratio per token, or per sequence (GSPO)", one_of(*RATIO_LEVELS), resume=CONFIG
+    )
+    tis_cap: float | None = field(
+        None,
+        "cap of the trainer/sampler ratio (truncated importance sampling); off by default",
+        number(above=0),
+        resume=CONFIG,
+    )
+    mask_truncated: bool = field(
+        False, "leave completions without a stop token out of the loss", resume=CONFIG
+    )
+    temperature: float = field(
+        1.0,
+        "temperature of sampling and of all log-probs",
+        number(above=0)._replace(expected="a number above 0: greedy samples have no ratio"),
+        resume=CONFIG,
+    )
+    max_completion_len: int = field(
+        512,
+        "tokens per completion; a longer one is cut, and scored as it is",
+        integer(1),
+        resume=CONFIG,
+    )
+
+    def __post_init__(self) -> None:
+        if self.epsilon_high is None:
+            object.__setattr__(self, "epsilon_high", self.epsilon_low)
+        super().__post_init__()
 
     def problems(self) -> list[str]:
         out = super().problems()
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                out.append(f"{name}={getattr(self, name)!r}, expected {expected}")
-
-        number = lambda x: is_number(x) and math.isfinite(x)
-        for name, known in (("loss", LOSSES), ("kl", KLS), ("ratio_level", RATIO_LEVELS)):
-            need(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        need("beta", number(self.beta) and self.beta >= 0, "a number from 0")
-        low, high = self.epsilon_low, self.epsilon_high
-        need("epsilon_low", number(low) and 0 <= low < 1, "a number in [0, 1)")
-        need("epsilon_high", number(high) and high >= 0, "a number from 0")
-        cut, least = self.dual_clip, 1 + high if number(high) else 1
-        fits = cut is None or (number(cut) and cut > least)
-        need("dual_clip", fits, f"a number above 1 + epsilon_high ({least}), or None")
-        cap = self.tis_cap
-        need("tis_cap", cap is None or (number(cap) and cap > 0), "a number above 0, or None")
-        need("mask_truncated", isinstance(self.mask_truncated, bool), "true or false")
-        t = self.temperature
-        need("temperature", number(t) and t > 0, "a number above 0: greedy samples have no ratio")
-        length = self.max_completion_len
-        need("max_completion_len", is_int(length) and length >= 1, "an integer from 1")
+        cut, high = self.dual_clip, self.epsilon_high
+        if is_number(cut) and is_number(high) and not cut > 1 + high:
+            out.append(f"dual_clip={cut}, expected a number above 1 + epsilon_high ({1 + high})")
         return out
 
 

@@ -1,85 +1,69 @@
 """Optimizers and schedules from optax, by a small config."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from utils.errors import is_int, is_number, raise_all
+from utils.errors import is_int, is_number
+from utils.fields import ALWAYS, CONFIG, Config, field, integer, number, one_of
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 DTYPES = ("float32", "bfloat16")
 
 _DECAY_SHARE = 0.2  # of the steps, at the end of a WSD schedule
+_BETA = number(0, below=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """An optimizer and its schedule.
 
-    Attributes:
-        optimizer: adamw, adafactor, lion or muon (AdamW for what is no matrix of a layer).
-        learning_rate: its peak.
-        schedule: after the warm-up: constant; linear or cosine down to 0 at max_steps; wsd
-            (warm-up, stable, linear decay over the last fifth; MiniCPM, 2404.06395).
-        warmup_steps: linear from 0; step i of w has the rate (i + 1) / w.
-        max_steps: optimizer steps of the whole run.
-        weight_decay: decoupled; not on norms and biases.
-        beta1, beta2, eps: of AdamW and Muon's AdamW; Lion takes the betas.
-        clip_norm: gradients of a larger global norm are scaled down to it; None: never.
-        state_dtype: of first moments. Second ones are float32: at beta2 = 0.999 what they lose in a
-            step is less than bfloat16 can tell, so they would never fall.
+    After the warm-up, in which step i of w has the rate (i + 1) / w, the schedule is constant, linear
+    or cosine down to 0 at max_steps, or wsd: stable, then linear to 0 over the last fifth (MiniCPM,
+    2404.06395). Second moments are float32 whatever `state_dtype`: at beta2 = 0.999 they lose less in
+    a step than bfloat16 can tell, so they would never fall.
     """
 
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    max_steps: int = 100
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0
-    state_dtype: str = "float32"
+    optimizer: str = field(
+        "adamw",
+        "update rule; muon takes AdamW for embeddings, norms and biases",
+        one_of(*OPTIMIZERS),
+    )
+    learning_rate: float = field(
+        1e-5, "peak learning rate", number(above=0, most=10), flag="lr", resume=CONFIG
+    )
+    schedule: str = field(
+        "cosine", "learning rate after the warm-up", one_of(*SCHEDULES), resume=CONFIG
+    )
+    warmup_steps: int = field(0, "steps of linear warm-up from 0", integer(0), resume=CONFIG)
+    max_steps: int = field(100, "optimizer steps of the whole run", integer(1), resume=ALWAYS)
+    weight_decay: float = field(
+        0.0, "weight decay (norms and biases are exempt)", number(0, below=10), resume=CONFIG
+    )
+    beta1: float = field(0.9, "decay of the first moment", _BETA, flag="", resume=CONFIG)
+    beta2: float = field(0.999, "decay of the second moment", _BETA, flag="", resume=CONFIG)
+    eps: float = field(
+        1e-8, "added to AdamW's divisor", number(above=0, below=1), flag="", resume=CONFIG
+    )
+    clip_norm: float | None = field(
+        1.0, "largest gradient norm; 0: no clipping", number(0), resume=CONFIG
+    )
+    state_dtype: str = field("float32", "dtype of the optimizer's first moments", one_of(*DTYPES))
 
-    def __post_init__(self):
-        raise_all(type(self).__name__, self.problems())
+    def __post_init__(self) -> None:
+        if is_number(self.clip_norm) and self.clip_norm == 0:
+            object.__setattr__(self, "clip_norm", None)
+        super().__post_init__()
 
     def problems(self) -> list[str]:
-        """All that is wrong, for one message."""
-        out = []
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                out.append(f"{name}={getattr(self, name)!r}, expected {expected}")
-
-        number = lambda x: is_number(x) and math.isfinite(x)
-        for name, known in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("state_dtype", DTYPES),
-        ):
-            need(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        lr = self.learning_rate
-        need("learning_rate", number(lr) and 0 < lr <= 10, "a number above 0 and at most 10")
-        need("max_steps", is_int(self.max_steps) and self.max_steps >= 1, "an integer from 1")
-        warmup = self.warmup_steps
-        room = self.max_steps if is_int(self.max_steps) else math.inf
-        fits = is_int(warmup) and 0 <= warmup <= room
-        need("warmup_steps", fits, f"an integer from 0 to max_steps ({self.max_steps!r})")
-        decay = self.weight_decay
-        need("weight_decay", number(decay) and 0 <= decay < 10, "a number from 0")
-        for name in ("beta1", "beta2"):
-            beta = getattr(self, name)
-            need(name, number(beta) and 0 <= beta < 1, "a number in [0, 1)")
-        need("eps", number(self.eps) and 0 < self.eps < 1, "a number in (0, 1)")
-        clip = self.clip_norm
-        need("clip_norm", clip is None or (number(clip) and clip > 0), "a number above 0, or None")
+        out = super().problems()
+        warmup, room = self.warmup_steps, self.max_steps
+        if is_int(warmup) and is_int(room) and warmup > max(room, 0):
+            out.append(f"warmup_steps={warmup}, expected an integer from 0 to max_steps ({room})")
         return out
 
 

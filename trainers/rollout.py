@@ -14,69 +14,84 @@ import numpy as np
 from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.rewards.tasks import Prompt
 from trainers.trainer import Batch
-from utils.errors import is_int, is_number, raise_all
+from utils.errors import is_int
+from utils.fields import ALWAYS, CONFIG, Config, field, integer, number, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """What is sampled, and how often it is used.
+class RolloutConfig(Config):
+    """How completions are sampled, and how often they are used.
 
-    Attributes:
-        prompts_per_step: prompts of a rollout.
-        group_size: completions of each prompt.
-        scale: what advantages are divided by, see `group_advantages`.
-        iterations: how often a rollout is trained on; after the first time, ratios are not 1.
-        mini_batches: updates that one iteration is cut into, by prompts.
-        refills: dynamic sampling (DAPO, 2503.14476, section 3.2): groups whose rewards are all equal
-            are replaced by groups of further prompts, in so many more rounds of sampling; 0: never.
-        branches: completions that share one computation of their prompt, a divisor of group_size;
-            None: all.
-        top_p, top_k: of sampling; other than 1 and 0, the ratios are biased.
-        seed: of the prompts' order.
+    `refills` is dynamic sampling (DAPO, 2503.14476, section 3.2). After the first of several
+    `iterations`, ratios are not 1. `scale` is that of `group_advantages`.
     """
 
-    prompts_per_step: int = 8
-    group_size: int = 8
-    scale: str = "group"
-    iterations: int = 1
-    mini_batches: int = 1
-    refills: int = 0
-    branches: int | None = None
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    prompts_per_step: int = field(8, "prompts per rollout", integer(1), resume=CONFIG)
+    group_size: int = field(
+        8,
+        "completions per prompt",
+        integer(2)._replace(
+            expected="an integer of at least 2: one completion has no group to be better than"
+        ),
+        resume=CONFIG,
+    )
+    scale: str = field(
+        "group",
+        "advantages are divided by the deviation of a group or batch, or not at all",
+        one_of(*SCALES),
+        resume=CONFIG,
+    )
+    iterations: int = field(1, "passes over each rollout", integer(1), resume=CONFIG)
+    mini_batches: int = field(
+        1, "optimizer updates in each pass over a rollout", integer(1), resume=CONFIG
+    )
+    refills: int = field(
+        0,
+        "dynamic sampling: rounds that replace groups of equal rewards by further prompts",
+        integer(0),
+        resume=CONFIG,
+    )
+    branches: int | None = field(
+        None,
+        "completions that share one computation of their prompt, a divisor of group_size; None: all",
+        integer(1),
+        flag="",
+        resume=ALWAYS,
+    )
+    top_p: float = field(
+        1.0,
+        "probability of the nucleus that is sampled from; other than 1 biases the ratio",
+        number(above=0, most=1),
+        resume=CONFIG,
+    )
+    top_k: int = field(
+        0,
+        "sample from this many likeliest tokens; other than 0 biases the ratio",
+        integer(0),
+        resume=CONFIG,
+    )
+    seed: int = field(0, "seed of the prompts' order", integer(0, 2**32 - 1), resume=CONFIG)
 
-    def __post_init__(self):
-        out = []
-
-        def need(name: str, ok: bool, expected: str) -> None:
-            if not ok:
-                out.append(f"{name}={getattr(self, name)!r}, expected {expected}")
-
-        least = dict(prompts_per_step=1, iterations=1, mini_batches=1, refills=0, top_k=0, seed=0)
-        for name, low in least.items():
-            value = getattr(self, name)
-            need(name, is_int(value) and value >= low, f"an integer from {low}")
-        group, branches = self.group_size, self.branches
-        fits = is_int(group) and group >= 2
-        need("group_size", fits, "an integer from 2: one completion has no group to be better than")
-        need("scale", self.scale in SCALES, f"one of {', '.join(SCALES)}")
-        need("seed", not is_int(self.seed) or self.seed < 2**32, "at most 2^32 - 1")
-        need("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
-        divides = branches is None or (
-            is_int(branches) and branches >= 1 and fits and group % branches == 0
-        )
-        need("branches", divides, f"a divisor of group_size ({group!r}), or None")
-        if not out:
-            whole = self.prompts_per_step % self.mini_batches == 0
-            need("mini_batches", whole, f"a divisor of prompts_per_step ({self.prompts_per_step})")
-        raise_all("RolloutConfig", out)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_p != 1 or self.top_k:
             warnings.warn(
                 f"top_p={self.top_p} and top_k={self.top_k} sample from another distribution than "
                 "the one that log-probs are of: importance ratios are biased",
                 stacklevel=2,
             )
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+        group, branches = self.group_size, self.branches
+        if is_int(branches) and branches > 0 and is_int(group) and group % branches:
+            out.append(f"branches={branches}, expected a divisor of group_size ({group}), or None")
+        if not out and self.prompts_per_step % self.mini_batches:
+            out.append(
+                f"mini_batches={self.mini_batches}, expected a divisor of prompts_per_step "
+                f"({self.prompts_per_step})"
+            )
+        return out
 
     @property
     def updates(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,33 @@ import jax.numpy as jnp
 from models.llama.model import Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer
 from utils.cross_entropy import cross_entropy
+from utils.errors import is_int
+from utils.fields import again
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """As TrainConfig; supervised training has no numbers of its own."""
+    """TrainConfig with the defaults of supervised training; it has no numbers of its own."""
+
+    base_rates: ClassVar[tuple[float, float]] = (2e-5, 2e-4)
+    learning_rate: float | None = again(
+        TrainConfig, "learning_rate", None, help="peak learning rate; default: 2e-5, with LoRA 2e-4"
+    )
+    warmup_steps: int | None = again(
+        TrainConfig,
+        "warmup_steps",
+        None,
+        help="steps of linear warm-up from 0; default: 3 % of max_steps",
+    )
+    micro_batch_size: int | None = again(TrainConfig, "micro_batch_size", 4)
+    eval_every: int = again(TrainConfig, "eval_every", 50)
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is None and is_int(self.max_steps):
+            object.__setattr__(self, "warmup_steps", round(0.03 * max(self.max_steps, 0)))
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax
@@ -22,7 +22,8 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
 from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_rate, make_optimizer
 from utils import sharding
-from utils.errors import ConfigError, is_int
+from utils.errors import ConfigError
+from utils.fields import ALWAYS, field, integer, one_of
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -79,35 +80,35 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimizerConfig):
-    """An optimizer and how it is driven.
+    """An optimizer and how it is driven; activations have the model's dtype.
 
-    Attributes:
-        micro_batch_size: rows of which gradients are computed at once; None: the whole batch.
-        param_dtype: of the trained parameters. Activations have the model's `dtype`.
-        max_skipped: as many updates in a row may be skipped, not finite or without a target; one more
-            ends the run.
-        save_every: steps from checkpoint to checkpoint; the last step is always saved. 0: only it.
-        eval_every: steps from evaluation to evaluation; 0: only at the end.
+    Where `learning_rate` is None, the Trainer takes the first of `base_rates`, or the second for
+    adapters, which start at zero and want larger steps.
     """
 
-    micro_batch_size: int | None = None
-    param_dtype: str = "float32"
-    max_skipped: int = 5
-    save_every: int = 0
-    eval_every: int = 0
+    base_rates: ClassVar[tuple[float, float]] = (1e-5, 1e-4)
 
-    def problems(self) -> list[str]:
-        out = super().problems()
-        micro = self.micro_batch_size
-        if micro is not None and not (is_int(micro) and micro >= 1):
-            out.append(f"micro_batch_size={micro!r}, expected an integer from 1, or None")
-        if self.param_dtype not in DTYPES:
-            out.append(f"param_dtype={self.param_dtype!r}, expected one of {', '.join(DTYPES)}")
-        for name in ("max_skipped", "save_every", "eval_every"):
-            value = getattr(self, name)
-            if not is_int(value) or value < 0:
-                out.append(f"{name}={value!r}, expected an integer from 0")
-        return out
+    micro_batch_size: int | None = field(
+        None,
+        "rows in memory at once (at least one per device; None: all); smaller saves memory and "
+        "changes nothing else",
+        integer(1),
+        resume=ALWAYS,
+    )
+    param_dtype: str = field("float32", "dtype of the trained parameters", one_of(*DTYPES))
+    max_skipped: int = field(
+        5,
+        "updates in a row that may be skipped, not finite or without a target; one more ends the run",
+        integer(0),
+        flag="",
+        resume=ALWAYS,
+    )
+    save_every: int = field(
+        50, "steps between checkpoints; 0: only after the last step", integer(0), resume=ALWAYS
+    )
+    eval_every: int = field(
+        0, "steps between evaluations; 0: only at the end", integer(0), resume=ALWAYS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,11 @@ class Trainer(abc.ABC):
     model: LLaMa
     config: TrainConfig
     lora: LoRAConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.learning_rate is None:
+            rate = self.config.base_rates[self.lora is not None]
+            object.__setattr__(self, "config", dataclasses.replace(self.config, learning_rate=rate))
 
     @abc.abstractmethod
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:

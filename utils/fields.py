@@ -73,6 +73,14 @@ def field(
     )
 
 
+def again(base: type, name: str, default: Any, **changes: Any) -> Any:
+    """A field of a base class with another default, and with `changes` of its Setting."""
+    (found,) = (f for f in dataclasses.fields(base) if f.name == name)
+    return dataclasses.field(
+        default=default, metadata={"setting": found.metadata["setting"]._replace(**changes)}
+    )
+
+
 def setting(of: dataclasses.Field) -> Setting:
     """The Setting of a dataclass's field, with its flag's name filled in."""
     found = of.metadata.get("setting", Setting())

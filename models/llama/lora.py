@@ -12,40 +12,35 @@ import jax.numpy as jnp
 
 from models.llama.config import ModelConfig
 from models.llama.layout import MATRICES, PARAM_AXES, Axes
-from utils.errors import is_int, is_number, raise_all
+from utils.fields import Config, Range, field, integer, number
 
 Array = jax.Array
 Params = dict[str, Any]
 
 TARGETS = tuple(MATRICES)
+_SOME_TARGETS = Range(
+    f"some of {', '.join(TARGETS)}",
+    lambda x: isinstance(x, tuple) and len(x) > 0 and all(name in TARGETS for name in x),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """What is adapted.
+class LoRAConfig(Config):
+    """Rank, scale (alpha / rank) and place of the adapters."""
 
-    Attributes:
-        rank: of each update.
-        alpha: updates are scaled by alpha / rank; default: 2 · rank.
-        targets: names of matrices of a layer, out of TARGETS.
-    """
+    rank: int = field(16, "rank of the adapters", integer(1), flag="lora_rank")
+    alpha: float | None = field(
+        None,
+        "adapters are scaled by alpha / rank; default: twice the rank",
+        number(above=0, below=1e6),
+        flag="lora_alpha",
+    )
+    targets: tuple[str, ...] = field(TARGETS, "adapted matrices of a layer", _SOME_TARGETS, flag="")
 
-    rank: int = 16
-    alpha: float | None = None
-    targets: tuple[str, ...] = TARGETS
-
-    def __post_init__(self):
-        problems = []
-        if not is_int(self.rank) or self.rank < 1:
-            problems.append(f"rank={self.rank!r}, expected an integer of at least 1")
-        if self.alpha is not None and not (is_number(self.alpha) and 0 < self.alpha < 1e6):
-            problems.append(f"alpha={self.alpha!r}, expected a positive number")
-        if isinstance(self.targets, list):  # a hashable one
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, list):  # from JSON; a tuple is hashable
             object.__setattr__(self, "targets", tuple(self.targets))
-        given = self.targets if isinstance(self.targets, tuple) else ()
-        if not given or not all(name in TARGETS for name in given):
-            problems.append(f"targets={self.targets!r}, expected some of {', '.join(TARGETS)}")
-        raise_all("LoRAConfig", problems)
+        super().__post_init__()
 
     @property
     def scale(self) -> float:

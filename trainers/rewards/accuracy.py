@@ -17,7 +17,8 @@ from sampling import TopP
 from trainers.metrics import Compilations, PhaseClock
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Prompt, Task, reward_rows
-from utils.errors import ConfigError, is_int, is_number, raise_all
+from utils.errors import ConfigError, is_int
+from utils.fields import Config, field, integer, number
 
 # A completion is right if its score is at least this.
 SOLVED = 1.0
@@ -27,46 +28,28 @@ _CHUNK = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How a task is evaluated.
+class EvaluationConfig(Config):
+    """How a task is evaluated."""
 
-    Attributes:
-        samples: completions a prompt.
-        k: for each, pass@k is estimated; at most `samples`.
-        temperature: 0 is greedy, and takes one sample.
-        max_completion_len: tokens; a longer completion is cut, and scored as it is.
-        batch_size: prompts at once.
-        seed: of the samples, 0 to 2^32 - 1.
-    """
+    samples: int = field(1, "completions per prompt", integer(1, 1 << 16))
+    k: tuple[int, ...] = field((1,), "k's of pass@k, at most samples")
+    temperature: float = field(1.0, "sampling temperature; 0: greedy, one sample", number(0))
+    max_completion_len: int = field(
+        64, "tokens per completion; a longer one is cut, and scored as it is", integer(1, 1 << 24)
+    )
+    batch_size: int = field(8, "prompts at once", integer(1, 1 << 16))
+    seed: int = field(0, "seed of the samples", integer(0, 2**32 - 1))
 
-    samples: int = 1
-    k: tuple[int, ...] = (1,)
-    temperature: float = 1.0
-    max_completion_len: int = 64
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, low, high in (
-            ("samples", 1, 1 << 16),
-            ("max_completion_len", 1, 1 << 24),
-            ("batch_size", 1, 1 << 16),
-            ("seed", 0, (1 << 32) - 1),
-        ):
-            value = getattr(self, name)
-            if not is_int(value) or not low <= value <= high:
-                problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
-        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            problems.append(f"temperature is {self.temperature!r:.40}, expected a number from 0 on")
+    def problems(self) -> list[str]:
+        out = super().problems()
         if is_int(self.samples):
             if wrong := [k for k in self.k if not is_int(k) or not 1 <= k <= self.samples]:
-                problems.append(f"k is {wrong[0]!r:.40}, expected 1 to samples={self.samples}")
+                out.append(f"k={wrong[0]!r:.40}, expected 1 to samples ({self.samples})")
             if self.temperature == 0 and self.samples > 1:
-                problems.append(
+                out.append(
                     f"samples={self.samples} at temperature 0 would all be the same; expected 1"
                 )
-        raise_all("evaluation", problems)
+        return out
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
