@@ -50,7 +50,7 @@ def test_supervised_training_is_what_plan_py_estimates_for_each_device(sizes):
     assert wanted["parameters"] == pytest.approx(
         2 * MODEL.n_params / (16 if sizes is SIZES else 1), rel=1e-3
     )
-    lora = SFTTrainer(LLAMA, SFTConfig(**BITS), LoRAConfig(rank=8))
+    lora = SFTTrainer(LLAMA, SFTConfig(micro_batch_size=None, **BITS), LoRAConfig(rank=8))
     wanted = worst(sizes, kind="lora", lora_rank=8, batch=32, seq=4096)
     assert preflight.sft_bytes(lora, 32, 4096) == wanted
 
