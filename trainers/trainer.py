@@ -21,7 +21,7 @@ from models.llama.layout import param_axes
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
 from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_rate, make_optimizer
-from utils import sharding
+from utils import detours, sharding
 from utils.errors import ConfigError
 from utils.fields import ALWAYS, field, integer, one_of
 
@@ -267,19 +267,7 @@ class Trainer(abc.ABC):
             params = _where(updated, optax.apply_updates(params, updates), params)
             return params, _where(updated, new, moments)
 
-        def params_first(sums, scale, updated, params, moments):
-            # Moments are updated after the parameters, which read the old ones, and XLA is made to
-            # see it: on CPU it copied all moments otherwise, before the forward pass.
-            new, _ = update(sums, scale, updated, params, moments)
-            new, sums, updated = jax.lax.optimization_barrier((new, sums, updated))
-            # Always true, but not for XLA. (A barrier alone is gone before copies are decided on.)
-            first = sum(x.reshape(-1)[0] for x in jax.tree.leaves(new))
-            updated = updated & ((first < jnp.inf) | ~(first < 0))
-            return new, update(sums, scale, updated, params, moments)[1]
-
-        return jax.lax.platform_dependent(
-            sums, scale, updated, state.params, state.opt_state, cpu=params_first, default=update
-        )
+        return detours.update_in_place(update, sums, scale, updated, state.params, state.opt_state)
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: Array

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from utils import sharding
+from utils import detours, sharding
 from utils.ops import matmul
 
 Array = jax.Array
@@ -368,6 +368,5 @@ def _whole_gradients(gradients, head_VD, parts: _Parts):
     if dhead_VD is not None:
         dhead_VD = parts.over_copies(dhead_VD).astype(head_VD.dtype)
         if dx_ND is not None and dhead_VD.dtype != jnp.float32:
-            # Cast before the backward pass goes on, or the float32 one is kept until its end.
-            dx_ND, dhead_VD = jax.lax.optimization_barrier((dx_ND, dhead_VD))
+            dx_ND, dhead_VD = detours.ready_together(dx_ND, dhead_VD)
     return dx_ND, dhead_VD

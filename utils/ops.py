@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from utils import detours
+
 Array = jax.Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -72,7 +74,7 @@ def project(x: Array, weight: Array) -> Array:
 def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """`project` by each of several weights."""
     if x.size == x.shape[-1] and x.dtype != jnp.float32:
-        one = functools.partial(jax.lax.platform_dependent, cpu=_dot_of_two_rows, default=_dot)
+        one = functools.partial(detours.dot_of_one_row, _dot)
     else:
         one = functools.partial(matmul, a_axis=x.ndim - 1, b_axis=1)
     return tuple(one(x, weight) for weight in weights)
@@ -86,9 +88,13 @@ def _project_backward(saved, dys: tuple[Array, ...]):
     x, weights = saved
     dys = [dy.astype(x.dtype) for dy in dys]
     dx = sum(matmul(dy, weight, dy.ndim - 1, 0) for dy, weight in zip(dys, weights))
-    rows = lambda y: y.reshape(-1, y.shape[-1])
-    dweights = (matmul(rows(dy), rows(x), 0, 0) for dy in dys)
+    dweights = (matmul(_rows(dy), _rows(x), 0, 0) for dy in dys)
     return dx.astype(x.dtype), tuple(d.astype(w.dtype) for d, w in zip(dweights, weights))
+
+
+def _rows(x: Array) -> Array:
+    """[..., D] -> [R, D]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 project_all.defvjp(_project_forward, _project_backward)
@@ -96,17 +102,10 @@ project_all.defvjp(_project_forward, _project_backward)
 
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts an axis of each, accumulated in float32."""
-    product = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
+    dot = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
     if a.dtype == jnp.float32 or a.size < 256 * a.shape[a_axis]:
-        return product(a, b)
-
-    def in_float32(a, b):
-        # XLA's CPU back end makes 150 GFLOP/s of many bfloat16 rows and 240 of float32. Tied to
-        # a, or XLA converts all weights before a loop that multiplies with them.
-        a, b = jax.lax.optimization_barrier((a, b))
-        return product(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(a, b, cpu=in_float32, default=product)
+        return dot(a, b)
+    return detours.dot_of_many_rows(dot, a, b)
 
 
 def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
@@ -114,17 +113,9 @@ def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-def _dot_of_two_rows(x: Array, weight: Array) -> Array:
-    """For one bfloat16 row: XLA's CPU back end reads the matrix at 1.5 GB/s, and at 10 for two."""
-    x, weight = jax.lax.optimization_barrier((x, weight))  # as above
-    return _dot(jnp.broadcast_to(x, (2, *x.shape[1:])), weight)[:1]
-
-
 def embed(table: Array, tokens: Array) -> Array:
     """The rows of a table: [V, D], [B, T] int32 -> [B, T, D]."""
-    # Tied to the tokens, or XLA's CPU back end converts a bfloat16 table before a decode loop: all
-    # of it, in each call, for the sake of one row.
-    table, tokens = jax.lax.optimization_barrier((table, tokens))
+    table, tokens = detours.tied(table, tokens)
     return table[tokens]
 
 

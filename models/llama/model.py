@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
 from models.llama.layout import FUSED, PARAM_AXES, decoding_axes
-from utils import ops, sharding
+from utils import detours, ops, sharding
 from utils.attention import attend
 from utils.kernels import LANES, RESIDUALS
 from utils.kvcache import KVCache, held_heads, layout
@@ -154,8 +154,7 @@ class LLaMa(nn.Module):
         }
         inv_freq = jnp.asarray(inv_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         rope = ops.rope_angles(index_BT if positions_BT is None else positions_BT, inv_freq)
-        # Or XLA computes every cosine again for each head of each layer.
-        rope = jax.lax.optimization_barrier(rope)
+        rope = detours.computed_once(rope)
         x_BTD = _embed(embed_VD, tokens_BT, self.dtype, TRAINING if cache is None else DECODING)
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
             x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
