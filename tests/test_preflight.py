@@ -72,7 +72,7 @@ def test_what_a_device_cannot_hold_is_refused_with_the_way_out(sizes, monkeypatc
     device = type("Device", (), {"memory_stats": lambda self: {"bytes_limit": 10 * 10**9}})()
     monkeypatch.setattr(preflight.jax, "local_devices", lambda: [device])
     said = []
-    monkeypatch.setattr(preflight.console, "say", lambda text, _: said.append(text))
+    monkeypatch.setattr(preflight.cli, "say", lambda text, _: said.append(text))
     preflight.check_memory({"parameters": 8 * 10**9, "activations": 2 * 10**9})
     where = " on each of 16 devices" if sizes is SIZES else ""
     assert said == [f"memory of a step{where}: 10.0 GB (parameters 8.0 GB, activations 2.0 GB)"]

@@ -23,6 +23,7 @@ import pytest
 from tests import small_runs
 from trainers.metrics import MetricsLog
 from trainers.report import charts
+from trainers.report.charts import CHARTS
 from trainers.report.report import write_report
 from utils.errors import ConfigError, DataError
 
@@ -186,7 +187,7 @@ def test_facts_are_at_the_top(whole):
 def test_every_chart_is_there_and_shows_its_numbers(whole):
     folder, page = whole
     charts = page.charts()
-    assert list(charts) == [chart.name for chart in charts.CHARTS]
+    assert list(charts) == [chart.name for chart in CHARTS]
     assert {"exact", "format"} <= set(svg_text(charts["rewards"]))
     assert {"rollout", "step"} <= set(svg_text(charts["seconds"]))
     assert "seconds a step" in svg_text(charts["seconds"])
@@ -390,7 +391,7 @@ def test_a_run_of_fine_tuning(tmp_path):
 def test_a_run_of_one_step(tmp_path, record):
     page = report(write(tmp_path, [record], [rollout(record["step"])]))
     assert f"last step{record['step']}" in page.text
-    assert len(page.charts()) == (len(charts.CHARTS) - 1 if "kl" in record else 0)
+    assert len(page.charts()) == (len(CHARTS) - 1 if "kl" in record else 0)
     assert page.text.count(f"Step {record['step']}") == 1
 
 

@@ -111,7 +111,7 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
 
 # A patch: weights that are asked for are a failure.
 NOT_LOADED = """
-import training, evaluate
+import trainers.run as training, evaluate
 def load_checkpoint(*args, **options):
     raise AssertionError("loaded")
 training.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
@@ -263,7 +263,7 @@ def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole,
 @pytest.mark.covers("D30")
 def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
     full = """
-import training
+import trainers.run as training
 def save_checkpoint(*args, **options):
     raise OSError(28, "No space left on device", str(args[0]))
 training.save_checkpoint = save_checkpoint
@@ -275,7 +275,7 @@ training.save_checkpoint = save_checkpoint
     assert_same_run(tmp_path, whole)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     exporting = """
-import training
+import trainers.run as training
 training.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
 """
     done = programs.run("train.py", "sft", patch=exporting, **options, resume=True)
@@ -303,7 +303,7 @@ def signals_at(place: str, *signals: str) -> str:
     where = PLACES[place][0] if place in PLACES else place
     sent = ", ".join(signals)
     return (
-        "import signal, training, trainers.loop, trainers.checkpoint\n"
+        "import signal, trainers.run, trainers.loop, trainers.checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
 
@@ -346,13 +346,13 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
     programs, files, whole, tmp_path
 ):
     for number, code in CODES.items():
-        patch = signals_at("training, 'load_checkpoint', 1", number)
+        patch = signals_at("trainers.run, 'load_checkpoint', 1", number)
         done = programs.run("train.py", "sft", patch=patch, **training(files, tmp_path / "a"))
         assert done.code == code and "stopp" not in done.stderr
         assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     options = training(files, run, export=True, resume=True)
-    patch = signals_at("training, 'save_checkpoint', 1", TERM)
+    patch = signals_at("trainers.run, 'save_checkpoint', 1", TERM)
     assert programs.run("train.py", "sft", patch=patch, **options).code == 75
     assert not (run / "export").exists()
     assert_same_run(run, whole)
