@@ -199,7 +199,9 @@ def test_rewards_that_are_none_stop_the_evaluation(programs, files):
 
 
 def test_a_reward_that_cannot_take_the_columns_is_said_before_anything_is_sampled(programs, files):
-    sampled = "import trainers.rewards.accuracy as a, os\nat(a, 'generate', 1, lambda: os._exit(9))\n"
+    sampled = (
+        "import trainers.rewards.accuracy as a, os\nat(a, 'generate', 1, lambda: os._exit(9))\n"
+    )
     asked = own(files, reward="number")
     data = files / "unanswered.jsonl"
     data.write_text('{"prompt": "?"}\n')
