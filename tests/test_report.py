@@ -177,7 +177,7 @@ def test_facts_are_at_the_top(whole):
         assert fact in top
     minutes = sum(sum(metrics(step)["seconds"].values()) for step in range(1, 301)) / 60
     facts = dict(loss="dapo", seed="17", time=f"{minutes:.1f} minutes") | {"last step": "300"}
-    facts |= {"of it compilation": "150 s", "updates skipped": "0"}
+    facts |= {"of which compiling": "150 s", "updates skipped": "0"}
     for name, value in facts.items():
         assert f"{name}{value}" in top
     assert re.search(r"accuracy0\.250\.875\+0\.6251 → 300", page.text)
@@ -190,7 +190,7 @@ def test_every_chart_is_there_and_shows_its_numbers(whole):
     assert list(charts) == [chart.name for chart in CHARTS]
     assert {"exact", "format"} <= set(svg_text(charts["rewards"]))
     assert {"rollout", "step"} <= set(svg_text(charts["seconds"]))
-    assert "seconds a step" in svg_text(charts["seconds"])
+    assert "seconds per step" in svg_text(charts["seconds"])
     with PIL.Image.open(folder / "report-kl.png") as image:
         assert image.format == "PNG" and np.asarray(image.convert("L")).std() > 5
     assert len(list(folder.glob("report-*.png"))) == len(charts)

@@ -35,7 +35,7 @@ import rich.progress
 import rich.table
 
 from utils import distributed, fields
-from utils.errors import AltiplanoError, ArtifactError, ConfigError
+from utils.errors import AltiplanoError, ArtifactError, ConfigError, printable
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 
@@ -43,9 +43,6 @@ BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 MAX_STDIN_BYTES = 16 << 20
 
 DEFAULT_QUESTION = "What is the capital of France?"
-
-# What a terminal would obey instead of showing it, but for tab and newline.
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -262,12 +259,12 @@ def _report(message: str, code: int, debug: bool, everywhere: bool = False) -> i
 
 def say(message: str, kind: str = "error: ") -> None:
     """Says on stderr, in one line, what is wrong."""
-    stderr.print(kind + " ".join(message.translate(_CONTROLS).split()), markup=False)
+    stderr.print(kind + " ".join(printable(message).split()), markup=False)
 
 
 def write(text: str) -> None:
     """Writes a model's text to stdout at once; a terminal is not given control characters."""
-    print(text.translate(_CONTROLS) if sys.stdout.isatty() else text, end="", flush=True)
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 class Signals:

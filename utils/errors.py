@@ -63,3 +63,12 @@ def raise_all(what: str, problems: list[str]) -> None:
     """Raises one ConfigError that names every problem, if there is any."""
     if problems:
         raise ConfigError(f"{what}: " + "; ".join(problems))
+
+
+# Whatever a terminal or a page would obey instead of showing, except tab and newline.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced by U+FFFD."""
+    return text.translate(_CONTROLS)

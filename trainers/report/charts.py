@@ -3,7 +3,6 @@
 import fnmatch
 import io
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,26 +13,25 @@ from utils.errors import ConfigError
 Columns = dict[str, list[tuple[int, float]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """What is drawn of a run.
+class Chart(NamedTuple):
+    """A row of CHARTS.
 
     Attributes:
         name: of its file, `report-<name>.png`.
-        title, caption: what it shows.
-        unit: at the y axis.
-        keys: patterns of the names of numbers in metrics.jsonl; those of nested ones are joined by a
-            slash. A chart without any of them is left out.
+        keys: patterns of the names of numbers in metrics.jsonl, with blanks between; nested names
+            are joined by a slash. A chart without any of them is left out.
+        unit: label of the y axis.
+        title, caption: shown above the chart.
         kind: "lines"; "mean", one noisy line with its moving mean; or "stack".
         log: a logarithmic y axis, if there is anything above 0.
-        scale: what the numbers are multiplied by.
+        scale: factor from the numbers to the unit.
     """
 
     name: str
+    keys: str
+    unit: str
     title: str
     caption: str
-    unit: str
-    keys: tuple[str, ...]
     kind: str = "lines"
     log: bool = False
     scale: float = 1.0
@@ -49,144 +47,39 @@ class Drawn(NamedTuple):
     png: bytes | None
 
 
+_MEAN = "Mean over a step's completions, with its moving mean; the band is one standard deviation."
+_LOSS = (
+    "Loss of a step's batch. In GRPO it hovers around 0 by construction; watch the reward instead."
+)
+_LOST = "Share cut off at the longest length allowed, and share that no reward could score."
+_NO_SIGNAL = "Share of prompts whose completions all have the same reward."
+_RATIO = "Largest new/old probability ratio of a token; exactly 1 when on-policy."
+_GAP = "Difference of the log-probs of the same tokens; 0 is not drawn."
+_SPEED = "Tokens trained on and tokens sampled, each by its own time."
+_MFU = "Model FLOPs of training next to the best matrix product measured."
+_TIME = "Seconds per step. The first step, which compiles, may reach beyond the axis."
+_NATS, _EVALUATED = "nats per token", "accuracy eval_accuracy* eval_reward* eval_pass*"
+
 CHARTS = (
-    Chart(
-        name="reward",
-        title="Reward",
-        caption="Mean of a step's completions, and its moving mean; the band is ± one standard "
-        "deviation of the completions.",
-        unit="reward",
-        keys=("reward",),
-        kind="mean",
-    ),
-    Chart(
-        name="rewards",
-        title="Reward by function",
-        caption="Mean of each function, before its weight.",
-        unit="reward",
-        keys=("rewards/*",),
-    ),
-    Chart(
-        name="evaluation",
-        title="Evaluation",
-        caption="On held-out data.",
-        unit="share, or reward",
-        keys=("accuracy", "eval_accuracy*", "eval_reward*", "eval_pass*"),
-    ),
-    Chart(
-        name="loss",
-        title="Loss",
-        caption="Of a step's batch. In GRPO it hovers around 0 by construction, and only its gradient "
-        "tells.",
-        unit="nats a token",
-        keys=("loss", "eval_loss"),
-    ),
-    Chart(
-        name="kl",
-        title="KL divergence",
-        caption="From the reference to the policy: how far it has moved.",
-        unit="nats a token",
-        keys=("kl",),
-    ),
-    Chart(
-        name="entropy",
-        title="Entropy",
-        caption="Of the policy's next token: near 0 it explores no more.",
-        unit="nats a token",
-        keys=("entropy",),
-    ),
-    Chart(
-        name="lengths",
-        title="Completion length",
-        caption="Mean and maximum of a step.",
-        unit="tokens",
-        keys=("length_mean", "length_max"),
-    ),
-    Chart(
-        name="truncated",
-        title="Lost completions",
-        caption="Share cut off at the longest length allowed, and share that no reward could score.",
-        unit="share",
-        keys=("truncated", "unscorable"),
-    ),
-    Chart(
-        name="zero_std",
-        title="Groups without a signal",
-        caption="Share of prompts whose completions all have the same reward.",
-        unit="share",
-        keys=("zero_std",),
-    ),
-    Chart(
-        name="advantage",
-        title="Advantage",
-        caption="Mean of |advantage|.",
-        unit="advantage",
-        keys=("advantage",),
-    ),
-    Chart(
-        name="clip",
-        title="Clipped",
-        caption="Share of tokens whose ratio the loss clips, below and above.",
-        unit="share of tokens",
-        keys=("clip_low", "clip_high"),
-    ),
-    Chart(
-        name="ratio",
-        title="Largest ratio",
-        caption="Of new to old probability of a token; 1 on policy.",
-        unit="ratio",
-        keys=("ratio_max",),
-        log=True,
-    ),
-    Chart(
-        name="gap",
-        title="Sampler against trainer",
-        caption="Difference of the log-probs of the same tokens; 0 is not drawn.",
-        unit="nats",
-        keys=("gap_mean", "gap_max"),
-        log=True,
-    ),
-    Chart(
-        name="grad_norm",
-        title="Gradient norm",
-        caption="Before clipping.",
-        unit="L2 norm",
-        keys=("grad_norm",),
-        log=True,
-    ),
-    Chart(
-        name="lr", title="Learning rate", caption="Of the schedule.", unit="per step", keys=("lr",)
-    ),
-    Chart(
-        name="seconds",
-        title="Time by phase",
-        caption="Of a step. The first one, which compiles, may reach beyond the axis.",
-        unit="seconds a step",
-        keys=("seconds/*",),
-        kind="stack",
-    ),
-    Chart(
-        name="speed",
-        title="Speed",
-        caption="Tokens trained on, and tokens sampled, each by its own time.",
-        unit="tokens a second",
-        keys=("tokens_per_s", "rollout_tokens_per_s"),
-    ),
-    Chart(
-        name="mfu",
-        title="Use of the machine",
-        caption="Model FLOPs of training next to the best matrix product measured.",
-        unit="share of peak",
-        keys=("mfu",),
-    ),
-    Chart(
-        name="memory",
-        title="Peak memory",
-        caption="The most held so far.",
-        unit="GB",
-        keys=("memory",),
-        scale=1e-9,
-    ),
+    Chart("reward", "reward", "reward", "Reward", _MEAN, kind="mean"),
+    Chart("rewards", "rewards/*", "reward", "Reward by function", "Means before their weights."),
+    Chart("evaluation", _EVALUATED, "share, or reward", "Evaluation", "Held-out data."),
+    Chart("loss", "loss eval_loss", _NATS, "Loss", _LOSS),
+    Chart("kl", "kl", _NATS, "KL divergence", "Distance of the policy from the reference."),
+    Chart("entropy", "entropy", _NATS, "Entropy", "Near 0 the policy explores no more."),
+    Chart("lengths", "length_mean length_max", "tokens", "Completion length", "Per step."),
+    Chart("truncated", "truncated unscorable", "share", "Lost completions", _LOST),
+    Chart("zero_std", "zero_std", "share", "Groups without a signal", _NO_SIGNAL),
+    Chart("advantage", "advantage", "advantage", "Advantage", "Mean of |advantage|."),
+    Chart("clip", "clip_low clip_high", "share of tokens", "Clipped", "Tokens the loss clips."),
+    Chart("ratio", "ratio_max", "ratio", "Largest ratio", _RATIO, log=True),
+    Chart("gap", "gap_mean gap_max", "nats", "Sampler against trainer", _GAP, log=True),
+    Chart("grad_norm", "grad_norm", "L2 norm", "Gradient norm", "Before clipping.", log=True),
+    Chart("lr", "lr", "per step", "Learning rate", "As scheduled."),
+    Chart("seconds", "seconds/*", "seconds per step", "Time by phase", _TIME, kind="stack"),
+    Chart("speed", "tokens_per_s rollout_tokens_per_s", "tokens per second", "Speed", _SPEED),
+    Chart("mfu", "mfu", "share of peak", "Use of the machine", _MFU),
+    Chart("memory", "memory", "GB", "Peak memory", "The most held so far.", scale=1e-9),
 )
 
 # Okabe and Ito's palette for the colour-blind.
@@ -258,7 +151,7 @@ def _import_matplotlib() -> Any:
 def _lines(chart: Chart, columns: Columns) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(steps, values) by label, of the numbers that this chart shows."""
     names = dict.fromkeys(
-        name for key in chart.keys for name in columns if fnmatch.fnmatchcase(name, key)
+        name for key in chart.keys.split() for name in columns if fnmatch.fnmatchcase(name, key)
     )
     lines = {}
     for name in names:
