@@ -10,7 +10,6 @@ import io
 import json as jsonlib
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,17 +17,13 @@ import rich.console
 import rich.table
 from jax.experimental import topologies
 
-from models.llama.config import ModelConfig
-from models.llama.load import load_config
-from models.llama.presets import PRESETS
 from trainers.planning.chips import Topology, parse_topology, roofline, slices
 from trainers.planning.estimate import estimate_job
-from trainers.planning.hlo import Program
-from trainers.planning.job import Job, check_shared, compile_job
+from trainers.planning.compile import compile_job
+from trainers.planning.job import Job, Program, model_config
 from trainers.planning.search import search_job
 from utils import cli
 from utils.errors import ConfigError
-from utils.files import parse_json
 from utils.memory import human
 from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
@@ -117,10 +112,10 @@ def main(
         kind=job,
         batch=_rows(where.n_chips, job, group_size, search) if batch is None else batch,
         seq=seq,
-        prompt_len=max(seq // 4, 1) if prompt_len is None else prompt_len,
+        prompt_len=prompt_len,
         group_size=group_size,
         micro_batch_size=micro_batch_size,
-        lora_rank=(16 if job == "lora" else 0) if lora_rank is None else lora_rank,
+        lora_rank=lora_rank,
         remat=remat,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -141,7 +136,7 @@ def main(
         wanted, where, sizes, programs = search_job(wanted, places, programs_of)
     else:
         sizes = mesh_sizes(mesh or default_mesh(config, where.n_chips), where.n_chips)
-        check_shared(wanted, sizes)
+        wanted.check_shared(sizes)
         programs = programs_of(wanted, where, sizes)
     found = summary(wanted, where, sizes, programs)
     cli.write(jsonlib.dumps(found) + "\n" if json else report(found))
@@ -152,23 +147,6 @@ def main(
 def _rows(n_chips: int, job: str, group_size: int, search: bool) -> int:
     """One prompt or row a device; a search goes further."""
     return n_chips * (group_size if job == "grpo" else 1) * (64 if search else 1)
-
-
-def model_config(name: str) -> ModelConfig:
-    """Of a preset, a config.json or a checkpoint. Raises ConfigError that says what is known."""
-    if name in PRESETS:
-        return PRESETS[name]
-    path = Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
-        path = path / "config.json"
-    if path.is_file() and path.suffix == ".json":
-        return ModelConfig.from_hf(parse_json(path.read_bytes(), str(path), ConfigError))
-    if path.exists():
-        return load_config(path)
-    known = ", ".join(PRESETS)
-    raise ConfigError(
-        f"--model {name!r:.60}, expected a checkpoint, its config.json or one of {known}"
-    )
 
 
 def tpu_devices(topology: Topology) -> list[Any]:

@@ -9,13 +9,13 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-import plan
 from models.llama.presets import PRESETS
 from tests.cli import run
 from trainers.planning.chips import CHIPS, parse_topology, roofline, slices
+from trainers.planning.compile import Compiler, attention_cost, device_bytes, needed_bytes
 from trainers.planning.estimate import estimate_job
 from trainers.planning.hlo_text import Array
-from trainers.planning.job import Job, _bytes, _Compiler, _needed_bytes, attention_cost
+from trainers.planning.job import Job, model_config
 from trainers.planning.search import search_job
 from utils.errors import ConfigError
 from utils.sharding import MESH_AXES
@@ -111,8 +111,8 @@ def test_what_a_step_is_given_is_exact(name, changes):
     sizes = {"data": 2, "fsdp": 2, "context": 2, "tensor": 2}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
-        real = _Compiler(wanted, mesh, False, lambda what: None)
-        batch = _bytes(real._batch())
+        real = Compiler(wanted, mesh, False, lambda what: None)
+        batch = device_bytes(real.batch())
     found = estimate_job(wanted, sizes)[-1].parts
     for part, size in (real.stays | {"batch": batch}).items():
         assert found.get(part, 0) == pytest.approx(size, rel=0.003 if part == "optimizer" else 0)
@@ -174,7 +174,7 @@ def test_an_unknown_topology_says_what_is_known(text):
         (dict(seq=10**6), ["seq=1000000", "131072"]),
         (dict(kind="generate", prompt_len=2048), ["prompt_len=2048", "seq=2048"]),
         (dict(kind="grpo", batch=12), ["batch=12"]),
-        (dict(kind="lora"), ["lora_rank=0"]),
+        (dict(kind="lora", lora_rank=0), ["lora_rank=0"]),
     ],
 )
 def test_a_wrong_job_says_all_that_is_wrong(changes, named):
@@ -186,19 +186,19 @@ def test_a_wrong_job_says_all_that_is_wrong(changes, named):
 def test_what_xla_says_of_a_program_that_does_not_fit():
     text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     assert (
-        _needed_bytes(text + "Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == 22.505 * 2**30 // 1
+        needed_bytes(text + "Used 22.50G of 15.75G hbm. Exceeded by 6.75G.") == 22.505 * 2**30 // 1
     )
     text = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
-    assert _needed_bytes(text + "(64.00G) exceeds available HBM (15.75G).") == 64.005 * 2**30 // 1
-    assert _needed_bytes("INTERNAL: something else") is None
+    assert needed_bytes(text + "(64.00G) exceeds available HBM (15.75G).") == 64.005 * 2**30 // 1
+    assert needed_bytes("INTERNAL: something else") is None
 
 
 def test_a_model_may_be_a_preset_a_config_or_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMOL.to_hf()))
-    assert plan.model_config("smollm2-135m") == plan.model_config(str(tmp_path)) == SMOL
-    assert plan.model_config(str(tmp_path / "config.json")) == SMOL
+    assert model_config("smollm2-135m") == model_config(str(tmp_path)) == SMOL
+    assert model_config(str(tmp_path / "config.json")) == SMOL
     with pytest.raises(ConfigError, match="llama-3.1-405b"):
-        plan.model_config("llama-9")
+        model_config("llama-9")
 
 
 def test_the_search_takes_the_cheapest_way_that_fits():
@@ -286,14 +286,14 @@ def test_what_a_device_holds_of_the_kv_cache_is_exact(name, rows, sizes):
     wanted = job(name, kind="generate", batch=rows, seq=2100)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 4)
     with jax.sharding.use_abstract_mesh(mesh):
-        cache = _Compiler(wanted, mesh, False, lambda what: None)._cache(rows, 3072)
+        cache = Compiler(wanted, mesh, False, lambda what: None).cache(rows, 3072)
     for program in estimate_job(wanted, sizes):
-        assert program.parts["KV cache"] == _bytes((cache.k, cache.v))
+        assert program.parts["KV cache"] == device_bytes((cache.k, cache.v))
 
 
 def test_a_losss_loop_goes_over_completions_alone():
-    one = _Compiler(job(kind="grpo", batch=16, seq=1024), ONE_DEVICE, False, lambda what: None)
-    assert one._chunks() == 16 * 512 // 256
+    one = Compiler(job(kind="grpo", batch=16, seq=1024), ONE_DEVICE, False, lambda what: None)
+    assert one.loss_chunks() == 16 * 512 // 256
 
 
 class Compiled:
@@ -310,8 +310,8 @@ class Compiled:
 
 def test_a_program_needs_what_lives_at_once_and_not_what_xla_reserves():
     lowered = types.SimpleNamespace(compile=lambda options: Compiled())
-    one = _Compiler(job(), ONE_DEVICE, False, lambda what: None)
-    found, _ = one._compiled("train step", lambda: lowered, {"parameters": 50})
+    one = Compiler(job(), ONE_DEVICE, False, lambda what: None)
+    found, _ = one.compile("train step", lambda: lowered, {"parameters": 50})
     assert found.parts == {"parameters": 50, "results": 7, "temporaries": 13}
     assert (found.peak_bytes, found.temp_bytes, found.reserved_bytes) == (70, 13, 40)
 
@@ -321,13 +321,13 @@ def test_a_program_that_xla_refuses_does_not_fit_beside_the_training_state():
         raise jax.errors.JaxRuntimeError("… Used 15.75G of 15.75G hbm. Exceeded by 1.0M.")
 
     lowered = types.SimpleNamespace(compile=refused)
-    one = _Compiler(job(kind="grpo", batch=16), ONE_DEVICE, False, lambda what: None)
+    one = Compiler(job(kind="grpo", batch=16), ONE_DEVICE, False, lambda what: None)
     limit, state = CHIPS["v5e"].memory_bytes, sum(one.stays.values())
-    for name, held, least in (
-        ("train step", one.stays, limit),
-        ("prefill", one.stays | {"policy for sampling": 10**9}, limit + state),
+    for name, given, beside, least in (
+        ("train step", one.stays, {}, limit),
+        ("prefill", {"policy for sampling": 10**9}, one.stays, limit + state),
     ):
-        found, compiled = one._compiled(name, lambda: lowered, held)
+        found, compiled = one.compile(name, lambda: lowered, given, beside)
         assert compiled is None and least < found.peak_bytes < 1.001 * least
 
 

@@ -26,7 +26,7 @@ from trainers.identity import files_digest, key_words, versions
 from trainers.loop import Data, Evaluation, Progress, fit
 from trainers.metrics import MetricsLog, ProgressBar
 from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
-from trainers.planning.preflight import check_memory, grpo_bytes, sft_bytes
+from trainers.planning.estimate import check_memory, grpo_bytes, sft_bytes
 from trainers.resume import check_resume
 from trainers.rewards.accuracy import EvaluationConfig
 from trainers.rewards.pool import RewardPool
@@ -220,7 +220,7 @@ class Run:
             settings = dataclasses.asdict(self) | {"seed": key_words(key)}
             known = {"settings": settings, "checkpoint": files_digest(source.path)}
             processes.check_same(versions() | known | meta)
-        check_memory(job.memory(trainer))
+        check_memory(job.memory(trainer), functools.partial(cli.say, kind=""))
         like = jax.eval_shape(
             lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
         )

@@ -55,39 +55,6 @@ class Cost:
         return sum(self.collectives.values())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One program of a job, on one device.
-
-    Attributes:
-        name: train step, prefill or decode step.
-        runs: in a step of the job.
-        parts: bytes by what they are for; they add up to `peak_bytes`.
-        argument_bytes, temp_bytes: what it is given and what it holds meanwhile. What else is held
-            beside it is in `parts` alone.
-        cost: of one run.
-        compile_seconds: tracing included; None: it was not compiled, and all this is estimated.
-        hurried: compiled without the passes that keep arrays on the chip: a run moves fewer bytes.
-        reserved_bytes: for temporaries where there is room, XLA's `temp_size_in_bytes`, which others
-            report; None: it was not compiled.
-    """
-
-    name: str
-    runs: int
-    parts: dict[str, int]
-    argument_bytes: int
-    temp_bytes: int
-    cost: Cost
-    compile_seconds: float | None = None
-    hurried: bool = False
-    reserved_bytes: int | None = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """All that is held while it runs."""
-        return sum(self.parts.values())
-
-
 # (a kernel's name, its operands and then its results) -> (FLOPs, bytes)
 KernelCost = Callable[[str, list[Array]], tuple[float, float]]
 
@@ -106,14 +73,15 @@ def analyse(
         rounds: of a loop, by its name, if the program does not say it.
     """
     program = _Program(text, kernel, rounds)
-    total = program.cost(program.entry)
-    of = lambda kind: {key[1]: n for key, n in total.items() if key[0] == kind}
+    named = collections.defaultdict(dict)
+    for (kind, name), n in program.cost(program.entry).items():
+        named[kind][name] = n
     return Cost(
-        flops=total["flops", ""],
-        bytes_accessed=total["bytes", ""],
-        collectives=of("collective"),
-        kernels=of("kernel"),
-        open_loops=tuple(of("open loop")),
+        flops=named["flops"].get("", 0.0),
+        bytes_accessed=named["bytes"].get("", 0.0),
+        collectives=named["collective"],
+        kernels=named["kernel"],
+        open_loops=tuple(named["open loop"]),
     )
 
 

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from models.llama.layout import param_axes
-from models.llama.model import init_params
+from models.llama.model import REMATS, init_params
 from trainers.planning.chips import Chip, Topology, roofline
 from trainers.planning.estimate import estimate_job
-from trainers.planning.hlo import Program
-from trainers.planning.job import REMATS, Job
+from trainers.planning.job import Job, Program
 from utils import sharding
 from utils.errors import ConfigError
 
