@@ -14,7 +14,7 @@ import numpy as np
 from models.llama.config import ModelConfig
 from models.llama.model import LLaMa, init_params
 from trainers.data import DataConfig, Dataset
-from trainers.examples import Examples
+from trainers.data import Examples
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
 MODEL = ModelConfig(

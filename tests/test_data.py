@@ -13,7 +13,7 @@ from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import load_tokenizer
 from tests.oracles import tokenizer_files as oracle
 from trainers.data import DataConfig, Dataset, load_dataset, tokenizer_digest
-from trainers.examples import Examples
+from trainers.data import Examples
 from utils.errors import ArtifactError, ConfigError, DataError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}

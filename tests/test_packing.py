@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.data import DataConfig, Dataset
-from trainers.examples import Examples
-from trainers.packing import pack
+from trainers.data import Examples
+from trainers.data import pack
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 

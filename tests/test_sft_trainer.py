@@ -15,7 +15,7 @@ from tests import tiny
 from tests.oracles.torch_training import adamw_recipe, loss_and_grads
 from tests.test_torch_training import batch_of
 from trainers.data import DataConfig, Dataset
-from trainers.examples import Examples
+from trainers.data import Examples
 from trainers.sft_trainer import SFTConfig, SFTTrainer, next_tokens
 from utils.trees import flatten
 

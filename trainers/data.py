@@ -4,26 +4,37 @@ The order of the batches is a function of the seed and of the position, by grain
 run sees what an uninterrupted one would have seen, to the token.
 """
 
+import bisect
 import hashlib
 import json
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
 
-from models.llama.chat_format import chat_format_for
+from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.tokenizer import Tokenizer
-from trainers.examples import MASKS, OVERLONG, Examples, encode_record, is_plain
-from trainers.packing import pack
-from trainers.records import read_records
+from trainers.records import Record, read_records
 from utils.errors import ConfigError, DataError
 from utils.fields import CONFIG, DATA, Config, field, integer, one_of
 
 Batch = dict[str, np.ndarray]
 
 _SMALLEST_BUCKET = 64
+
+MASKS = ("auto", "assistant", "last", "completion", "all")
+OVERLONG = ("truncate", "drop", "split")
+
+# Which masks fit a row: of a plain text, of two plain texts, of messages, of two lists of messages.
+_FITTING = {
+    ("text", True): ("auto", "all"),
+    ("completion", True): ("auto", "completion", "all"),
+    ("messages", False): ("auto", "assistant", "last", "all"),
+    ("completion", False): MASKS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,131 @@ class DataConfig(Config):
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
     )
+
+
+def is_plain(record: Record) -> bool:
+    """Whether a row is plain text, which needs no chat format."""
+    key = {"text": "text", "completion": "completion"}.get(record.kind)
+    return isinstance(record.fields.get(key), str)
+
+
+def encode_record(
+    record: Record, tokenizer: Tokenizer, chat: ChatFormat | None, mask: str
+) -> tuple[list[int], list[bool]]:
+    """A row's token ids, and which of them are targets.
+
+    Args:
+        record: a row of a kind in records.SUPERVISED.
+        tokenizer: the model's.
+        chat: its chat format; may be None for a row that is_plain.
+        mask: one of MASKS, see DataConfig.
+
+    Raises:
+        DataError: the mask does not fit the row, or the chat format refuses it.
+    """
+    fields, plain = record.fields, is_plain(record)
+    fitting = _FITTING[record.kind, plain]
+    if mask not in fitting:
+        kind = f"{record.kind} of {'plain text' if plain else 'messages'}"
+        raise DataError(f"mask={mask!r} does not fit a row of {kind}; use one of {fitting}")
+    if record.kind == "text":
+        ids = tokenizer.encode(fields["text"], bos=tokenizer.adds_bos, eos=True)
+        return ids, [True] * len(ids)
+    if plain:
+        prompt = tokenizer.encode(fields["prompt"], bos=tokenizer.adds_bos)
+        completion = tokenizer.encode(fields["completion"], eos=True)
+        return prompt + completion, [mask == "all"] * len(prompt) + [True] * len(completion)
+    messages, first = fields.get("messages"), 0
+    if record.kind == "completion":
+        messages = fields["prompt"] + fields["completion"]
+        first = len(fields["prompt"]) if mask in ("auto", "completion") else 0
+    if mask == "all":
+        ids = chat.encode_chat(messages, add_generation_prompt=False)
+        return ids, [True] * len(ids)
+    if mask == "last":
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        first = answers[-1] if answers else len(messages)
+    return chat.encode_training(messages, first)
+
+
+class Examples:
+    """Token ids and targets of examples, one after the other, with the policy for long ones."""
+
+    def __init__(self, seq_len: int, overlong: str):
+        """Arguments as in DataConfig."""
+        self._seq_len, self._overlong = seq_len, overlong
+        self._tokens, self._targets, self._offsets = array("i"), bytearray(), array("q", [0])
+        names = ("dropped_no_target", "dropped_overlong", "truncated", "split")
+        self.counts = dict.fromkeys(names, 0)
+
+    def add(self, ids: Sequence[int], mask: Sequence[bool], *, is_text: bool) -> None:
+        """Adds a row's tokens, cut, split or dropped as the config says, and counts that."""
+        limit = self._seq_len
+        overlong = len(ids) > limit
+        if overlong and self._overlong == "drop":
+            self.counts["dropped_overlong"] += 1
+        elif overlong and self._overlong == "split" and is_text:
+            self.counts["split"] += 1
+            # The parts share a token, so that each token but the text's first is a target once.
+            for start in range(0, len(ids) - 1, limit - 1):
+                self._append(ids[start : start + limit], mask[start : start + limit])
+        elif any(mask[1:limit]):
+            self.counts["truncated"] += overlong
+            self._append(ids[:limit], mask[:limit])
+        else:
+            self.counts["dropped_no_target"] += 1
+
+    def _append(self, ids: Sequence[int], mask: Sequence[bool]) -> None:
+        self._tokens.extend(ids)
+        self._targets.append(False)  # nothing is there to predict the first token from
+        self._targets.extend(mask[1:])
+        self._offsets.append(len(self._tokens))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens int32, targets bool, offsets int64): example i is `offsets[i]:offsets[i + 1]`."""
+        tokens = np.frombuffer(self._tokens, np.int32) if self._tokens else np.zeros(0, np.int32)
+        targets = np.frombuffer(self._targets, bool) if self._targets else np.zeros(0, bool)
+        return tokens, targets, np.frombuffer(self._offsets, np.int64)
+
+
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best-fit decreasing: the longest example first, each into the fullest row that has room.
+
+    Rows are found by their room, of which there are at most `capacity` values: O(n log capacity).
+    The result depends on the lengths alone.
+
+    Args:
+        lengths: [n], tokens of each example, from 1 to `capacity`.
+        capacity: tokens of a row.
+
+    Returns:
+        (members, offsets): row r holds the examples `members[offsets[r]:offsets[r + 1]]`.
+
+    Source: Johnson, "Near-optimal bin packing algorithms" (1973).
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms: list[int] = []  # sorted; those that some row has
+    lengths = np.asarray(lengths)
+    for example in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example])
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del rooms[at]
+        rows[row].append(example)
+        left = room - length
+        if not by_room[left]:
+            bisect.insort(rooms, left)
+        by_room[left].append(row)
+    members = np.fromiter((e for row in rows for e in row), np.int64, len(lengths))
+    offsets = np.cumsum([0] + [len(row) for row in rows], dtype=np.int64)
+    return members, offsets
 
 
 class Dataset:
