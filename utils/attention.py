@@ -1,7 +1,8 @@
 """Attention behind one function: plain XLA, or an accelerator's kernel (`utils.kernels`).
 
 On a mesh, each device attends with its own rows and heads (`attend`).
-Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, X = B · K.
+Dimension key: B batch, T queries, S keys, N query heads, K kv heads, G = N / K, H head dim, X = B · K;
+of branches (`attention`): P tokens of a prefix, A branches, C tokens of a branch.
 """
 
 import functools
@@ -11,61 +12,56 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from utils import kernels, kvcache, sharding
+from utils import kernels, sharding
+from utils.kvcache import LayerCache, held_heads
 
 Array = jax.Array
 
-# Queries a block. Blocks bound the score matrix in memory, and a causal block skips the keys after it:
-# four blocks spare 3/8 of the work.
+# Queries per block. Blocks bound the score matrix in memory, and a causal block skips the keys after
+# it: four blocks spare 3/8 of the work.
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 512
 
 
 def attend(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, masks: dict[str, Any], kv: tuple | None
-) -> tuple[Array, tuple[Array, Array] | None]:
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    masks: dict[str, Any],
+    cache: LayerCache | None = None,
+) -> tuple[Array, LayerCache | None]:
     """Writes new keys and values into a layer's cache, if there is one, and attends.
 
     Args:
-        q_BTNH, k_BTKH, v_BTKH: the new tokens'.
+        q_BTNH, k_BTKH, v_BTKH: queries, keys and values of the new tokens.
         masks: keyword arguments of `attention`.
-        kv: None, or a cache's (k, v, lengths, empty, values_axis, rules), see `utils.kvcache.KVCache`.
+        cache: the layer's cache.
 
     Returns:
-        ([B, T, N, H], the new (k, v) or None).
+        ([B, T, N, H], the layer's new cache).
     """
-    empty, values_axis, rules = (False, 1, sharding.MEETING) if kv is None else kv[3:]
-    turned = lambda v: v if values_axis == 1 else v.swapaxes(1, 2)
+    rules = sharding.MEETING if cache is None else cache.rules
+    B, N, K = len(q_BTNH), q_BTNH.shape[2], k_BTKH.shape[2]
+    held = held_heads(N, K, rules)
+    k_BTKH, v_BTKH = (jnp.repeat(x, held // K, axis=2) for x in (k_BTKH, v_BTKH))
+    rows = PartitionSpec(sharding.fitting(rules.batch, B))
+    values = PartitionSpec(*rows, None, sharding.fitting(rules.heads, held))
+    caches = cache and cache.specs()
 
-    def local(q_BTNH, k_BTKH, v_BTKH, masks, kv):
+    def local(q_BTNH, k_BTKH, v_BTKH, masks, cache):
         k_XHS, v_XSH = heads_first(k_BTKH, v_BTKH)
-        if kv is not None:
-            k_buffer, v_buffer, lengths_B = kv
-            k_XHS, v_XSH = k_XHS.astype(k_buffer.dtype), v_XSH.astype(v_buffer.dtype)
-            kv = (
-                kvcache.write(k_buffer, k_XHS, lengths_B, axis=2),
-                kvcache.write(v_buffer, turned(v_XSH), lengths_B, axis=values_axis),
-            )
-            if not empty:
-                k_XHS, v_XSH = kv[0], turned(kv[1])
-        return attention(q_BTNH, k_XHS, v_XSH, **masks), kv
+        if cache is not None:
+            cache, k_XHS, v_XSH = cache.append(k_XHS, v_XSH)
+        return attention(q_BTNH, k_XHS, v_XSH, **masks), cache
 
-    held = kvcache.held_heads(q_BTNH.shape[2], k_BTKH.shape[2], rules)
-    k_BTKH, v_BTKH = (jnp.repeat(x, held // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
-    batch = sharding.fitting(rules.batch, len(q_BTNH))
-    heads = sharding.fitting(rules.heads, held)
-    rows, values = PartitionSpec(batch), PartitionSpec(batch, None, heads)
-    buffers = kv and (kvcache.buffer_spec(len(q_BTNH), held, rules),) * 2
-    run = sharding.per_device(
-        local, (values, values, values, rows, kv and (*buffers, rows)), (values, buffers)
-    )
-    return run(q_BTNH, k_BTKH, v_BTKH, masks, kv and kv[:3])
+    run = sharding.per_device(local, (values, values, values, rows, caches), (values, caches))
+    return run(q_BTNH, k_BTKH, v_BTKH, masks, cache)
 
 
 def heads_first(k_BTKH: Array, v_BTKH: Array) -> tuple[Array, Array]:
     """Keys and values as `attention` and the KV cache hold them: k_XHS and v_XSH.
 
     One merged axis X, since XLA updates a buffer with an axis of size 1 through copies of the whole;
-    keys transposed, so that scores are a plain matrix product with nothing to rearrange a step.
+    keys transposed, so that scores are a plain matrix product and no step rearranges anything.
     """
     B, T, K, H = k_BTKH.shape
     k_XHS = k_BTKH.transpose(0, 2, 3, 1).reshape(B * K, H, T)
@@ -89,22 +85,22 @@ def attention(
     Args:
         q_BTNH: [B, T, N, H] queries; query head n reads kv head n // G.
         k_XHS, v_XSH: [B · K, H, S] keys and [B · K, S, H] values, see `heads_first`.
-        slots_BT: [B, T] int32, the slot of each query: it sees slots up to its own. None: the
-            queries are the keys (S = T), each sees those up to itself.
-        key_mask_BS: [B, S] bool, False hides a key. None: all are seen.
+        slots_BT: [B, T] int32, the slot of each query, which sees slots up to its own. None: the
+            queries' own tokens are the keys (S = T), and each sees the keys up to itself.
+        key_mask_BS: [B, S] bool, False hides a key. None: no key is hidden.
         segment_ids_BT: [B, T] int32, only where S = T: a query sees keys of its own segment.
-        branches: ([B, P] bool, [B, G, C] bool), only where S = T = P + G · C and alone: each row is a
-            prefix and G ways to go on from it, which see the prefix and themselves. False is padding
-            on the right.
+        branches: ([B, P] bool, [B, A, C] bool), only where S = T = P + A · C and alone: each row is a
+            prefix and A branches, of which each sees the prefix and itself. False is padding on the
+            right.
 
     Returns:
-        [B, T, N, H], of q's dtype. What a query whose own key is hidden gives is finite, and zeros
-        in plain XLA where it sees no key.
+        [B, T, N, H], of q's dtype. The result of a query whose own key is hidden is finite; in plain
+        XLA it is zeros where the query sees no key.
     """
     if branches is not None:
         return _branched(q_BTNH, k_XHS, v_XSH, *branches)
     masks = (slots_BT, key_mask_BS, segment_ids_BT)
-    plain = functools.partial(_plain, q_BTNH, k_XHS, v_XSH, *masks)
+    plain = functools.partial(_in_blocks, q_BTNH, k_XHS, v_XSH, *masks)
     if slots_BT is not None:
         return plain()
     return _by_platform(plain, q_BTNH, k_XHS, v_XSH, *masks[1:])
@@ -123,7 +119,7 @@ def _by_platform(plain, q_BTNH, k_XHS, v_XSH, key_mask_BS, segment_ids_BS) -> Ar
     return kernels.causal_attention(plain, q_BTNH, k_BSKH, v_BSKH, segment_ids_BS)
 
 
-def _plain(q_BTNH, k_XHS, v_XSH, slots_BT, key_mask_BS, segment_ids_BT) -> Array:
+def _in_blocks(q_BTNH, k_XHS, v_XSH, slots_BT, key_mask_BS, segment_ids_BT) -> Array:
     """`attention` in plain XLA, a block of queries at a time."""
     B, T, N, H = q_BTNH.shape
     S, K = k_XHS.shape[2], k_XHS.shape[0] // B
@@ -150,30 +146,34 @@ def _plain(q_BTNH, k_XHS, v_XSH, slots_BT, key_mask_BS, segment_ids_BT) -> Array
 
 
 def _branched(
-    q_BTNH: Array, k_XHS: Array, v_XSH: Array, prefix_mask_BP: Array, branch_mask_BGC: Array
+    q_BTNH: Array, k_XHS: Array, v_XSH: Array, prefix_mask_BP: Array, branch_mask_BAC: Array
 ) -> Array:
-    """The prefixes as rows of their own, then the branches, each after its prefix's keys."""
-    (B, P), (_, G, C) = prefix_mask_BP.shape, branch_mask_BGC.shape
+    """`attention` of the prefixes as rows of their own, then of the branches, each after its prefix."""
+    (B, P), (_, A, C) = prefix_mask_BP.shape, branch_mask_BAC.shape
     N, H = q_BTNH.shape[2:]
     K = k_XHS.shape[0] // B
     prefix_BPNH = attention(q_BTNH[:, :P], k_XHS[:, :, :P], v_XSH[:, :P])
-    shared = lambda x: jnp.broadcast_to(x.reshape(B, 1, K, *x.shape[1:]), (B, G, K, *x.shape[1:]))
-    k_own = k_XHS[:, :, P:].reshape(B, K, H, G, C).transpose(0, 3, 1, 2, 4)
-    v_own = v_XSH[:, P:].reshape(B, K, G, C, H).transpose(0, 2, 1, 3, 4)
-    k = jnp.concatenate([shared(k_XHS[:, :, :P]), k_own], axis=-1)
-    v = jnp.concatenate([shared(v_XSH[:, :P]), v_own], axis=-2)
-    seen_BGP = jnp.broadcast_to(prefix_mask_BP[:, None], (B, G, P))
-    seen = jnp.concatenate([seen_BGP, branch_mask_BGC], axis=-1).reshape(B * G, P + C)
-    q = q_BTNH[:, P:].reshape(B * G, C, N, H)
-    k, v = k.reshape(B * G * K, H, P + C), v.reshape(B * G * K, P + C, H)
-    slots_BT = jnp.broadcast_to(P + jnp.arange(C), (B * G, C))
-    plain = functools.partial(_plain, q, k, v, slots_BT, seen, None)
-    out = _by_platform(plain, q, k, v, seen, None)
-    return jnp.concatenate([prefix_BPNH, out.reshape(B, G * C, N, H)], axis=1)
+
+    def for_each_branch(x_X: Array) -> Array:
+        x_B1K = x_X.reshape(B, 1, K, *x_X.shape[1:])
+        return jnp.broadcast_to(x_B1K, (B, A, K, *x_X.shape[1:]))
+
+    k_BAKHC = k_XHS[:, :, P:].reshape(B, K, H, A, C).transpose(0, 3, 1, 2, 4)
+    v_BAKCH = v_XSH[:, P:].reshape(B, K, A, C, H).transpose(0, 2, 1, 3, 4)
+    k_BAKHS = jnp.concatenate([for_each_branch(k_XHS[:, :, :P]), k_BAKHC], axis=-1)
+    v_BAKSH = jnp.concatenate([for_each_branch(v_XSH[:, :P]), v_BAKCH], axis=-2)
+    seen_BAP = jnp.broadcast_to(prefix_mask_BP[:, None], (B, A, P))
+    seen_RS = jnp.concatenate([seen_BAP, branch_mask_BAC], axis=-1).reshape(B * A, P + C)
+    q_RCNH = q_BTNH[:, P:].reshape(B * A, C, N, H)
+    k_XHS, v_XSH = k_BAKHS.reshape(B * A * K, H, P + C), v_BAKSH.reshape(B * A * K, P + C, H)
+    slots_RC = jnp.broadcast_to(P + jnp.arange(C), (B * A, C))
+    plain = functools.partial(_in_blocks, q_RCNH, k_XHS, v_XSH, slots_RC, seen_RS, None)
+    out_RCNH = _by_platform(plain, q_RCNH, k_XHS, v_XSH, seen_RS, None)
+    return jnp.concatenate([prefix_BPNH, out_RCNH.reshape(B, A * C, N, H)], axis=1)
 
 
 def _softmax_attention(q_XGTH: Array, k_XHS: Array, v_XSH: Array, seen_BTS: Array) -> Array:
-    """softmax(q·k over the keys that are seen)·v; the division comes last, on the small array."""
+    """softmax(q · k over the seen keys) · v; the division comes last, on the small array."""
     f32 = jnp.float32
     scores = jnp.einsum("xgth,xhs->xgts", q_XGTH, k_XHS, preferred_element_type=f32)
     by_row = scores.reshape(seen_BTS.shape[0], -1, *scores.shape[2:])

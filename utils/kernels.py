@@ -184,6 +184,18 @@ def _cudnn_takes(q_BTNH: Array, k_BSKH: Array, segment_ids_BS: Array | None) -> 
 _ROWS_AT_ONCE = 32
 
 
+def write_rows(plain: Callable[..., Array], buffer_X, new_X, slots_X, axis: int) -> Array:
+    """Puts new entries into a slot of each row by the kernel of the platform; arguments: `write_token`.
+
+    Args:
+        plain: the same in plain XLA, of (buffer_X, new_X, slots_X).
+    """
+    if new_X.shape[axis] > 1 or not writes_tokens(buffer_X, axis):
+        return plain(buffer_X, new_X, slots_X)
+    token = functools.partial(write_token, axis=axis)
+    return jax.lax.platform_dependent(buffer_X, new_X, slots_X, tpu=token, default=plain)
+
+
 def writes_tokens(buffer_X: Array, axis: int) -> bool:
     """Whether `write_token` takes such a buffer: a TPU's tiles divide heads and slots."""
     lanes, sublanes = buffer_X.shape[2], buffer_X.shape[1]

@@ -1,10 +1,12 @@
-"""The KV cache: fixed buffers a layer, filled row by row.
+"""The KV cache: fixed buffers per layer, filled row by row.
 
 A token's slot is its index in its row, so rows of different lengths need no padding mask: a query in
-slot t sees slots 0..t, and what lies behind a row's length is overwritten before it is ever seen.
+slot t sees slots 0..t, and slots after a row's length are overwritten before they are ever seen.
+Dimension key: B rows, T new tokens, S slots, K kv heads, H head dim, X = B · K.
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -23,16 +25,22 @@ Array = jax.Array
 class KVCache:
     """Keys and values of the tokens so far; immutable, a forward pass returns the next one.
 
+    >>> cache = KVCache.create((2, 1, 64, 16), n_layers=3, dtype="float32")
+    >>> cache.capacity, cache.lengths.tolist(), cache.layer(0).k.shape
+    (64, [0, 0], (2, 16, 64))
+    >>> cache.resized(96).capacity
+    96
+
     Attributes:
-        k, v: one array a layer, [X, H, S] and [X, S, H] with X = B · K, see
+        k, v: one array per layer, [X, H, S] and [X, S, H] with X = B · K, see
             `utils.attention.heads_first`; values also as [X, H, S], see `values_axis`. Keys are
-            already rotated. On a mesh each device holds its
-            own rows' heads, so that X's order is a device's own and nothing else may index it.
+            already rotated. On a mesh each device holds the heads of its own rows: the order of X
+            is the device's own, and nothing else may index it.
         lengths: [B] int32, filled slots of each row.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
-        rules: how rows and heads lie on a mesh, see `layout`; static.
-        values_axis: that of the values' slots, 1 or 2; static. A TPU pads the last axis to registers
+        rules: how a mesh shares rows and heads, see `layout`; static.
+        values_axis: axis of the values' slots, 1 or 2; static. A TPU pads the last axis to registers
             of 128: heads of 64 would take twice their memory there.
     """
 
@@ -55,38 +63,57 @@ class KVCache:
         """A cache of zeros: for n_layers, of B rows, K kv heads, S slots and head dim H."""
         B, K, S, H = shape_BKSH
         spec = buffer_spec(B, K, rules)
-        zeros = lambda *shape: sharding.constrain_tree(jnp.zeros(shape, dtype), spec)
-        k = tuple(zeros(B * K, H, S) for _ in range(n_layers))
-        sides = (S, H) if values_axis == 1 else (H, S)
-        v = tuple(zeros(B * K, *sides) for _ in range(n_layers))
+
+        def zeros(*sides: int) -> tuple[Array, ...]:
+            buffers = (jnp.zeros((B * K, *sides), dtype) for _ in range(n_layers))
+            return tuple(sharding.constrain_tree(buffer, spec) for buffer in buffers)
+
+        v = zeros(S, H) if values_axis == 1 else zeros(H, S)
         lengths = jnp.zeros((B,), jnp.int32)
-        return cls(k, v, lengths, empty=True, rules=rules, values_axis=values_axis)
+        return cls(zeros(H, S), v, lengths, empty=True, rules=rules, values_axis=values_axis)
 
     @property
     def capacity(self) -> int:
-        """Slots a row, S."""
+        """Slots per row, S."""
         return self.k[0].shape[2]
+
+    def layer(self, i: int) -> "LayerCache":
+        """The part of layer i."""
+        return LayerCache(
+            self.k[i], self.v[i], self.lengths, self.empty, self.rules, self.values_axis
+        )
+
+    def appended(self, layers: Sequence["LayerCache"], new_tokens: int) -> "KVCache":
+        """The cache after each of its layers took new_tokens per row."""
+        return self.replace(
+            k=tuple(layer.k for layer in layers),
+            v=tuple(layer.v for layer in layers),
+            lengths=self.lengths + new_tokens,
+            empty=False,
+        )
 
     def resized(self, capacity: int) -> "KVCache":
         """The same rows in buffers of `capacity` slots; the filled slots must fit."""
         more = capacity - self.capacity
-        fit = lambda x, axis: jax.lax.pad(
-            x, jnp.zeros((), x.dtype), [(0, more * (i == axis), 0) for i in range(3)]
-        )
+
+        def fit(x_X: Array, axis: int) -> Array:
+            widths = [(0, more * (i == axis), 0) for i in range(3)]
+            return jax.lax.pad(x_X, jnp.zeros((), x_X.dtype), widths)
+
         v = tuple(fit(x, self.values_axis) for x in self.v)
         return self.replace(k=tuple(fit(x, 2) for x in self.k), v=v)
 
     def repeated(self, times: int, n_kv_heads: int) -> "KVCache":
-        """Each row `times` times, side by side: one prefill for several samples of a prompt.
+        """Each row `times` times, side by side: one prefill for several samples per prompt.
 
-        Where a mesh shares so many rows in another way (`layout`), they go there, and each of the
-        model's n_kv_heads is held once.
+        Where the mesh shares that many rows in another way (`layout`), they go there, and each of
+        the model's n_kv_heads is held once.
         """
         B = self.lengths.shape[0]
         rules, held = layout(B * times, n_kv_heads), len(self.k[0]) // B
         copies = 1 if rules == self.rules else held // n_kv_heads
 
-        def repeat(x_X):
+        def repeat(x_X: Array) -> Array:
             x_BK = _split(x_X, B, self.rules)[:, ::copies]
             return _merge(jnp.repeat(x_BK, times, axis=0), rules)
 
@@ -98,23 +125,67 @@ class KVCache:
         )
 
 
+@flax.struct.dataclass
+class LayerCache:
+    """One layer's buffers of a `KVCache`, with the same names."""
+
+    k: Array
+    v: Array
+    lengths: Array
+    empty: bool = flax.struct.field(pytree_node=False)
+    rules: ShardingRules = flax.struct.field(pytree_node=False)
+    values_axis: int = flax.struct.field(pytree_node=False)
+
+    def append(self, k_XHT: Array, v_XTH: Array) -> tuple["LayerCache", Array, Array]:
+        """Writes each row's T new tokens into the slots after its length.
+
+        Returns:
+            (the layer's new cache; the keys [X, H, S] and values [X, S, H] that the new tokens
+            attend to: their own, S = T, where the cache was empty).
+        """
+        k_XHT, v_XTH = k_XHT.astype(self.k.dtype), v_XTH.astype(self.v.dtype)
+        k = write(self.k, k_XHT, self.lengths, axis=2)
+        v = write(self.v, self._turned(v_XTH), self.lengths, axis=self.values_axis)
+        new = self.replace(k=k, v=v)
+        return (new, k_XHT, v_XTH) if self.empty else (new, k, self._turned(v))
+
+    def _turned(self, v: Array) -> Array:
+        """Values [X, S, H] as the buffer has them, and back."""
+        return v if self.values_axis == 1 else v.swapaxes(1, 2)
+
+    def specs(self) -> "LayerCache":
+        """How the mesh shares each array."""
+        rows = len(self.lengths)
+        spec = buffer_spec(rows, len(self.k) // rows, self.rules)
+        lengths = PartitionSpec(sharding.fitting(self.rules.batch, rows))
+        return self.replace(k=spec, v=spec, lengths=lengths)
+
+
 def _split(x_X: Array, rows: int, rules: ShardingRules) -> Array:
-    """A buffer's merged axis as rows and heads, which XLA knows how to share."""
+    """[X, …] -> [B, K, …], which XLA knows how to share."""
     axes = _axes(rows, len(x_X) // rows, rules)
     own = rows // sharding.axis_size(axes[0])
-    local = lambda x_X: x_X.reshape(own, -1, *x_X.shape[1:])
-    return sharding.per_device(local, (PartitionSpec(sum(axes, ())),), PartitionSpec(*axes))(x_X)
+    run = sharding.per_device(
+        lambda x_X: x_X.reshape(own, -1, *x_X.shape[1:]),
+        (PartitionSpec(sum(axes, ())),),
+        PartitionSpec(*axes),
+    )
+    return run(x_X)
 
 
 def _merge(x_BK: Array, rules: ShardingRules) -> Array:
-    """The inverse of `_split`, by other rules perhaps."""
+    """[B, K, …] -> [X, …], perhaps by other rules than those of `_split`."""
     axes = _axes(*x_BK.shape[:2], rules)
-    local = lambda x_BK: x_BK.reshape(-1, *x_BK.shape[2:])
-    return sharding.per_device(local, (PartitionSpec(*axes),), PartitionSpec(sum(axes, ())))(x_BK)
+    run = sharding.per_device(
+        lambda x_BK: x_BK.reshape(-1, *x_BK.shape[2:]),
+        (PartitionSpec(*axes),),
+        PartitionSpec(sum(axes, ())),
+    )
+    return run(x_BK)
 
 
 def layout(rows: int, n_kv_heads: int) -> ShardingRules:
-    """How a mesh shares a cache: by heads while there are enough, else by rows if those can be shared."""
+    """Rules for a cache of that size: by heads if the mesh divides them, else by rows if it divides those."""
     by_rows = rows % sharding.axis_size(BY_ROWS.batch) == 0
     return BY_ROWS if n_kv_heads % sharding.axis_size(DECODING.heads) and by_rows else DECODING
 
@@ -130,48 +201,43 @@ def _axes(rows: int, heads: int, rules: ShardingRules) -> tuple[tuple[str, ...],
 
 
 def held_heads(n_heads: int, n_kv_heads: int, rules: ShardingRules) -> int:
-    """Kv heads that are computed and cached: a mesh with more parts than heads needs each several times.
+    """Number of kv heads to compute and cache: a mesh with more parts than heads needs copies.
 
-    Where neither heads nor parts are a multiple of the other, every device has them all.
+    Where neither number is a multiple of the other, every device has all heads.
     """
     parts = sharding.axis_size(rules.heads)
     return parts if parts % n_kv_heads == 0 and n_heads % parts == 0 else n_kv_heads
 
 
 def write(buffer_X: Array, new_X: Array, lengths_B: Array, axis: int) -> Array:
-    """Puts each row's T new entries at its slots lengths..lengths + T - 1.
+    """Puts each row's T new entries into its slots lengths..lengths + T - 1.
 
     `dynamic_update_slice` clamps: past the end it would overwrite the last slots in silence, so
     callers check with `check_capacity` on the host first.
 
     Args:
         buffer_X: [X, H, S] or [X, S, H], X = B · K.
-        new_X: the same with T instead of S.
+        new_X: the same with T instead of S, of the buffer's dtype.
         lengths_B: [B] int32.
-        axis: that of the slots, 2 or 1.
+        axis: axis of the slots, 2 or 1.
 
     Returns:
         The buffer with the new entries.
     """
-    new_X = new_X.astype(buffer_X.dtype)
     heads = buffer_X.shape[0] // lengths_B.shape[0]
     if heads == buffer_X.shape[0]:
         return jax.lax.dynamic_update_slice_in_dim(buffer_X, new_X, lengths_B[0], axis)
-    put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis - 1)
-    puts, arguments = jax.vmap(put), (buffer_X, new_X, jnp.repeat(lengths_B, heads))
-    if new_X.shape[axis] > 1 or not kernels.writes_tokens(buffer_X, axis):
-        return puts(*arguments)
-    token = functools.partial(kernels.write_token, axis=axis)
-    return jax.lax.platform_dependent(*arguments, tpu=token, default=puts)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return kernels.write_rows(jax.vmap(put), buffer_X, new_X, jnp.repeat(lengths_B, heads), axis)
 
 
 def check_capacity(lengths: np.ndarray, new_tokens: int, capacity: int) -> None:
     """Raises SamplingError, on the host, if a row's new tokens do not fit.
 
     Args:
-        lengths: [B] filled slots a row.
+        lengths: [B] filled slots per row.
         new_tokens: tokens to add to each row.
-        capacity: slots a row.
+        capacity: slots per row.
     """
     for row, length in enumerate(np.asarray(lengths)):
         if length + new_tokens > capacity:

@@ -25,7 +25,7 @@ from models.llama.layout import FUSED, PARAM_AXES, decoding_axes
 from utils import detours, ops, sharding
 from utils.attention import attend
 from utils.kernels import LANES, RESIDUALS
-from utils.kvcache import KVCache, held_heads, layout
+from utils.kvcache import KVCache, LayerCache, held_heads, layout
 from utils.rope import inv_frequencies
 from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, ShardingRules
 from utils.sharding import constrain, share_rows
@@ -40,24 +40,34 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, masks, kv=None):
+    def __call__(self, x_BTD, rope, masks, cache: LayerCache | None = None):
+        """[B, T, D] -> ([B, T, D], the layer's new cache)."""
         c = self.config
         q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
-        q, k, v = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
+        projected = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
         wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
-        # Results stay where the matrix is. Then those of a decode step go to the cache; those of a
-        # training step, whose rows' tokens have to meet, after RoPE, in whose gradient XLA would else
-        # send float32.
-        rules, there = (TRAINING, TRAINING) if kv is None else (DECODING, kv[-1])
-        q, k, v = (constrain(y, rules, "batch", "tokens", "heads") for y in (q, k, v))
-        put = lambda y_BTNH: constrain(y_BTNH, there, "batch", "tokens", "heads", None)
-        heads = lambda y: put(y.reshape(*y.shape[:2], -1, c.head_dim))
-        q_BTNH, k_BTKH = (put(ops.apply_rope(heads(y), rope)) for y in (q, k))
-        out_BTNH, new_kv = attend(q_BTNH, k_BTKH, heads(v), masks, kv)
+        # q, k, v stay sharded like the weights that made them. In decoding they then move to where
+        # the cache is. In training with a `context` axis they move after RoPE (`attend`): before it,
+        # XLA would send RoPE's gradient in float32, twice the bytes.
+        by_weights = TRAINING if cache is None else DECODING
+        by_heads = TRAINING if cache is None else cache.rules
+        projected = (constrain(y, by_weights, "batch", "tokens", "heads") for y in projected)
+        q_BTNH, k_BTKH, v_BTKH = (_split_heads(y, c.head_dim, by_heads) for y in projected)
+        q_BTNH, k_BTKH = (_place_heads(ops.apply_rope(y, rope), by_heads) for y in (q_BTNH, k_BTKH))
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, masks, cache)
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], q_dim)
-        out_BTD = constrain(out_BTD, rules, "batch", "tokens", "heads")  # and back
-        return _linear("o", out_BTD, wo), new_kv
+        return _linear("o", constrain(out_BTD, by_weights, "batch", "tokens", "heads"), wo), cache
+
+
+def _split_heads(y_BTD: Array, head_dim: int, rules: ShardingRules) -> Array:
+    """[B, T, N · H] -> [B, T, N, H]."""
+    return _place_heads(y_BTD.reshape(*y_BTD.shape[:2], -1, head_dim), rules)
+
+
+def _place_heads(y_BTNH: Array, rules: ShardingRules) -> Array:
+    """y, sharded by the rules' rows, tokens and heads."""
+    return constrain(y_BTNH, rules, "batch", "tokens", "heads", None)
 
 
 class FeedForward(nn.Module):
@@ -80,15 +90,15 @@ class TransformerBlock(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rope, masks, kv=None):
-        """[B, T, D] -> ([B, T, D], this layer's new (k, v) buffers, or None without a cache)."""
-        c = self.config
-        norm = lambda name, x: ops.rms_norm(x, _norm(self, name, c.dim).astype(x.dtype), c.norm_eps)
-        attn, kv = Attention(c, name="attn")(norm("attn_norm", x_BTD), rope, masks, kv)
-        rules = TRAINING if kv is None else DECODING
-        x_BTD = constrain(x_BTD + attn, rules, "batch", "tokens", None)
-        x_BTD = x_BTD + FeedForward(c, name="mlp")(norm("ffn_norm", x_BTD))
-        return constrain(x_BTD, rules, "batch", "tokens", None), kv
+    def __call__(self, x_BTD, rope, masks, cache: LayerCache | None = None):
+        """[B, T, D] -> ([B, T, D], the layer's new cache)."""
+        rules = TRAINING if cache is None else DECODING
+        normed_BTD = _rms_norm(self, "attn_norm", x_BTD)
+        attn_BTD, cache = Attention(self.config, name="attn")(normed_BTD, rope, masks, cache)
+        x_BTD = constrain(x_BTD + attn_BTD, rules, "batch", "tokens", None)
+        normed_BTD = _rms_norm(self, "ffn_norm", x_BTD)
+        x_BTD = x_BTD + FeedForward(self.config, name="mlp")(normed_BTD)
+        return constrain(x_BTD, rules, "batch", "tokens", None), cache
 
 
 class LLaMa(nn.Module):
@@ -162,9 +172,7 @@ class LLaMa(nn.Module):
             x_BTD, cache = self._unrolled_layers(x_BTD, rope, masks, cache)
         if logits_at_BM is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BM[..., None], axis=1)
-        x_BTD = ops.rms_norm(
-            x_BTD, _norm(self, "final_norm", c.dim).astype(x_BTD.dtype), c.norm_eps
-        )
+        x_BTD = _rms_norm(self, "final_norm", x_BTD)
         head_VD = embed_VD
         if not c.tie_embeddings:
             head_VD = self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
@@ -191,18 +199,12 @@ class LLaMa(nn.Module):
 
     def _unrolled_layers(self, x_BTD, rope, masks, cache):
         """Layer after layer, so that XLA updates each layer's cache in place and copies no weights."""
-        new_k, new_v = [], []
+        new = []
         for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
-            kv = cache and (cache.k[i], cache.v[i], cache.lengths)
-            static = cache and (cache.empty, cache.values_axis, cache.rules)
-            x_BTD, kv = _block(self.config, static, layer, x_BTD, rope, masks, kv)
-            if cache:
-                new_k.append(kv[0])
-                new_v.append(kv[1])
-        if cache:
-            lengths = cache.lengths + x_BTD.shape[1]
-            cache = cache.replace(k=tuple(new_k), v=tuple(new_v), lengths=lengths, empty=False)
-        return x_BTD, cache
+            part = cache and cache.layer(i)
+            x_BTD, part = _block(self.config, layer, x_BTD, rope, masks, part)
+            new.append(part)
+        return x_BTD, cache and cache.appended(new, x_BTD.shape[1])
 
 
 # Names of the matrix products' results and a kernel's, which `remat="dots"` keeps.
@@ -305,11 +307,10 @@ def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) 
 
 
 # A jit inside a jit is traced once for all layers; XLA inlines it.
-@functools.partial(jax.jit, static_argnames=("config", "static"))
-def _block(config, static, layer, x_BTD, rope, masks, kv):
+@functools.partial(jax.jit, static_argnames="config")
+def _block(config, layer, x_BTD, rope, masks, cache):
     """One TransformerBlock on its own parameters."""
-    kv = kv and (*kv, *static)
-    return TransformerBlock(config).apply({"params": layer}, x_BTD, rope, masks, kv)
+    return TransformerBlock(config).apply({"params": layer}, x_BTD, rope, masks, cache)
 
 
 def _layers(layers):
@@ -353,5 +354,7 @@ def _project_all(
     return list(map(checkpoint_name, ops.linear_all(x_BTD, layers), sizes))
 
 
-def _norm(module: nn.Module, name: str, dim: int) -> Array:
-    return module.param(name, nn.initializers.ones, (dim,))
+def _rms_norm(module: nn.Module, name: str, x_BTD: Array) -> Array:
+    """Declares the norm's weight and applies it."""
+    weight_D = module.param(name, nn.initializers.ones, (module.config.dim,))
+    return ops.rms_norm(x_BTD, weight_D.astype(x_BTD.dtype), module.config.norm_eps)
