@@ -5,192 +5,248 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import functools
+import dataclasses
+import json
+import sys
 from pathlib import Path
-from typing import Any
 
-import grpo
 from models.llama.generation import random_key
-from models.llama.hub import DEFAULT_MODEL
-from models.llama.loading import compute_dtype
+from models.llama.loading import ModelFlags, compute_dtype
+from models.llama.lora import LoRAConfig
+from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, Dataset, load_dataset
-from trainers.run import Run, SFTJob, known_remat, load_source, lora_config
+from trainers.grpo_trainer import GRPOConfig
+from trainers.recipes import GRPORecipe, Recipe, SFTRecipe
+from trainers.report.replay import read_run, replay_step
+from trainers.report.report import write_report
+from trainers.rewards.tasks import Task, TaskFlags
+from trainers.rollout import RolloutConfig, rows_at_once
+from trainers.run import RunConfig, Source, load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils import cli
-from utils.errors import is_int
+from utils.fields import Config, again, field, integer, number, one_of
 
-# (Without LoRA, with it): adapters start at zero and want larger steps.
-_SFT_RATES = 2e-5, 2e-4
+# Of the prompts that `--eval_size` holds out: a number that is no run's seed by chance.
+_EVAL_SEED = 1_000_003
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFlags(Config):
+    """Files of supervised training."""
+
+    data: str = field(
+        help='a .jsonl or .jsonl.gz file, or a data set on the hub, of {"messages": […]}, '
+        '{"prompt": …, "completion": …} or {"text": …}'
+    )
+    eval_data: str | None = field(None, "as data; its loss decides which checkpoint is the best")
+    skip_bad: int = field(0, "skip up to this many malformed rows", integer(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAFlags(LoRAConfig):
+    """LoRAConfig, where rank 0 means none."""
+
+    rank: int = field(
+        0,
+        "rank of the adapters trained next to the frozen model; 0: train the model itself",
+        integer(0),
+        flag="lora_rank",
+    )
+
+    @property
+    def config(self) -> LoRAConfig | None:
+        """The adapters, if there are any."""
+        return LoRAConfig(rank=self.rank, alpha=self.alpha) if self.rank else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPOTaskFlags(TaskFlags):
+    """The task that GRPO trains on, and how it is scored and evaluated."""
+
+    task_size: int = field(10_000, "prompts of the task", integer(1))
+    eval_size: int = field(
+        0, "held-out prompts of the task, none of which is trained on", integer(0)
+    )
+    eval_data: str | None = field(None, "as data, for evaluations")
+    eval_samples: int = field(1, "completions per prompt in an evaluation", integer(1))
+    reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
+    reward_failure: str = field(
+        "unscorable",
+        "what a crash or time-out of a reward does: leave its prompts out, or stop the run",
+        one_of("unscorable", "stop"),
+    )
+    rollouts: bool = field(
+        True, "write all completions to rollouts.jsonl, for `report` and `replay`"
+    )
+
+    def load_both(self, tokenizer: Tokenizer, seed: int) -> tuple[Task, Task | None]:
+        """(what is trained on, what is evaluated)."""
+        held_out = None
+        # What is held out is chosen first: it is then the same for every seed and size.
+        if self.eval_size if self.task is not None else self.eval_data:
+            held_out = self.load(
+                tokenizer, size=self.eval_size, seed=_EVAL_SEED, data=self.eval_data
+            )
+        return self.load(tokenizer, size=self.task_size, seed=seed, exclude=held_out), held_out
 
 
 def sft(
-    data: str,
-    out_dir: str,
-    ckpt_dir: str = DEFAULT_MODEL,
-    tokenizer_path: str | None = None,
-    eval_data: str | None = None,
-    max_steps: int = 100,
-    batch_size: int = 8,
-    micro_batch_size: int | None = 4,
-    seq_len: int = 512,
-    packing: bool = False,
-    mask: str = "auto",
-    overlong: str = "truncate",
-    chat_format: str | None = None,
-    skip_bad: int = 0,
-    lr: float | None = None,
-    optimizer: str = "adamw",
-    schedule: str = "cosine",
-    warmup_steps: int | None = None,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
-    lora_rank: int = 0,
-    lora_alpha: float | None = None,
-    dtype: str = "auto",
-    mesh: str | None = None,
-    param_dtype: str = "float32",
-    state_dtype: str = "float32",
-    remat: str = "dots",
-    seed: int = 0,
-    save_every: int = 50,
-    eval_every: int = 50,
-    keep: int = 2,
-    resume: bool = False,
-    resume_step: int | None = None,
-    allow_data_change: bool = False,
-    allow_config_change: bool = False,
-    tensorboard: bool = False,
-    export: bool = True,
-    check_every: int = 100,
-    distributed: str | None = None,
-    debug: bool = False,
+    data: DataFlags,
+    model: ModelFlags,
+    rows: DataConfig,
+    training: SFTConfig,
+    lora: LoRAFlags,
+    run: RunConfig,
+    processes: cli.ProcessFlags,
 ) -> None:
     """Fine-tunes on conversations, prompts with completions, or texts.
 
-    Args:
-        data: a .jsonl or .jsonl.gz file, or a data set on the hub, of {"messages": […]},
-            {"prompt": …, "completion": …} or {"text": …}.
-        out_dir: gets run.json, metrics.jsonl, checkpoints/ and at the end export/.
-        ckpt_dir: the model to start from, as for generate.py.
-        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
-        eval_data: as data; its loss decides which checkpoint is the best.
-        max_steps: optimizer steps of the whole run.
-        batch_size: rows an optimizer step.
-        micro_batch_size: rows computed at once, on a mesh a row a device at least: less needs less
-            memory; the update is the same.
-        seq_len: tokens of the longest row.
-        packing: several examples share a row.
-        mask: what is learnt: auto, assistant, last, completion or all.
-        overlong: what happens to longer examples: truncate, drop or split.
-        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
-        skip_bad: so many broken rows are left out.
-        lr: the peak learning rate; default: 2e-5, with LoRA 2e-4.
-        optimizer: adamw, adafactor, lion or muon.
-        schedule: constant, linear, cosine or wsd.
-        warmup_steps: default: 3 % of max_steps.
-        weight_decay: not on norms and biases.
-        clip_norm: of the gradients; 0 is off.
-        lora_rank: above 0 trains adapters of that rank next to the frozen model.
-        lora_alpha: default: twice the rank.
-        dtype: of activations: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        mesh: how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it.
-        param_dtype: of the trained parameters.
-        state_dtype: of the optimizer's moments.
-        remat: what the backward pass computes again: none, dots or block; block needs least memory.
-        seed: of adapters and of the data's order.
-        save_every: steps between checkpoints.
-        eval_every: steps between evaluations.
-        keep: how many of the newest checkpoints stay, beside the best.
-        resume: go on from out_dir's newest checkpoint that is whole.
-        resume_step: go on from this step's checkpoint.
-        allow_data_change: go on although the data is not the same.
-        allow_config_change: go on although the learning rate, batch size and the like differ.
-        tensorboard: write event files too.
-        export: write the model to out_dir/export in Hugging Face's format.
-        check_every: steps between comparisons of the parameters' copies on a mesh; 0: none.
-        distributed: this process is one of several, "coordinator=HOST:PORT,processes=4,process=0", or
-            "auto": as the launcher says. Slurm, Open MPI and JAX_COORDINATOR_ADDRESS need no flag.
-        debug: show the traceback of an error.
+    Example: python train.py sft --data chats.jsonl --out_dir run --lora_rank 16
     """
-    stop = cli.Signals(sigterm=True)
-    cli.keep_compilations()
-    # All flags before anything is fetched and loaded: a wrong one should not cost that time.
-    config_of = functools.partial(
-        SFTConfig,
-        optimizer=optimizer,
-        learning_rate=_SFT_RATES[lora_rank != 0] if lr is None else lr,
-        schedule=schedule,
-        warmup_steps=_warmup(max_steps) if warmup_steps is None else warmup_steps,
-        max_steps=max_steps,
-        weight_decay=weight_decay,
-        clip_norm=None if clip_norm == 0 else clip_norm,
-        state_dtype=state_dtype,
-        micro_batch_size=micro_batch_size,
-        param_dtype=param_dtype,
-        save_every=save_every,
-        eval_every=eval_every,
-    )
-    data_of = functools.partial(
-        DataConfig,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        packing=packing,
-        mask=mask,
-        overlong=overlong,
-        seed=seed,
-        chat_format=chat_format,
-    )
-    run_of = functools.partial(
-        Run,
-        out_dir=Path(out_dir),
-        keep=keep,
-        resume=resume or resume_step is not None,
-        resume_step=resume_step,
-        allow_data_change=allow_data_change,
-        allow_config_change=allow_config_change,
-        tensorboard=tensorboard,
-        export=export,
-        check_every=check_every,
-    )
-    config, data_config, lora, run, compute, remat = cli.all_of(
-        config_of,
-        data_of,
-        functools.partial(lora_config, lora_rank, lora_alpha),
-        run_of,
-        functools.partial(compute_dtype, dtype),
-        functools.partial(known_remat, remat),
-    )
-    key = random_key(seed)
-    source = load_source(ckpt_dir, tokenizer_path, mesh)
-    dataset = load_dataset(data, source.tokenizer, data_config, skip_bad=skip_bad)
+    stop = _start()
+    source = load_source(model.ckpt_dir, model.tokenizer_path, model.mesh)
+    dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
     dataset.check_full_batch()
-    say_counts("data", dataset)
+    _say_counts("data", dataset)
     evaluated = None
-    if eval_data is not None:
-        evaluated = load_dataset(eval_data, source.tokenizer, data_config)
-        say_counts("eval_data", evaluated)
-    job = SFTJob(
-        config=config,
-        dataset=dataset,
+    if data.eval_data is not None:
+        evaluated = load_dataset(data.eval_data, source.tokenizer, rows)
+        _say_counts("eval_data", evaluated)
+    recipe = SFTRecipe(config=training, lora=lora.config, dataset=dataset, evaluated=evaluated)
+    _train(recipe, source, run, model, rows.seed, stop)
+
+
+def grpo(
+    task: GRPOTaskFlags,
+    model: ModelFlags,
+    rollout: RolloutConfig,
+    training: GRPOConfig,
+    lora: LoRAFlags,
+    run: RunConfig,
+    processes: cli.ProcessFlags,
+) -> None:
+    """Trains on rewards with GRPO: groups of completions, better ones made more likely.
+
+    Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
+    """
+    stop = _start()
+    at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
+    source = load_source(model.ckpt_dir, model.tokenizer_path, model.mesh)
+    prompts, evaluated = task.load_both(source.tokenizer, rollout.seed)
+    first = source.tokenizer.decode(prompts.prompts[0].ids)
+    cli.say(f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens", "")
+    cli.say(f"the first, as the model reads it: {first!r:.600}", "")
+    recipe = GRPORecipe(
+        config=dataclasses.replace(training, micro_batch_size=at_once),
+        rollout=dataclasses.replace(rollout, branches=branches),
+        lora=lora.config,
+        task=prompts,
         evaluated=evaluated,
-        lora=lora,
-        dtype=compute,
-        remat=remat,
+        eval_samples=task.eval_samples,
+        tokenizer=source.tokenizer,
+        reward_timeout=task.reward_timeout,
+        reward_failure=task.reward_failure,
+        rollouts=task.rollouts,
     )
-    run.train(job, source, key, stop)
+    _train(recipe, source, run, model, rollout.seed, stop)
 
 
-def say_counts(name: str, dataset: Dataset) -> None:
-    """One line of what became of the rows."""
-    told = ", ".join(f"{value:,} {key}" for key, value in dataset.counts.items() if value)
-    cli.say(f"{name}: {told.replace('_', ' ')}", "")
+def _start() -> cli.Signals:
+    """Signals end the process until a run has a step to finish; compiled programs are kept."""
+    cli.keep_compilations()
+    return cli.Signals(sigterm=True)
 
 
-def _warmup(max_steps: Any) -> int:
-    return round(0.03 * max_steps) if is_int(max_steps) and max_steps > 0 else 0
+def _train(
+    recipe: Recipe,
+    source: Source,
+    run: RunConfig,
+    model: ModelFlags,
+    seed: int,
+    stop: cli.Signals,
+) -> None:
+    """Trains, and ends the process if a signal stopped it."""
+    if code := train(recipe, source, run, compute_dtype(model.dtype), random_key(seed), stop):
+        sys.exit(code)
 
 
-COMMANDS = {"sft": sft, "grpo": grpo.grpo, "replay": grpo.replay, "report": grpo.report}
+def _say_counts(name: str, dataset: Dataset) -> None:
+    """Says in one line how many rows there are, and how many were left out or changed."""
+    count = dict(dataset.counts)
+    del count["read"]
+    parts = [
+        f"{count.pop('examples'):,} examples, {count.pop('tokens'):,} tokens "
+        f"({count.pop('targets'):,} learnt), in {count.pop('rows'):,} rows"
+    ]
+    parts += [f"{number:,} {what.replace('_', ' ')}" for what, number in count.items() if number]
+    cli.say(f"{name}: {'; '.join(parts)}", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFlags(Config):
+    """The step that is computed again."""
+
+    run: str = field(help="the run's folder, its --out_dir")
+    step: int = field(help="optimizer step, from 1", allowed=integer(1))
+    json: bool = field(False, "one JSON object instead of a table")
+
+
+# Flags of the loss that replace the run's; None keeps its value.
+LossFlags = dataclasses.make_dataclass(
+    "LossFlags",
+    [
+        (f.name, f.type | None, again(GRPOConfig, f.name, None))
+        for f in dataclasses.fields(GRPOConfig)
+        if f.name in ("loss", "beta", "kl", "ratio_level", "tis_cap", "dual_clip")
+        or f.name.startswith("epsilon")
+    ],
+    bases=(Config,),
+    frozen=True,
+    kw_only=True,
+)
+
+
+def replay(step: StepFlags, different_loss: LossFlags) -> None:
+    """Computes a step's loss and gradients again from its saved completions, with other losses too.
+
+    Starts from the newest checkpoint before that step, or from the model that the run started from,
+    and repeats the updates in between. Without another loss it shows that the run can be repeated.
+
+    Example: python train.py replay --run run --step 5 --loss grpo
+    """
+    cli.Signals()
+    cli.keep_compilations()
+    changes = dataclasses.asdict(different_loss)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    past, others = read_run(Path(step.run), step.step), {"changed": changes} if changes else {}
+    with cli.busy("computing"):
+        found = {"logged": past.logged, **replay_step(past, step.step, others)}
+    if step.json:
+        cli.write(json.dumps(found) + "\n")
+        return
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    rows = [
+        [name, *(f"{values[name]:.8g}" if name in values else "" for values in found.values())]
+        for name in names
+    ]
+    cli.write(cli.table(["", *found], rows, f"step {step.step} of {step.run}"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageFlags(Config):
+    """The page of a run."""
+
+    run: str = field(help="the run's folder, its --out_dir")
+    out: str | None = field(None, "the file; default: report.html in that folder")
+    pngs: bool = field(False, "write the charts as PNG files beside it too")
+
+
+def report(page: PageFlags) -> None:
+    """Writes a page with a run's curves and completions: one HTML file, to be opened anywhere."""
+    cli.write(f"{write_report(page.run, page.out, pngs=page.pngs)}\n")
+
+
+COMMANDS = {"sft": sft, "grpo": grpo, "replay": replay, "report": report}
 
 if __name__ == "__main__":
     cli.run_one_of(COMMANDS)

@@ -6,11 +6,12 @@ import re
 import jax
 import pytest
 
+from models.llama.model import LLaMa
 from tests import cli, small_grpo
 from tests.programs import CODES, INT, TERM, assert_same_run, check_error, programs
 from trainers.grpo_trainer import GRPOConfig
+from trainers.recipes import GRPORecipe
 from trainers.rollout import RolloutConfig
-from trainers.run import GRPOJob
 from utils.errors import ConfigError
 from utils.sharding import MESH_AXES
 
@@ -60,7 +61,7 @@ def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
     check_error(done, 2, *(f"{name}" for name in wrong), "one completion has no group")
     assert not (tmp_path / "run.json").exists()
     options = training(prompts, tmp_path, task="reasoning_gym:chain_sum")
-    check_error(programs.run("train.py", "grpo", **options), 2, "--task or --data, one of them")
+    check_error(programs.run("train.py", "grpo", **options), 2, "pass either --task or --data")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
 )
 def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, micro, found):
     """On 8 devices that share rows; of which each row is one of `branches` completions."""
-    job = GRPOJob(
+    recipe = GRPORecipe(
         config=GRPOConfig(micro_batch_size=micro),
         rollout=RolloutConfig(**sizes),
         task=small_grpo.task(),
@@ -84,18 +85,16 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
         eval_samples=1,
         tokenizer=small_grpo.tokenizer(),
         lora=None,
-        dtype="float32",
-        remat="dots",
         reward_timeout=1.0,
         reward_failure="stop",
         rollouts=False,
     )
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)):
         if not isinstance(found, str):
-            assert job.trainer(small_grpo.MODEL).config.micro_batch_size == found
+            assert recipe.trainer(LLaMa(small_grpo.MODEL)).config.micro_batch_size == found
             return
         with pytest.raises(ConfigError) as refused:
-            job.trainer(small_grpo.MODEL)
+            recipe.trainer(LLaMa(small_grpo.MODEL))
     assert re.search(found, str(refused.value))
     assert str(refused.value).endswith("by data=2 x fsdp=4 devices; use a multiple of 8")
 
@@ -129,7 +128,7 @@ def test_a_signal_in_a_rollout_ends_the_run_behind_its_step(
     patch += f"at(trainers.on_policy, 'generate', 2, lambda: send({number}))\n"
     done = programs.run("train.py", "grpo", patch=patch, **training(prompts, tmp_path))
     assert done.code == CODES[number], done.stderr
-    assert "stopped after step 2, which is saved" in done.stderr
+    assert "stopped; step 2 is saved" in done.stderr
     go_on(programs, prompts, tmp_path, whole)
 
 

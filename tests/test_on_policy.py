@@ -15,7 +15,7 @@ from trainers.checkpoint import Checkpointer, CheckpointReader
 from trainers.loop import Progress, fit
 from trainers.metrics import MetricsLog, PhaseClock
 from trainers.on_policy import RolloutBatches, RolloutData, TaskEvaluation, decoding_params
-from trainers.replay import replay_step
+from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards.accuracy import EvaluationConfig
 from trainers.rewards.pool import Reward
 from trainers.rollout import Layout, RolloutConfig, parts
@@ -318,13 +318,15 @@ def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
     config = RolloutConfig(prompts_per_step=4, group_size=4, iterations=2)
     for step in (1, 4, 6):
         others = {"other": {"temperature": 0.5}, "same": {}}
-        found = replay_step(of, config, *start(of), records, step, others)
+        found = replay_step(SavedRun(of, config, *start(of), records), step, others)
         for name in ("loss", "grad_norm", "kl", "entropy", "ratio_max"):
             assert found["run"][name] == pytest.approx(logged[step][name], rel=1e-5, abs=1e-7)
         assert found["same"]["difference"] == 0 and found["same"]["cosine"] == pytest.approx(1)
         assert found["other"]["difference"] > 0.01
-    with pytest.raises(ConfigError, match="no rollout for step 9 is saved; there are .* 1 to 5"):
-        replay_step(of, config, start(of)[0], start(of)[1], records, 9)
+    with pytest.raises(
+        ConfigError, match="no rollout for step 9 is saved; rollouts.jsonl has steps 1 to 5"
+    ):
+        replay_step(SavedRun(of, config, *start(of), records), 9)
 
 
 # Evaluations ------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ class DataConfig(Config):
     shuffle: bool = field(
         True, "a new order each epoch; else the order of the file", flag="", resume=DATA
     )
-    seed: int = field(0, "seed of the data's order", integer(0, 2**32 - 1), resume=CONFIG)
+    seed: int = field(
+        0, "seed of the data's order and of adapters", integer(0, 2**32 - 1), resume=CONFIG
+    )
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
     )

@@ -8,7 +8,6 @@ gradient is.
 
 import dataclasses
 import functools
-import math
 from typing import ClassVar
 
 import jax

@@ -70,7 +70,12 @@ class RolloutConfig(Config):
         integer(0),
         resume=CONFIG,
     )
-    seed: int = field(0, "seed of the prompts' order", integer(0, 2**32 - 1), resume=CONFIG)
+    seed: int = field(
+        0,
+        "seed of the prompts' order, of sampling and of adapters",
+        integer(0, 2**32 - 1),
+        resume=CONFIG,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,18 +1,20 @@
-"""A training run from the command line: its folder, its checkpoints, its export."""
+"""A training run: from a model's files to metrics, checkpoints and an export in one folder."""
 
-import abc
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+import numpy as np
 
-from models.llama.config import ModelConfig
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
 from models.llama.loading import use_mesh
@@ -20,30 +22,79 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import REMATS, LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
 from trainers.checkpoint import Checkpointer
-from trainers.data import Dataset, tokenizer_digest
-from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
-from trainers.identity import files_digest, key_words, versions
-from trainers.loop import Data, Evaluation, Progress, fit
+from trainers.data import DataConfig, tokenizer_digest
+from trainers.grpo_trainer import GRPOConfig
+from trainers.loop import Progress, fit
 from trainers.metrics import MetricsLog, ProgressBar
-from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
-from trainers.planning.estimate import check_memory, grpo_bytes, sft_bytes
-from trainers.resume import check_resume
-from trainers.rewards.accuracy import EvaluationConfig
-from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import Task
+from trainers.planning.estimate import check_memory
+from trainers.recipes import Recipe
 from trainers.rollout import RolloutConfig
-from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.sft_trainer import SFTConfig
 from trainers.trainer import Trainer, TrainState
 from utils import cli, processes, sharding
-from utils.errors import CheckpointError, ConfigError, is_int, raise_all
-from utils.files import atomic_file
+from utils.errors import ArtifactError, CheckpointError, ConfigError
+from utils.fields import (
+    ALWAYS,
+    CONFIG,
+    DATA,
+    NEVER,
+    Config,
+    Setting,
+    field,
+    integer,
+    one_of,
+    setting,
+)
+from utils.files import InputFile, atomic_file, list_folder
+from utils.trees import flatten
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
+_ROOT = Path(__file__).parents[1]
+
+# A digest covers this many blocks of a larger file, evenly spread: another model differs everywhere.
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """A run's folder: what is written there, and how it starts."""
+
+    out_dir: str = field(
+        help="folder for run.json, metrics.jsonl, checkpoints/ and the final export/"
+    )
+    resume: bool = field(False, "resume from the newest intact checkpoint in out_dir")
+    resume_step: int | None = field(None, "resume from the checkpoint of this step", integer(0))
+    allow_data_change: bool = field(False, "resume although the data is not the same")
+    allow_config_change: bool = field(
+        False, "resume although the learning rate, batch size and the like differ"
+    )
+    keep: int = field(2, "newest checkpoints to keep, beside the best one", integer(1))
+    export: bool = field(True, "write the model to out_dir/export in Hugging Face's format")
+    tensorboard: bool = field(False, "write TensorBoard's event files too")
+    check_every: int = field(
+        100, "steps between comparisons of the parameters' copies on a mesh; 0: none", integer(0)
+    )
+    remat: str = field(
+        "dots",
+        "what the backward pass computes again; block needs least memory",
+        one_of(*REMATS),
+        resume=ALWAYS,
+    )
+
+    @property
+    def folder(self) -> Path:
+        """`out_dir`."""
+        return Path(self.out_dir)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run starts from a checkpoint."""
+        return self.resume or self.resume_step is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """The model that a run starts from: its files, and what was read of them first."""
+    """The model that a run starts from: where its files are, and its tokenizer."""
 
     path: Path
     tokenizer_path: Path
@@ -51,7 +102,7 @@ class Source:
 
 
 def load_source(ckpt_dir: str, tokenizer_path: str | None, mesh: str | None) -> Source:
-    """Finds or fetches a checkpoint, and loads its tokenizer; devices will share it as `mesh` says."""
+    """Finds or fetches a checkpoint, loads its tokenizer, and shares devices as `mesh` says."""
     with cli.progress() as report:
         path = resolve(ckpt_dir, report)
     use_mesh(mesh, path)
@@ -59,297 +110,195 @@ def load_source(ckpt_dir: str, tokenizer_path: str | None, mesh: str | None) -> 
     return Source(path=path, tokenizer_path=found, tokenizer=load_tokenizer(found))
 
 
-class Job(abc.ABC):
-    """What a run does: supervised training or GRPO."""
+class Stop(Protocol):
+    """Signals to the process; `utils.cli.Signals` is one."""
 
-    @abc.abstractmethod
-    def trainer(self, model: ModelConfig) -> Trainer:
-        """The trainer for a model. Raises ConfigError if they do not fit."""
+    code: int | None
 
-    @abc.abstractmethod
-    def memory(self, trainer: Trainer) -> dict[str, int]:
-        """Bytes by parts, at the peak."""
-
-    @abc.abstractmethod
-    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
-        """What goes into a checkpoint's meta under "data" and, beside the trainer's, "train"."""
-
-    @abc.abstractmethod
-    def open(
-        self, trainer: Trainer, out_dir: Path, start_step: int, stack: contextlib.ExitStack
-    ) -> tuple[Data, Dataset | Evaluation | None]:
-        """What `fit` trains on and evaluates; whatever is to be closed goes onto the stack."""
+    def set(self, *, leave_at: int, notice: str = "") -> None:
+        """Ends the process at signal number `leave_at`; earlier ones give notice."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTJob(Job):
-    """Supervised training; `evaluated` is the data of its evaluations."""
+class Run(NamedTuple):
+    """A run that can start: `prepare` has checked it.
 
-    config: SFTConfig
-    dataset: Dataset
-    evaluated: Dataset | None
-    lora: LoRAConfig | None
-    dtype: Any
-    remat: str
-
-    def trainer(self, model: ModelConfig) -> SFTTrainer:
-        self.dataset.check_context(model.max_seq_len)
-        sharding.check_rows(batch_size=self.dataset.config.batch_size)
-        for width in self.dataset.buckets:
-            sharding.check_tokens(model.n_heads, seq_len=width)
-        llama = LLaMa(model, self.dtype, self.remat)
-        return SFTTrainer(llama, _shared_micro_batches(self.config), self.lora)
-
-    def memory(self, trainer: Trainer) -> dict[str, int]:
-        return sft_bytes(trainer, self.dataset.config.batch_size, self.dataset.buckets[-1])
-
-    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
-        data = self.dataset.config
-        names = ("batch_size", "seq_len", "packing", "seed")
-        return {
-            "data": {"digest": self.dataset.digest, "shuffle": data.shuffle},
-            "train": {name: getattr(data, name) for name in names},
-        }
-
-    def open(self, trainer, out_dir, start_step, stack):
-        return self.dataset, self.evaluated
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GRPOJob(Job):
-    """GRPO on a task; `evaluated` is the task of its evaluations, with as many `eval_samples`."""
-
-    config: GRPOConfig
-    rollout: RolloutConfig
-    task: Task
-    evaluated: Task | None
-    eval_samples: int
-    tokenizer: Tokenizer
-    lora: LoRAConfig | None
-    dtype: Any
-    remat: str
-    reward_timeout: float
-    reward_failure: str
-    rollouts: bool
-
-    def trainer(self, model: ModelConfig) -> GRPOTrainer:
-        self._check_rows()
-        limit = min(self.tokenizer.vocab_size, model.vocab_size)
-        llama = LLaMa(model, self.dtype, self.remat)
-        limit = limit if limit < model.vocab_size else None
-        return GRPOTrainer(llama, _shared_micro_batches(self.config), self.lora, limit)
-
-    def _check_rows(self) -> None:
-        """A row is a prompt with `branches` of its completions; flags are in completions."""
-        c = self.rollout
-        branches = c.branches or c.group_size
-        rows = c.prompts_per_step // c.mini_batches * (c.group_size // branches)
-        # By how it comes about: the user knows those numbers.
-        step = f"prompts_per_step x group_size / mini_batches / {branches} completions a row"
-        sharding.check_rows(**{step: rows})
-
-    def memory(self, trainer: Trainer) -> dict[str, int]:
-        at_once = self.config.micro_batch_size
-        return grpo_bytes(trainer, self.rollout, self.task.longest, at_once)
-
-    def describe(self, trainer: Any) -> dict[str, dict[str, Any]]:
-        return {
-            "data": {"digest": self.task.digest, "task": self.task.name},
-            "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
-        }
-
-    def open(self, trainer, out_dir, start_step, stack):
-        scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
-        pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
-        log, evaluation = None, None
-        if self.rollouts:
-            name = "rollouts.jsonl"
-            log = stack.enter_context(MetricsLog(out_dir, name=name, start_step=start_step))
-        sampler = Sampler(trainer, self.rollout, self.task, self.tokenizer, pool)
-        if self.evaluated is not None:
-            config = EvaluationConfig(
-                samples=self.eval_samples,
-                temperature=self.config.temperature,
-                max_completion_len=self.config.max_completion_len,
-                batch_size=self.rollout.prompts_per_step * 2,
-            )
-            evaluation = TaskEvaluation(trainer, self.evaluated, self.tokenizer, pool, config)
-        return RolloutData(sampler, log), evaluation
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run's folder: what is written there, and what it may go on from.
-
-    `run.json` (the flags' meaning), `metrics.jsonl`, `checkpoints/`, `export/`.
+    Attributes:
+        meta: what its checkpoints are of, for `check_resume`.
+        like: shapes and places of its state.
+        key: the source of all that is random.
     """
 
-    out_dir: Path
-    keep: int
-    resume: bool
-    resume_step: int | None
-    allow_data_change: bool
-    allow_config_change: bool
-    tensorboard: bool
-    export: bool
-    check_every: int = 100
+    config: RunConfig
+    recipe: Recipe
+    source: Source
+    trainer: Trainer
+    meta: dict[str, Any]
+    like: TrainState
+    key: jax.Array
 
-    def __post_init__(self):
-        problems = []
-        if not is_int(self.keep) or self.keep < 1:
-            problems.append(f"keep={self.keep!r}, expected an integer from 1")
-        step = self.resume_step
-        if step is not None and not (is_int(step) and step >= 0):
-            problems.append(f"resume_step={step!r}, expected an integer from 0")
-        if not is_int(self.check_every) or self.check_every < 0:
-            problems.append(f"check_every={self.check_every!r}, expected an integer from 0")
-        raise_all("Run", problems)
 
-    def train(
-        self,
-        job: Job,
-        source: Source,
-        key: jax.Array,
-        stop: cli.Signals,
-    ) -> None:
-        """From the model's weights to the exported model; goes on from a checkpoint if asked to."""
-        trainer = job.trainer(load_config(source.path))
-        check_against_model(source.tokenizer, trainer.model.config.vocab_size)
-        meta = describe(trainer, source, job)
-        if processes.several():
-            settings = dataclasses.asdict(self) | {"seed": key_words(key)}
-            known = {"settings": settings, "checkpoint": files_digest(source.path)}
-            processes.check_same(versions() | known | meta)
-        check_memory(job.memory(trainer), functools.partial(cli.say, kind=""))
-        like = jax.eval_shape(
-            lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
+def train(
+    recipe: Recipe, source: Source, config: RunConfig, dtype: Any, key: jax.Array, stop: Stop
+) -> int:
+    """Trains from a model's weights, or from a checkpoint, to the exported model.
+
+    Args:
+        recipe: the kind of training with its data.
+        source: the model.
+        config: the run's folder.
+        dtype: of activations.
+        key: the source of all that is random.
+        stop: ends the run after a step.
+
+    Returns:
+        The exit code: 0, or that of the signal which stopped the run before its end.
+    """
+    run = prepare(recipe, source, config, dtype, key)
+    with contextlib.ExitStack() as stack:
+        checkpointer = _open_folder(run, stack)
+        state, frozen, progress = restore_or_init(run, checkpointer)
+        state = _fit(run, state, frozen, progress, checkpointer, stop, stack)
+    stop.set(leave_at=1)  # nothing is left to finish: the export is written whole or not at all
+    step, code = int(state.step), processes.agree(stop.code or 0)
+    if code and (config.export or step < run.trainer.config.max_steps):
+        cli.say(f"stopped; step {step} is saved, continue with --resume", "")
+        return code
+    if config.export:
+        export(run, state, frozen)
+    return 0
+
+
+def prepare(recipe: Recipe, source: Source, config: RunConfig, dtype: Any, key: jax.Array) -> Run:
+    """Checks that model, recipe and machine fit, and that all processes were started alike."""
+    trainer = recipe.trainer(LLaMa(load_config(source.path), dtype, config.remat))
+    check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+    meta = describe(trainer, source, recipe)
+    if processes.several():
+        seed = np.asarray(jax.random.key_data(key)).tolist()
+        settings = dataclasses.asdict(config) | {"seed": seed}
+        known = {"settings": settings, "checkpoint": files_digest(source.path)}
+        processes.check_same(versions() | known | meta)
+    check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""))
+    like = jax.eval_shape(
+        lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
+    )
+    if sharding.current_mesh() is not None:
+        like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.state_specs(like))
+    return Run(config, recipe, source, trainer, meta, like, key)
+
+
+def _open_folder(run: Run, stack: contextlib.ExitStack) -> Checkpointer:
+    """The folder's checkpoints; neither overwrites an old run nor resumes from nothing."""
+    folder, resumes = run.config.folder, run.config.resumes
+    need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.like))
+    checkpointer = stack.enter_context(
+        Checkpointer(folder / "checkpoints", keep=run.config.keep, need_bytes=need_bytes)
+    )
+    steps = checkpointer.steps
+    if steps and not resumes:
+        raise CheckpointError(
+            f"{folder} holds a run that got to step {steps[-1]}; pass --resume to continue it, or "
+            "another --out_dir"
         )
-        if sharding.current_mesh() is not None:
-            like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.state_specs(like))
-        need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
-        with contextlib.ExitStack() as stack:
-            checkpointer = stack.enter_context(
-                Checkpointer(self.out_dir / "checkpoints", keep=self.keep, need_bytes=need_bytes)
-            )
-            self._check_start(checkpointer)
-            if self.resume:
-                state, progress = self._restore(checkpointer, like, meta)
-                frozen = load_params(trainer, source, frozen=True) if trainer.keeps_frozen else {}
-            else:
-                state, frozen = trainer.init(load_params(trainer, source), key, donate=True)
-                progress = Progress()
-            if processes.is_first():
-                with atomic_file(self.out_dir / "run.json") as file:
-                    paths = {"ckpt_dir": str(source.path), "tokenizer": str(source.tokenizer_path)}
-                    file.write(json.dumps(meta | {"source": paths}, indent=1).encode())
-            start_step = int(state.step) + 1
-            data, evaluated = job.open(trainer, self.out_dir, start_step, stack)
-            bar = ProgressBar(trainer.config.max_steps, console=cli.stderr)
-            stack.enter_context(bar)
-            logged = dict(tensorboard=self.tensorboard, start_step=start_step, sinks=[bar])
-            log = stack.enter_context(MetricsLog(self.out_dir, **logged))
-            stop.set(leave_at=2, notice=_STOPPING)
-            state, _ = fit(
-                trainer,
-                state,
-                frozen,
-                data,
-                eval_data=evaluated,
-                log=log,
-                checkpointer=checkpointer,
-                meta=meta,
-                progress=progress,
-                should_stop=lambda: stop.code is not None,
-                check_every=self.check_every,
-            )
-        stop.set(leave_at=1)  # nothing is left to finish: the export is written whole or not at all
-        step, code = int(state.step), processes.agree(stop.code or 0)
-        if code and (self.export or step < trainer.config.max_steps):
-            cli.say(f"stopped after step {step}, which is saved; --resume goes on", "")
-            sys.exit(code)
-        if self.export:
-            self._export(trainer, state, frozen, source)
-
-    def _check_start(self, checkpointer: Checkpointer) -> None:
-        """Never begins anew over an old run, nor goes on from nothing."""
-        steps = checkpointer.steps
-        if steps and not self.resume:
-            raise CheckpointError(
-                f"{self.out_dir} holds a run that got to step {steps[-1]}; pass --resume to go on, "
-                "or another --out_dir"
-            )
-        if self.resume and not steps:
-            raise CheckpointError(
-                f"--resume: {self.out_dir} holds no checkpoint; leave it out to start"
-            )
-
-    def _restore(
-        self, checkpointer: Checkpointer, like: TrainState, meta: dict[str, Any]
-    ) -> tuple[TrainState, Progress]:
-        """What a checkpoint of this run holds; says what is not the same."""
-        check = functools.partial(
-            check_resume,
-            now=meta,
-            allow_data_change=self.allow_data_change,
-            allow_config_change=self.allow_config_change,
-        )
-        # Before the arrays, as another optimizer's cannot be read; then of what was read in the end.
-        check(_without_progress(checkpointer.read_meta(self.resume_step))[0])
-        restored = checkpointer.restore(like, step=self.resume_step)
-        saved, progress = _without_progress(restored.meta)
-        changes = check(saved)
-        for change in changes:
-            cli.say(f"changed: {change}", "")
-        cli.say(f"going on after step {restored.step}", "")
-        if saved["data"] != meta["data"]:
-            progress = dataclasses.replace(progress, position=None)
-        return restored.state, progress
-
-    def _export(self, trainer: Trainer, state: TrainState, frozen: Params, source: Source) -> None:
-        folder = self.out_dir / "export"
-        save = functools.partial(
-            save_checkpoint, format="hf", tokenizer=source.tokenizer_path, overwrite=True
-        )
-        with cli.busy("exporting"):
-            params = processes.to_first(trainer.export_params(state, frozen))
-            processes.from_first(lambda: save(folder, trainer.model.config, params))
-        cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+    if resumes and not steps:
+        raise CheckpointError(f"{folder} has no checkpoint to resume from; start without --resume")
+    return checkpointer
 
 
-def lora_config(rank: int, alpha: float | None) -> LoRAConfig | None:
-    """--lora_rank and --lora_alpha; rank 0 is none."""
-    return None if rank == 0 else LoRAConfig(rank=rank, alpha=alpha)
+def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Params, Progress]:
+    """(state, frozen parameters, progress) of a checkpoint or of the model; writes run.json."""
+    trainer = run.trainer
+    if run.config.resumes:
+        state, progress = _restore(run, checkpointer)
+        frozen = load_params(run, frozen=True) if trainer.keeps_frozen else {}
+    else:
+        params = load_params(run, frozen=trainer.lora is not None)
+        (state, frozen), progress = trainer.init(params, run.key, donate=True), Progress()
+    if processes.is_first():
+        paths = {"ckpt_dir": str(run.source.path), "tokenizer": str(run.source.tokenizer_path)}
+        with atomic_file(run.config.folder / "run.json") as file:
+            file.write(json.dumps(run.meta | {"source": paths}, indent=1).encode())
+    return state, frozen, progress
 
 
-def known_remat(remat: str) -> str:
-    """--remat. Raises ConfigError if it is unknown."""
-    if remat not in REMATS:
-        raise ConfigError(f"--remat {remat!r:.40}, expected one of {', '.join(REMATS)}")
-    return remat
+def _restore(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Progress]:
+    """A checkpoint's state; says what differs from it."""
+    step = run.config.resume_step
+    check = functools.partial(
+        check_resume,
+        now=run.meta,
+        allow_data_change=run.config.allow_data_change,
+        allow_config_change=run.config.allow_config_change,
+    )
+    # Before the arrays, as another optimizer's cannot be read; then by what was read in the end.
+    check(checkpointer.read_meta(step))
+    restored = checkpointer.restore(run.like, step=step)
+    for change in check(restored.meta):
+        cli.say(f"changed: {change}", "")
+    total = run.trainer.config.max_steps
+    cli.say(f"resuming from step {restored.step} of {total}", "")
+    progress = Progress(**restored.meta["progress"])
+    if restored.meta["data"] != run.meta["data"]:
+        progress = dataclasses.replace(progress, position=None)
+    return restored.state, progress
 
 
-def _shared_micro_batches(config: Any) -> Any:
-    """A trainer's config whose micro-batches are whole rounds of the mesh: a row a device at least."""
-    rows = sharding.whole_rounds(config.micro_batch_size)
-    return dataclasses.replace(config, micro_batch_size=rows)
-
-
-def _without_progress(meta: dict[str, Any]) -> tuple[dict[str, Any], Progress]:
-    return {k: v for k, v in meta.items() if k != "progress"}, Progress(**meta["progress"])
-
-
-def load_params(trainer: Trainer, source: Source, *, frozen: bool | None = None) -> Params:
-    """The model's parameters; a frozen model is only read, and has the dtype in which it is used."""
-    frozen = trainer.lora is not None if frozen is None else frozen
-    dtype = trainer.model.dtype if frozen else trainer.config.param_dtype
+def load_params(run: Run, *, frozen: bool) -> Params:
+    """The model's parameters; those of a frozen model have the dtype in which it computes."""
+    dtype = run.trainer.model.dtype if frozen else run.trainer.config.param_dtype
     with cli.progress() as report:
-        return load_checkpoint(source.path, dtype=dtype, progress=report)[1]
+        return load_checkpoint(run.source.path, dtype=dtype, progress=report)[1]
 
 
-def describe(trainer: Trainer, source: Source, job: Job) -> dict[str, Any]:
-    """What a checkpoint is of, for `check_resume`."""
+def _fit(
+    run: Run,
+    state: TrainState,
+    frozen: Params,
+    progress: Progress,
+    checkpointer: Checkpointer,
+    stop: Stop,
+    stack: contextlib.ExitStack,
+) -> TrainState:
+    """Steps until the end or a signal, with the run's data, logs and progress bar."""
+    config, start_step = run.config, int(state.step) + 1
+    data, evaluated = run.recipe.open(run.trainer, config.folder, start_step, stack)
+    bar = stack.enter_context(ProgressBar(run.trainer.config.max_steps, console=cli.stderr))
+    log = MetricsLog(
+        config.folder, tensorboard=config.tensorboard, start_step=start_step, sinks=[bar]
+    )
+    stop.set(leave_at=2, notice=_STOPPING)
+    state, _ = fit(
+        run.trainer,
+        state,
+        frozen,
+        data,
+        eval_data=evaluated,
+        log=stack.enter_context(log),
+        checkpointer=checkpointer,
+        meta=run.meta,
+        progress=progress,
+        should_stop=lambda: stop.code is not None,
+        check_every=config.check_every,
+    )
+    return state
+
+
+def export(run: Run, state: TrainState, frozen: Params) -> None:
+    """Writes the trained model, adapters merged, in Hugging Face's format."""
+    folder = run.config.folder / "export"
+    save = functools.partial(
+        save_checkpoint, format="hf", tokenizer=run.source.tokenizer_path, overwrite=True
+    )
+    with cli.busy("exporting"):
+        params = processes.to_first(run.trainer.export_params(state, frozen))
+        processes.from_first(lambda: save(folder, run.trainer.model.config, params))
+    cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+
+
+def describe(trainer: Trainer, source: Source, recipe: Recipe) -> dict[str, Any]:
+    """The meta of a run's checkpoints: its model, tokenizer, data, settings and adapters."""
     numerics = {"dtype": jnp.dtype(trainer.model.dtype).name, "remat": trainer.model.remat}
-    known = job.describe(trainer)
+    known = recipe.meta(trainer)
     return {
         "model": dataclasses.asdict(trainer.model.config),
         "tokenizer": tokenizer_digest(source.tokenizer),
@@ -357,3 +306,95 @@ def describe(trainer: Trainer, source: Source, job: Job) -> dict[str, Any]:
         "train": dataclasses.asdict(trainer.config) | known["train"] | numerics,
         "lora": dataclasses.asdict(trainer.lora) if trainer.lora is not None else {},
     }
+
+
+# Settings by their path in a checkpoint's meta.
+_SETTINGS = {
+    f"train.{f.name}": setting(f)
+    for config in (SFTConfig, GRPOConfig, DataConfig, RolloutConfig, RunConfig)
+    for f in dataclasses.fields(config)
+} | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
+_SETTINGS["train.dtype"] = Setting(flag="dtype")
+
+# How each kind of difference is refused.
+_ADVICE = {
+    CONFIG: "change back, or pass --allow_config_change",
+    DATA: "change back, or pass --allow_data_change",
+    NEVER: "never allowed: start anew in another --out_dir",
+}
+
+
+def check_resume(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    allow_data_change: bool = False,
+    allow_config_change: bool = False,
+) -> list[str]:
+    """Compares the settings of a checkpoint with those of the run that resumes from it.
+
+    The rules stand on the configs' fields; a setting without one must not differ.
+
+    Args:
+        saved, now: as `describe` makes them; the "progress" of a checkpoint may differ.
+        allow_data_change: whether the data may differ.
+        allow_config_change: whether the learning rate, batch size and the like may.
+
+    Returns:
+        The differences that are allowed, "--flag saved → now" each.
+
+    Raises:
+        ConfigError: some are not allowed; all of those are named, with the flag that would allow them.
+    """
+    allowed, refused = [], {}
+    old, new = _flat_json(saved), _flat_json(now)
+    for path in sorted(old.keys() | new.keys()):
+        before, after = old.get(path, "absent"), new.get(path, "absent")
+        if before == after:
+            continue
+        known = _SETTINGS.get(path, Setting(resume=DATA if path.startswith("data.") else NEVER))
+        text = f"{f'--{known.flag}' if known.flag else path} {before} → {after}"
+        if known.resume == ALWAYS or {CONFIG: allow_config_change, DATA: allow_data_change}.get(
+            known.resume
+        ):
+            allowed.append(text)
+        else:
+            refused.setdefault(known.resume, []).append(text)
+    if refused:
+        listed = (f"{', '.join(texts)} ({_ADVICE[rule]})" for rule, texts in refused.items())
+        raise ConfigError("these settings differ from the checkpoint's: " + "; ".join(listed))
+    return allowed
+
+
+def _flat_json(meta: Mapping[str, Any]) -> dict[str, str]:
+    """A meta's values as JSON by their paths: a tuple is the list that it was saved as, 1 is not true."""
+    known = {name: value for name, value in meta.items() if name != "progress"}
+    return {path: json.dumps(value) for path, value in flatten(known, ".").items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the code (a digest of its files) and of what it runs on."""
+    code = hashlib.sha256()
+    for room in ("models", "trainers", "utils"):
+        for path in sorted((_ROOT / room).rglob("*.py")):
+            code.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    python = ".".join(map(str, sys.version_info[:2]))
+    known = {"code": code.hexdigest()[:16], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return known | {"python": python}
+
+
+def files_digest(path: Path) -> str:
+    """A digest of a checkpoint's files: names, sizes, and up to 64 MiB of the content of each.
+
+    Raises ArtifactError if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in list_folder(path) if path.is_dir() else [""]:
+        if (path / name).is_dir():
+            continue
+        file = InputFile(path / name, ArtifactError)
+        digest.update(f"{name} {file.size} ".encode())
+        step = max(_BLOCK_BYTES, (file.size - _BLOCK_BYTES) // (_BLOCKS - 1))
+        for offset in range(0, file.size, step):
+            digest.update(file.read(offset, min(_BLOCK_BYTES, file.size - offset)))
+    return digest.hexdigest()[:16]

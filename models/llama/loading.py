@@ -1,5 +1,6 @@
 """Opens a model for a command line: weights, tokenizer and mesh."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,29 @@ from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
 from utils import cli
 from utils.errors import ConfigError
+from utils.fields import Config, field, one_of
 from utils.sharding import default_mesh, make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags(Config):
+    """The flags that name a model and how it computes."""
+
+    ckpt_dir: str = field(
+        DEFAULT_MODEL,
+        "the model: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name",
+    )
+    tokenizer_path: str | None = field(
+        None, "a tokenizer file or folder; default: the checkpoint's own"
+    )
+    dtype: str = field(
+        "auto",
+        "dtype of activations; auto is float32 on a CPU, bfloat16 elsewhere",
+        one_of("auto", "float32", "bfloat16"),
+    )
+    mesh: str | None = field(
+        None, 'how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it'
+    )
 
 
 class Model(NamedTuple):

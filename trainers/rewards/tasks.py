@@ -12,8 +12,10 @@ from models.llama.chat_format import ChatFormat, Message, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym
-from trainers.rewards.pool import Reward
+from trainers.rewards.pool import Reward, load_reward
 from utils.errors import ConfigError, DataError, is_int, raise_all
+from utils.fields import Config, field
+from utils.files import parse_json
 
 # What a reward is called with besides the columns.
 RESERVED = ("prompts", "completions", "completion_ids")
@@ -73,6 +75,74 @@ class Task:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(prompt.ids) for prompt in self.prompts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskFlags(Config):
+    """The flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
+
+    task: str | None = field(None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum")
+    task_args: str | None = field(None, "JSON object with the task's own arguments")
+    data: str | None = field(
+        None,
+        'instead of a task: a .jsonl or .jsonl.gz file of {"prompt": …}; its other fields are '
+        "columns for the rewards",
+    )
+    reward: str | None = field(
+        None,
+        "for data: module:function, or a ready-made reward by name, with =0.5 for a weight; several "
+        "with commas between",
+    )
+    chat: bool | None = field(
+        None, "prompts are messages of a user; default: if the model has a chat template"
+    )
+    system: str | None = field(None, "system message")
+    chat_format: str | None = field(
+        None, "llama2, llama3 or the name of one of the checkpoint's templates"
+    )
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+        if (self.task is None) == (self.data is None):
+            out.append("pass either --task or --data")
+        elif (self.data is None) != (self.reward is None):
+            out.append("--data needs --reward (a --task brings its own rewards)")
+        if self.task is None and self.task_args is not None:
+            out.append("--task_args needs a --task")
+        for name in ("args", "rewards"):
+            try:
+                getattr(self, name)
+            except ConfigError as e:
+                out.append(str(e))
+        return out
+
+    @functools.cached_property
+    def args(self) -> dict[str, Any] | None:
+        """`task_args`, read."""
+        return parse_json(self.task_args.encode(), "--task_args") if self.task_args else None
+
+    @functools.cached_property
+    def rewards(self) -> list[Reward]:
+        """The functions that `reward` names."""
+        return [load_reward(one.strip()) for one in self.reward.split(",")] if self.reward else []
+
+    def load(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        size: int,
+        seed: int,
+        exclude: Task | None = None,
+        skip_bad: int = 0,
+        data: str | None = None,
+    ) -> Task:
+        """The task's prompts as `load_task` and `load_prompts` make them; `data` is another file."""
+        chat = dict(chat=self.chat, system=self.system, chat_format=self.chat_format)
+        if self.task is None:
+            path = data or self.data
+            return load_prompts(path, tokenizer, self.rewards, skip_bad=skip_bad, **chat)
+        sizes = dict(size=size, seed=seed, exclude=exclude)
+        return load_task(self.task, tokenizer, args=self.args, **sizes, **chat)
 
 
 def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:
@@ -253,7 +323,10 @@ def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
     """Yields the items of a task of reasoning_gym, each as its dict. Raises ConfigError."""
     source, _, name = spec.partition(":")
     if source != "reasoning_gym" or not name:
-        raise ConfigError(f"task {spec!r:.80}, expected reasoning_gym:NAME, as …:chain_sum")
+        raise ConfigError(
+            f"unknown task {spec!r:.80}; tasks are reasoning_gym:NAME, for example "
+            "reasoning_gym:chain_sum"
+        )
     gym = _import_reasoning_gym()
     if name not in gym.factory.DATASETS:
         close = difflib.get_close_matches(name, gym.factory.DATASETS)

@@ -1,0 +1,145 @@
+"""Recipes: the kinds of training that `train.py` knows, each with its data. A new kind is a subclass."""
+
+import abc
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from models.llama.lora import LoRAConfig
+from models.llama.model import LLaMa
+from models.llama.tokenizer import Tokenizer
+from trainers.data import Dataset
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
+from trainers.loop import Data, Evaluation
+from trainers.metrics import MetricsLog
+from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
+from trainers.planning.estimate import grpo_bytes, sft_bytes
+from trainers.rewards.accuracy import EvaluationConfig
+from trainers.rewards.pool import RewardPool
+from trainers.rewards.tasks import Task
+from trainers.rollout import RolloutConfig
+from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.trainer import TrainConfig, Trainer
+from utils import sharding
+from utils.fields import DATA, setting
+
+
+class Recipe(abc.ABC):
+    """A kind of training with its data."""
+
+    @abc.abstractmethod
+    def trainer(self, model: LLaMa) -> Trainer:
+        """The trainer of a model. Raises ConfigError if they do not fit."""
+
+    @abc.abstractmethod
+    def memory(self, trainer: Any) -> dict[str, int]:
+        """Bytes at the peak, by parts."""
+
+    @abc.abstractmethod
+    def meta(self, trainer: Any) -> dict[str, dict[str, Any]]:
+        """The checkpoint's entries "data" and, beside the trainer's config, "train"."""
+
+    @abc.abstractmethod
+    def open(
+        self, trainer: Any, folder: Path, start_step: int, stack: contextlib.ExitStack
+    ) -> tuple[Data, Dataset | Evaluation | None]:
+        """The data that `fit` trains on and evaluates; the stack closes what has to be closed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTRecipe(Recipe):
+    """Supervised training; `evaluated` is the data of its evaluations."""
+
+    config: SFTConfig
+    lora: LoRAConfig | None
+    dataset: Dataset
+    evaluated: Dataset | None
+
+    def trainer(self, model: LLaMa) -> SFTTrainer:
+        self.dataset.check_context(model.config.max_seq_len)
+        sharding.check_rows(batch_size=self.dataset.config.batch_size)
+        for width in self.dataset.buckets:
+            sharding.check_tokens(model.config.n_heads, seq_len=width)
+        return SFTTrainer(model, _in_whole_rounds(self.config), self.lora)
+
+    def memory(self, trainer: SFTTrainer) -> dict[str, int]:
+        return sft_bytes(trainer, self.dataset.config.batch_size, self.dataset.buckets[-1])
+
+    def meta(self, trainer: SFTTrainer) -> dict[str, dict[str, Any]]:
+        config, data = self.dataset.config, {"digest": self.dataset.digest}
+        # The digest covers what resumes by DATA, but for the order.
+        named = [f.name for f in dataclasses.fields(config) if setting(f).resume != DATA]
+        return {
+            "data": data | {"shuffle": config.shuffle},
+            "train": {name: getattr(config, name) for name in named},
+        }
+
+    def open(self, trainer, folder, start_step, stack):
+        return self.dataset, self.evaluated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GRPORecipe(Recipe):
+    """GRPO on a task; `evaluated` is the task of its evaluations."""
+
+    config: GRPOConfig
+    rollout: RolloutConfig
+    lora: LoRAConfig | None
+    task: Task
+    evaluated: Task | None
+    eval_samples: int
+    tokenizer: Tokenizer
+    reward_timeout: float
+    reward_failure: str
+    rollouts: bool
+
+    def trainer(self, model: LLaMa) -> GRPOTrainer:
+        self._check_rows()
+        limit = min(self.tokenizer.vocab_size, model.config.vocab_size)
+        limit = limit if limit < model.config.vocab_size else None
+        return GRPOTrainer(model, _in_whole_rounds(self.config), self.lora, limit)
+
+    def _check_rows(self) -> None:
+        """A row is a prompt with `branches` of its completions; flags count completions."""
+        c = self.rollout
+        branches = c.branches or c.group_size
+        rows = c.prompts_per_step // c.mini_batches * (c.group_size // branches)
+        # Named by how it comes about: the user knows those numbers.
+        step = f"prompts_per_step x group_size / mini_batches / {branches} completions a row"
+        sharding.check_rows(**{step: rows})
+
+    def memory(self, trainer: GRPOTrainer) -> dict[str, int]:
+        at_once = self.config.micro_batch_size
+        return grpo_bytes(trainer, self.rollout, self.task.longest, at_once)
+
+    def meta(self, trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
+        return {
+            "data": {"digest": self.task.digest, "task": self.task.name},
+            "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
+        }
+
+    def open(self, trainer, folder, start_step, stack):
+        scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
+        pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
+        log, evaluation = None, None
+        if self.rollouts:
+            log = stack.enter_context(
+                MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
+            )
+        sampler = Sampler(trainer, self.rollout, self.task, self.tokenizer, pool)
+        if self.evaluated is not None:
+            config = EvaluationConfig(
+                samples=self.eval_samples,
+                temperature=self.config.temperature,
+                max_completion_len=self.config.max_completion_len,
+                batch_size=self.rollout.prompts_per_step * 2,
+            )
+            evaluation = TaskEvaluation(trainer, self.evaluated, self.tokenizer, pool, config)
+        return RolloutData(sampler, log), evaluation
+
+
+def _in_whole_rounds(config: TrainConfig) -> TrainConfig:
+    """A trainer's config whose micro-batches have a row per device of the mesh at least."""
+    rows = sharding.whole_rounds(config.micro_batch_size)
+    return dataclasses.replace(config, micro_batch_size=rows)
