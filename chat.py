@@ -9,61 +9,199 @@ if __name__ == "__main__":
     gc.disable()  # until cli.run: imports make much that stays, and looking at it takes time
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import readline  # noqa: F401, gives input() line editing and a history
 from rich.markup import escape
 
-import sampling
-from conversation import Conversation
-from models.llama.chat_format import chat_format_for, check_messages
+from models.llama.chat_format import ChatFormat, chat_format_for, check_messages
 from models.llama.decoding import GenerationConfig
-from models.llama.generation import context_length, random_key
-from models.llama.hub import DEFAULT_MODEL
-from models.llama.loading import load_model
+from models.llama.generation import Generation, context_length, random_key, stream_text
+from models.llama.loading import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import decode_utf8
+from sampling import TopP
 from utils import cli, distributed
-from utils.errors import AltiplanoError, ConfigError, DataError
+from utils.errors import AltiplanoError, ConfigError, DataError, SamplingError
+from utils.fields import Config, field, integer, misfit, setting
 from utils.files import atomic_file, read_json
-
-with contextlib.suppress(ImportError):  # not on Windows
-    import readline  # noqa: F401, gives input() line editing and a history
+from utils.kvcache import KVCache
 
 HELP = '''\
 /reset               forget the conversation; the system message stays
 /system TEXT         set the system message (without TEXT: the model's own)
 /regen               answer the last message again
 /save FILE           write the conversation to a file
-/load FILE           go on with a saved one
-/set NAME VALUE      temperature, top_p, top_k, min_p, repetition_penalty or max_gen_len
+/load FILE           continue with a saved one
+/set NAME VALUE      change the sampler or max_gen_len; /set alone lists their values
 /help, /quit
-A line that ends in \\ goes on in the next one. Lines between two lines of """ are one message,
-which may begin with a /. Ctrl-C stops an answer; twice while nothing is being answered, it leaves.'''
+A line that ends in \\ continues in the next one. Lines between two lines of """ are one message,
+which may begin with a /. Ctrl-C stops an answer; at the prompt, press it twice to leave.'''
 
 MAX_CONVERSATION_BYTES = 16 << 20
+SAMPLER = TopP(temperature=0.6, top_p=0.9)
+
+# Slots of a new conversation's cache. Each decode step reads all of them, so it starts small.
+MIN_SLOTS = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFlags(Config):
+    """A conversation's settings."""
+
+    system: str | None = field(None, "the system message; default: the template's own")
+    chat_format: str | None = field(
+        None, "llama2, llama3 or the name of one of the checkpoint's templates"
+    )
+    max_gen_len: int | None = field(
+        None, "tokens per answer at most; default: 512, or half the context", integer(0)
+    )
+    max_seq_len: int | None = field(
+        None,
+        "the context; default: the model's. The oldest turns are dropped when it is full",
+        integer(1),
+    )
+    seed: int = field(0, "the same seed and messages give the same answers", integer(0, 2**32 - 1))
+
+
+class Conversation:
+    """Messages, and the KV cache of those that the model has read.
+
+    Attributes:
+        messages: the system message, if any, then user and assistant in turn.
+        context: tokens of messages and answer together, at most.
+        sampler: may be replaced between answers.
+        max_gen_len: tokens per answer, at most.
+        dropped: messages, the oldest ones, that the last answer left out for lack of room.
+        answer_tokens: tokens of the last answer.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        format: ChatFormat,
+        context: int,
+        key: jax.Array,
+        sampler: TopP = SAMPLER,
+        max_gen_len: int | None = None,
+    ):
+        self._model, self._format, self._key = model, format, key
+        self._cache: KVCache | None = None
+        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
+        self._answers = 0
+        self.messages: list[dict[str, str]] = []
+        self.context = context
+        self.sampler = sampler
+        self.max_gen_len = min(512, context // 2) if max_gen_len is None else max_gen_len
+        self.dropped = self.answer_tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache."""
+        return len(self._cached)
+
+    def reset(self) -> None:
+        """Forgets all messages but the system's."""
+        self.messages = [m for m in self.messages if m["role"] == "system"]
+
+    def set_system(self, text: str) -> None:
+        """Sets the system message; an empty one leaves it to the template."""
+        others = [m for m in self.messages if m["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}] * bool(text) + others
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Yields the answer to a user's message as it comes.
+
+        If the caller stops early, message and answer so far stay in the conversation. An error
+        leaves the conversation as it was.
+        """
+        return self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def regenerate(self) -> Iterator[str]:
+        """Answers the last user message again; see `answer`."""
+        users = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
+        if not users:
+            raise DataError("there is no message to answer again")
+        return self._answer(self.messages[: users[-1] + 1])
+
+    def _answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
+        messages, ids = self._fit(messages)
+        said = ""
+        with contextlib.suppress(GeneratorExit):  # a caller that stops keeps what was said
+            for piece in self._generate(ids):
+                said += piece
+                yield piece
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """(messages, their tokens), without the oldest turns if an answer needs their room."""
+        self.dropped = 0
+        while True:
+            ids = self._format.encode_chat(messages)
+            if len(ids) + self.max_gen_len <= self.context:
+                return messages, ids
+            start = int(messages[0]["role"] == "system")
+            users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > start]
+            if not users:
+                raise SamplingError(
+                    f"the message takes {len(ids)} tokens and an answer {self.max_gen_len}: that "
+                    f"exceeds the context of {self.context}; shorten it or /set max_gen_len"
+                )
+            self.dropped += users[0] - start
+            messages = messages[:start] + messages[users[0] :]
+
+    def _generate(self, ids: list[int]) -> Iterator[str]:
+        # At least one token has to be read.
+        kept = len(os.path.commonprefix([ids[:-1], self._cached]))
+        # The cache is donated: after an error nobody knows what is in it.
+        cache, self._cache, self._cached = self._cache, None, []
+        if cache is not None:
+            cache = cache.replace(lengths=cache.lengths * 0 + kept)
+        tokenizer = self._model.tokenizer
+        config = GenerationConfig(
+            max_new_tokens=self.max_gen_len,
+            max_seq_len=self.context,
+            stop_ids=tokenizer.stop_ids,
+            vocab_limit=self._model.vocab_limit,
+        )
+        run = Generation(self._model.llama, self._model.params, self.sampler, config)
+        key = jax.random.fold_in(self._key, self._answers)
+        self._answers += 1
+        # A larger cache compiles again, so it doubles.
+        room = max(MIN_SLOTS, 1 << (len(ids) + self.max_gen_len - 1).bit_length())
+        run.start([ids[kept:]], key=key, cache=cache, room=min(room, self.context))
+        with contextlib.suppress(GeneratorExit):
+            yield from stream_text(run, tokenizer)
+        completion = run.completions().row(0)
+        self.answer_tokens = len(completion)
+        self._cache = run.state.cache
+        self._cached = (ids + completion)[: int(self._cache.lengths[0])]
 
 
 class Terminal:
     """Reads lines, runs commands, prints answers. With stdin piped, an error ends it."""
 
-    def __init__(self, conversation: Conversation, interrupts: cli.Signals):
-        self._chat, self._interrupts = conversation, interrupts
+    def __init__(self, conversation: Conversation, signals: cli.Signals):
+        self._chat, self._signals = conversation, signals
         self._clock = cli.Clock()
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
         self._lines = 0
 
     def loop(self) -> None:
-        """Until /quit or the end of the input."""
+        """Runs until /quit or the end of the input."""
         while (read := self._read()) is not None:
             text, is_command = read
             try:
                 if is_command and text.split()[0] == "/quit":
                     return
                 elif is_command:
-                    self._command(*_split_command(text))
+                    name, rest = (*text.split(maxsplit=1), "")[:2]
+                    self._command(name, rest.strip())
                 elif text.strip():
                     self._say(self._chat.answer(text))
             except AltiplanoError as e:
@@ -73,7 +211,7 @@ class Terminal:
 
     def _read(self) -> tuple[str, bool] | None:
         """The next (message or command, whether it is a command); None at the end."""
-        self._interrupts.set(raises=True, leave_at=None)
+        self._signals.set(raises=True, leave_at=None)
         interrupted = False
         while True:
             try:
@@ -90,7 +228,7 @@ class Terminal:
                 if interrupted or not self._interactive:
                     raise
                 interrupted = True
-                cli.stderr.print("\n[dim]Ctrl-C again or /quit leaves[/]")
+                cli.stderr.print("\n[dim]press Ctrl-C again or type /quit to leave[/]")
 
     def _read_lines(self) -> tuple[str, bool]:
         text = self._line("> ")
@@ -108,7 +246,7 @@ class Terminal:
         return "\n".join(lines), text.startswith("/")
 
     def _line(self, prompt: str) -> str:
-        """The next line. Raises EOFError at the end, DataError if it is no text or huge."""
+        """The next line. Raises EOFError at the end, DataError if it is not text, or huge."""
         self._lines += 1
         if self._interactive:
             if not sys.stdout.isatty():  # input() would write the prompt there, between answers
@@ -118,38 +256,36 @@ class Terminal:
                 return input(prompt)
             except UnicodeDecodeError as e:
                 raise DataError(f"the line is not UTF-8: byte {e.object[e.start]:#04x}") from e
-        limit = cli.MAX_STDIN_BYTES
+        where, limit = f"line {self._lines} of stdin", cli.MAX_STDIN_BYTES
         data = b"" if sys.stdin is None else sys.stdin.buffer.readline(limit + 1)
         if not data:
             raise EOFError
         if len(data) > limit:
-            raise DataError(f"line {self._lines} of stdin has over {limit} bytes: no message")
-        text = decode_utf8(data, f"line {self._lines} of stdin")
-        return text.removesuffix("\n").removesuffix("\r")
+            raise DataError(f"{where} has over {limit} bytes, too many for a message")
+        return decode_utf8(data, where).removesuffix("\n").removesuffix("\r")
 
     def _say(self, pieces: Iterator[str]) -> None:
         """Prints an answer as it comes; Ctrl-C stops it, and the conversation goes on."""
-        self._interrupts.set(leave_at=2)
+        self._signals.set(leave_at=2)
         with cli.busy("reading"):
             first = next(pieces)
         self._clock.lap()
         try:
             cli.write(first)
-            for piece in pieces if not self._interrupts.count else ():
+            for piece in pieces if not self._signals.count else ():
                 cli.write(piece)
-                if self._interrupts.count:
+                if self._signals.count:
                     break
         finally:
             pieces.close()
             cli.write("\n")
-        self._status(self._clock.lap(), stopped=self._interrupts.count > 0)
+        self._status(self._clock.lap(), stopped=self._signals.count > 0)
 
     def _status(self, seconds: float, stopped: bool) -> None:
         chat = self._chat
         if chat.dropped:
-            cli.stderr.print(
-                f"[dim]the context is full: the oldest {chat.dropped} messages are dropped[/]"
-            )
+            dropped = f"dropped the oldest {chat.dropped} messages"
+            cli.stderr.print(f"[dim]the context is full: {dropped}[/]")
         if self._interactive:
             n = chat.answer_tokens
             cli.stderr.print(
@@ -177,11 +313,6 @@ class Terminal:
             raise ConfigError(f"unknown command {name:.80}; /help lists them")
 
 
-def _split_command(text: str) -> tuple[str, str]:
-    name, *rest = text.split(maxsplit=1)
-    return name, rest[0].strip() if rest else ""
-
-
 def _save(path: str, messages: list[dict[str, str]]) -> None:
     if not path:
         raise ConfigError("/save needs a file")
@@ -204,94 +335,61 @@ def _load(path: str) -> list[dict[str, str]]:
 
 
 def _set(chat: Conversation, words: list[str]) -> None:
-    """/set NAME VALUE; raises ConfigError or SamplingError and changes nothing if it is wrong."""
-    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_gen_len")
-    if len(words) != 2 or words[0] not in fields:
-        raise ConfigError(f"/set needs a name and a value; names are {', '.join(fields)}")
-    name, value = words
-    try:
-        number = int(value) if name in ("top_k", "max_gen_len") else float(value)
-    except ValueError as e:
-        raise ConfigError(f"/set {name} {value}: expected a number") from e
-    if name == "max_gen_len":
-        GenerationConfig(max_new_tokens=number)
-        chat.max_gen_len = number
+    """/set NAME VALUE, or /set to list; raises ConfigError and changes nothing if it is wrong."""
+    settings = {f.name: f for f in dataclasses.fields(chat.sampler)}
+    settings |= {f.name: f for f in dataclasses.fields(ChatFlags) if f.name == "max_gen_len"}
+    if not words:
+        for name, f in settings.items():
+            value = getattr(chat.sampler, name, chat.max_gen_len)
+            cli.say(f"{name} {value}: {setting(f).help}", kind="")
         return
-    sampler = chat.sampler.replace(**{name: number})
-    sampling.check_sampler(sampler)
-    chat.sampler = sampler
+    if words[0] not in settings:
+        raise ConfigError(f"/set has no {words[0]!r:.40}; it has {', '.join(settings)}")
+    if len(words) != 2:
+        raise ConfigError(f"/set {words[0]} needs a value; /set alone lists the current ones")
+    name, value = words[0], _number(words[1])
+    if expected := misfit(settings[name], value).removesuffix(", or None"):
+        raise ConfigError(f"/set {name} must be {expected}, got {words[1]:.40}")
+    if name == "max_gen_len":
+        chat.max_gen_len = value
+    else:
+        chat.sampler = chat.sampler.replace(**{name: value})
 
 
-def main(
-    ckpt_dir: str = DEFAULT_MODEL,
-    tokenizer_path: str | None = None,
-    system: str | None = None,
-    chat_format: str | None = None,
-    max_gen_len: int | None = None,
-    max_seq_len: int | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    allow_extra: bool = False,
-    check_finite: bool = False,
-    tie: bool | None = None,
-    mesh: str | None = None,
-    debug: bool = False,
-) -> None:
-    """Chats in the terminal; /help lists the commands. With stdin piped, a line is a message.
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
-    Args:
-        ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
-        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
-        system: the system message; default: the template's own.
-        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
-        max_gen_len: tokens an answer at most; default: 512, or half the context.
-        max_seq_len: the context; default: the model's. Oldest turns are dropped when it is full.
-        temperature: divides the logits; 0 takes the most probable token each time.
-        top_p: nucleus sampling, in (0, 1]; 1 is off.
-        top_k: only the k most probable tokens; 0 is off.
-        min_p: only tokens of at least min_p times the largest probability; 0 is off.
-        repetition_penalty: above 1 makes tokens that were there less likely.
-        seed: the same seed and messages give the same answers.
-        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        allow_extra: ignore tensors of the checkpoint that the model does not have.
-        check_finite: refuse weights with NaN or infinity, instead of a warning.
-        tie: use the embedding as output head, whatever the file says; --notie: the file's own head.
-        mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
-        debug: show the traceback of an error.
+
+def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags) -> None:
+    """Chats in the terminal; /help lists the commands. With stdin piped, each line is a message.
+
+    Example: python chat.py --system "Answer in one sentence."
     """
-    interrupts = cli.Signals(raises=True, leave_at=2)
+    signals = cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
-    sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
-    sampling.check_sampler(sampler)
-    key = random_key(seed)
-    GenerationConfig(max_new_tokens=max_gen_len, max_seq_len=max_seq_len)
-    options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
-    context = context_length(model.llama.config, max_seq_len)
-    conversation = Conversation(model, chat_format_for(model.tokenizer, chat_format), context, key)
-    conversation.sampler = sampler
-    if max_gen_len is not None:
-        conversation.max_gen_len = max_gen_len
-    conversation.set_system(system or "")
+    loaded = load_model(**vars(model))
+    context = context_length(loaded.llama.config, chat.max_seq_len)
+    format = chat_format_for(loaded.tokenizer, chat.chat_format)
+    key = random_key(chat.seed)
+    conversation = Conversation(loaded, format, context, key, sampler, chat.max_gen_len)
+    conversation.set_system(chat.system or "")
     if sys.stdin is not None and sys.stdin.isatty():
-        cli.stderr.print(f"[dim]{escape(ckpt_dir)} · /help lists the commands[/]")
-    Terminal(conversation, interrupts).loop()
+        cli.stderr.print(f"[dim]{escape(model.ckpt_dir)} · /help lists the commands[/]")
+    Terminal(conversation, signals).loop()
 
 
 def check_alone() -> None:
-    """Ends one of several processes, before it waits for the others: they have one terminal."""
+    """Ends the program if it is one of several processes, before it waits for the others."""
     if distributed.launched(os.environ) or any(
         argument.partition("=")[0] == "--distributed" for argument in sys.argv[1:]
     ):
         cli.say(
             "chat.py is a single process, and this is one of several (--distributed, "
             "JAX_COORDINATOR_ADDRESS or a launcher such as srun); start it alone, or use "
-            "python generate.py --chat, which several run together"
+            "python generate.py --chat, which several processes can run together"
         )
         sys.exit(ConfigError.exit_code)
 

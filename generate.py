@@ -10,11 +10,12 @@ if __name__ == "__main__":
 
 import dataclasses
 import json as jsonlib
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
-import sampling
 from models.llama.chat_format import chat_format_for
 from models.llama.decoding import Completions, GenerationConfig
 from models.llama.generation import (
@@ -26,118 +27,157 @@ from models.llama.generation import (
     stream,
     stream_text,
 )
-from models.llama.hub import DEFAULT_MODEL
-from models.llama.loading import Model, load_model
-from models.llama.tokenizer import Tokenizer
-from prompts import read_prompts
+from models.llama.loading import DecodingModelFlags, Model, load_model
+from models.llama.tokenizer import Tokenizer, decode_utf8
+from sampling import TopP
 from utils import cli, memory
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
+from utils.fields import Config, field, integer
+from utils.files import InputFile, parse_json
 
 __all__ = ["Completions", "GenerationConfig", "generate", "stream"]
 
+DEFAULT_QUESTION = "What is the capital of France?"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFlags(Config):
+    """The prompts, and how they become token ids."""
+
+    prompt: str | None = field(
+        None, "the text to complete; default: stdin, or a question if stdin is empty"
+    )
+    prompts_file: str | None = field(
+        None, 'a file with one prompt per line; or .jsonl with objects {"prompt": …}'
+    )
+    chat: bool = field(
+        False, "the prompt is a user's message, written in the checkpoint's chat template"
+    )
+    system: str | None = field(None, "the system message, with --chat")
+    chat_format: str | None = field(
+        None, "llama2, llama3 or the name of one of the checkpoint's templates, with --chat"
+    )
+    seed: int = field(0, "the same seed gives the same text", integer(0, 2**32 - 1))
+
+    def problems(self) -> list[str]:
+        both = self.prompt is not None and self.prompts_file is not None
+        return super().problems() + ["pass --prompt or --prompts_file, not both"] * both
+
+    def read(self) -> tuple[list[str], bool]:
+        """(the prompts, whether they are messages of a chat), from the flags, a file or stdin."""
+        texts, chat = [self.prompt], self.chat
+        if self.prompts_file is not None:
+            texts = _read_prompts_file(self.prompts_file)
+        elif self.prompt is None:
+            texts = [_read_stdin().removesuffix("\n")]
+            if not texts[0].strip():
+                cli.say(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)", "")
+                texts, chat = [DEFAULT_QUESTION], True
+        if not chat and (self.system is not None or self.chat_format is not None):
+            raise ConfigError("--system and --chat_format need --chat")
+        return texts, chat
+
+    def encode(self, texts: Sequence[str], chat: bool, tokenizer: Tokenizer) -> list[list[int]]:
+        """The token ids of each prompt, or of the conversation that it starts."""
+        if not chat:
+            return [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+        form = chat_format_for(tokenizer, self.chat_format)
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [form.encode_chat([*before, {"role": "user", "content": text}]) for text in texts]
+
+
+def _read_prompts_file(path: str) -> list[str]:
+    file = InputFile(path, DataError)
+    text = decode_utf8(bytes(file.read(0, file.size)), path)
+    # Not splitlines(): a line may hold U+2028 and the like, JSON's strings too.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path} has no prompts: expected one per line")
+    if Path(path).suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_of(line, f"{path}:{number}") for number, line in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    value = parse_json(line.encode(), where, DataError).get("prompt")
+    if not isinstance(value, str):
+        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
+    return value
+
+
+def _read_stdin() -> str:
+    """All of a piped stdin; nothing from a terminal. Raises DataError if it is not text, or huge."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    data = sys.stdin.buffer.read(cli.MAX_STDIN_BYTES + 1)
+    if len(data) > cli.MAX_STDIN_BYTES:
+        limit = memory.human(cli.MAX_STDIN_BYTES)
+        raise DataError(f"stdin holds over {limit}, too much for a prompt; pass --prompts_file")
+    return decode_utf8(data, "stdin")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputFlags(Config):
+    """How completions are written."""
+
+    json: bool = field(False, "one JSON object per completion")
+    logprobs: bool = field(False, "each token's log-probability, in the JSON")
+
+    def problems(self) -> list[str]:
+        alone = self.logprobs and not self.json
+        message = "--logprobs shows log-probabilities in the JSON: add --json"
+        return super().problems() + [message] * alone
+
 
 def main(
-    ckpt_dir: str = DEFAULT_MODEL,
-    tokenizer_path: str | None = None,
-    prompt: str | None = None,
-    prompts_file: str | None = None,
-    chat: bool = False,
-    system: str | None = None,
-    chat_format: str | None = None,
-    max_gen_len: int | None = None,
-    max_seq_len: int | None = None,
-    temperature: float = 0.6,
-    top_p: float = 0.9,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
-    n: int = 1,
-    stop: str | None = None,
-    dtype: str = "auto",
-    allow_extra: bool = False,
-    check_finite: bool = False,
-    tie: bool | None = None,
-    mesh: str | None = None,
-    logprobs: bool = False,
-    json: bool = False,
-    distributed: str | None = None,
-    debug: bool = False,
+    *,
+    prompts: PromptFlags,
+    generation: GenerationConfig = GenerationConfig(max_new_tokens=None),
+    sampler: TopP = TopP(temperature=0.6, top_p=0.9),
+    model: DecodingModelFlags,
+    output: OutputFlags,
+    processes: cli.ProcessFlags,
 ) -> None:
-    """Completes prompts. stdout carries the text and nothing else.
+    """Completes prompts; stdout carries the text and nothing else.
 
-    Args:
-        ckpt_dir: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name.
-        tokenizer_path: a tokenizer file or folder; default: the checkpoint's own.
-        prompt: the text to complete; default: stdin, or a question if there is none.
-        prompts_file: one prompt a line; or .jsonl with objects {"prompt": …}.
-        chat: the prompt is a user's message, written in the checkpoint's chat template.
-        system: the system message, with --chat.
-        chat_format: llama2, llama3 or the name of one of the checkpoint's templates, with --chat.
-        max_gen_len: new tokens at most; default: 256, or what the context holds.
-        max_seq_len: prompt and completion together; default: the model's context.
-        temperature: divides the logits; 0 takes the most probable token each time.
-        top_p: nucleus sampling, in (0, 1]; 1 is off.
-        top_k: only the k most probable tokens; 0 is off.
-        min_p: only tokens of at least min_p times the largest probability; 0 is off.
-        repetition_penalty: above 1 makes tokens that were there less likely.
-        seed: the same seed gives the same text.
-        n: completions a prompt.
-        stop: a text, or a JSON list of texts, that ends a completion and is left out of it.
-        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 elsewhere.
-        allow_extra: ignore tensors of the checkpoint that the model does not have.
-        check_finite: refuse weights with NaN or infinity, instead of a warning.
-        tie: use the embedding as output head, whatever the file says; --notie: the file's own head.
-        mesh: how devices share the model, "data=2,tensor=4"; default: all devices, as fits it.
-        logprobs: each token's log-probability, in the JSON.
-        json: one JSON object a completion.
-        distributed: this process is one of several, see train.py; the first writes.
-        debug: show the traceback of an error.
+    Example: python generate.py --prompt "Once upon a time" --max_gen_len 50
     """
-    clock, interrupts = cli.Clock(), cli.Signals(raises=True, leave_at=2)
+    clock, signals = cli.Clock(), cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
-    # All flags before the model is fetched and loaded: a wrong one should not cost that time.
-    if logprobs and not json:
-        raise ConfigError("--logprobs shows log-probabilities in the JSON: add --json")
-    sampler = sampling.TopP(temperature, top_p, top_k, min_p, repetition_penalty)
-    sampling.check_sampler(sampler)
-    key = random_key(seed)
-    config = GenerationConfig(
-        max_new_tokens=max_gen_len, max_seq_len=max_seq_len, n=n, stop_strings=_stop_strings(stop)
-    )
-    prompts, chat = read_prompts(prompt, prompts_file, chat)
-    if not chat and (system is not None or chat_format is not None):
-        raise ConfigError("--system and --chat_format need --chat")
-    options = {"allow_extra": allow_extra, "check_finite": check_finite, "tie": tie}
-    model = load_model(ckpt_dir, tokenizer_path, dtype, mesh, **options)
-    ids = _encode(model.tokenizer, prompts, chat, system, chat_format)
-    interrupts.set()
-    run = Generation(model.llama, model.params, sampler, _complete(config, model, ids))
+    texts, chat = prompts.read()
+    loaded = load_model(**vars(model))
+    ids = prompts.encode(texts, chat, loaded.tokenizer)
+    signals.set()
+    run = Generation(loaded.llama, loaded.params, sampler, _complete(generation, loaded, ids))
     clock.lap()
     with cli.busy("reading the prompt"):
-        run.start(ids, key=key)
+        run.start(ids, key=random_key(prompts.seed))
     prefill_seconds = clock.lap()
-    if run.rows == 1 and not json:
-        for piece in stream_text(run, model.tokenizer):
+    if run.rows == 1 and not output.json:
+        for piece in stream_text(run, loaded.tokenizer):
             cli.write(piece)
         cli.write("\n")
     else:
-        done = _finish_with_progress(run, model.tokenizer)
-        texts = _texts(done, model.tokenizer)
-        for row in _json_rows(prompts, ids, done, texts, logprobs) if json else texts:
+        done = _finish_with_progress(run, loaded.tokenizer)
+        said = _texts(done, loaded.tokenizer)
+        rows = _json_rows(texts, ids, done, said, output.logprobs) if output.json else said
+        for row in rows:
             cli.write(row + "\n")
     n_prompt, n_tokens = sum(map(len, ids)), int(run.completions().lengths.sum())
     cli.stderr.print(
         f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
         f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / clock.lap():.1f} tok/s; "
-        f"weights {memory.human(memory.tree_bytes(model.params))}, "
+        f"weights {memory.human(memory.tree_bytes(loaded.params))}, "
         f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
         f"compiled in {clock.compile_seconds:.1f} s"
     )
 
 
-def _complete(config: GenerationConfig, model: Model, ids: list[list[int]]):
+def _complete(
+    config: GenerationConfig, model: Model, ids: Sequence[Sequence[int]]
+) -> GenerationConfig:
     """The config with what the model knows: its stop ids, and the default of --max_gen_len."""
     most = config.max_new_tokens
     if most is None:
@@ -157,34 +197,6 @@ def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
         return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
 
 
-def _stop_strings(stop: str | None) -> tuple[str, ...]:
-    """`--stop`: a text, or a JSON list of texts."""
-    if stop is None or not stop.startswith("["):
-        return () if stop is None else (stop,)
-    try:
-        return tuple(jsonlib.loads(stop))
-    except ValueError as e:
-        raise ConfigError(
-            f"--stop {stop!r:.80} is no JSON list of texts ({e}); a text that starts with [ is "
-            f"written as {jsonlib.dumps([stop])!r:.80}"
-        ) from e
-
-
-def _encode(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    chat: bool,
-    system: str | None,
-    chat_format: str | None,
-) -> list[list[int]]:
-    """The token ids of each prompt, or of the conversation that it starts."""
-    if not chat:
-        return [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in prompts]
-    form = chat_format_for(tokenizer, chat_format)
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [form.encode_chat([*before, {"role": "user", "content": text}]) for text in prompts]
-
-
 def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
     """The text of each row, without control tokens and up to a stop string."""
     decoded = (tokenizer.decode(done.row(i), skip_special=True) for i in range(len(done.lengths)))
@@ -192,7 +204,7 @@ def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
 
 
 def _json_rows(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> Iterator[str]:
-    """One JSON object a completion."""
+    """One JSON object per completion."""
     n = len(texts) // len(prompts)
     for i, text in enumerate(texts):
         row = {

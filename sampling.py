@@ -5,8 +5,6 @@ Dimension key: R rows, V vocab.
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable
 
 import flax.struct
@@ -14,11 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from utils.errors import SamplingError
+from utils.fields import field, field_problems, integer, number
 
 Array = jax.Array
 
 # Tokens of a block, in which a draw looks after it has found the block.
 _BLOCK = 256
+
+_PENALTIES = number(above=0)
 
 
 @flax.struct.dataclass
@@ -29,7 +30,7 @@ class Greedy:
         repetition_penalty: see `penalize`; None is off.
     """
 
-    repetition_penalty: float | Array | None = None
+    repetition_penalty: float | Array | None = field(None, allowed=_PENALTIES)
 
     def __call__(
         self, logits_RV: Array, keys_R: Array, seen_RV: Array | None = None
@@ -52,22 +53,26 @@ class TopP:
 
     Source: nucleus sampling, Holtzman et al. (1904.09751) section 3.1; min-p, 2407.01082.
 
-    Attributes:
-        temperature: divides the logits; 0 is argmax.
-        top_p: in (0, 1]: the fewest most probable tokens whose mass, of what top-k left, reaches it;
-            the token that crosses it is kept. 1 is off.
-        top_k: keeps the k most probable tokens. 0 is off.
-        min_p: in [0, 1]: drops tokens below min_p times the largest probability. 0 is off.
-        repetition_penalty: see `penalize`; None is off.
-
-    Among tokens of equal probability the lower id comes first, so ties fall the same way each run.
+    The nucleus is the fewest most probable tokens whose mass, of what top-k left, reaches top_p; the
+    token that crosses it is kept. Among tokens of equal probability the lower id comes first, so ties
+    fall the same way each run. Temperature 0 is argmax.
     """
 
-    temperature: float | Array = 1.0
-    top_p: float | Array = 1.0
-    top_k: int | Array = 0
-    min_p: float | Array = 0.0
-    repetition_penalty: float | Array | None = None
+    temperature: float | Array = field(
+        1.0, "divides the logits; 0 takes the most probable token each time", number(0)
+    )
+    top_p: float | Array = field(
+        1.0,
+        "sample from the most probable tokens that have this mass; 1: off",
+        number(above=0, most=1),
+    )
+    top_k: int | Array = field(0, "sample from this many most probable tokens; 0: off", integer(0))
+    min_p: float | Array = field(
+        0.0, "drop tokens below min_p times the largest probability; 0: off", number(0, 1)
+    )
+    repetition_penalty: float | Array | None = field(
+        None, "above 1 makes tokens that were there less likely; 1: off", _PENALTIES
+    )
 
     def __call__(
         self, logits_RV: Array, keys_R: Array, seen_RV: Array | None = None
@@ -117,23 +122,9 @@ def traced(sampler: Sampler) -> Sampler:
 
 def check_sampler(sampler: Sampler) -> None:
     """Raises SamplingError, on the host, that lists every number out of its range."""
-    ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-        "temperature": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
-        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
-        "top_k": (lambda x: x >= 0 and x == int(x), "a whole number of at least 0 (0 is off)"),
-        "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
-        "repetition_penalty": (lambda x: 0 < x < math.inf, "a finite number above 0 (1 is off)"),
-    }
-    bad = []
-    for field in dataclasses.fields(sampler):
-        value, (fits, expected) = getattr(sampler, field.name), ranges[field.name]
-        if value is None and field.name == "repetition_penalty":
-            continue
-        is_number = isinstance(value, (numbers.Real, jax.Array)) and not isinstance(value, bool)
-        if not is_number or math.isnan(value) or math.isinf(value) or not fits(float(value)):
-            bad.append(f"{field.name}={value!r}, expected {expected}")
-    if bad:
-        raise SamplingError("; ".join(bad))
+    numbers = jax.tree.map(lambda x: x.item() if isinstance(x, jax.Array) else x, sampler)
+    if problems := field_problems(numbers):
+        raise SamplingError("; ".join(problems))
 
 
 def penalize(logits_RV: Array, seen_RV: Array | None, penalty: float | Array | None) -> Array:

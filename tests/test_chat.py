@@ -14,7 +14,8 @@ import jax
 import pytest
 
 import sampling
-from conversation import Conversation
+from chat import Conversation
+from generate import DEFAULT_QUESTION
 from models.llama.chat_format import chat_format_for
 from models.llama.generation import Generation
 from models.llama.load import load_checkpoint
@@ -22,7 +23,6 @@ from models.llama.loading import Model
 from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
-from utils import cli as console
 from utils.errors import DataError, SamplingError
 
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperature", "0"]
@@ -209,7 +209,7 @@ def run(text, *args, **options):
 def test_messages_and_commands_by_pipe(tmp_path):
     saved = tmp_path / "conversation.json"
     done = run(
-        f"one\n\n/save {saved}\n/reset\none\n/regen\n/help\n/set temperature 1.5\n"
+        f"one\n\n/save {saved}\n/reset\none\n/regen\n/help\n/set temperature 1.5\n/set\n"
         f'/set max_gen_len 0\n/system Be brief.\nfirst \\\nsecond\n"""\n/not a command\n\n  x\n"""\n'
         f"/save {tmp_path / 'second.json'}\n/load {saved}\n/set max_gen_len 3\n/quit\nnever read"
     )
@@ -227,6 +227,8 @@ def test_messages_and_commands_by_pipe(tmp_path):
         "/not a command\n\n  x",
     ]
     assert second[0] == {"role": "system", "content": "Be brief."}
+    assert "temperature 1.5: divides the logits" in done.stderr
+    assert "top_k 0: " in done.stderr and "max_gen_len 12: " in done.stderr
     assert "/regen" in done.stderr and "> " not in done.stdout
     assert f"2 messages written to {saved}" in done.stderr
     assert "Traceback" not in done.stderr
@@ -236,8 +238,10 @@ def test_messages_and_commands_by_pipe(tmp_path):
 def test_an_error_ends_a_piped_chat_with_its_code():
     cases = [
         ("/nonsense\n", 2, "unknown command /nonsense; /help lists them"),
-        ("/set temperature\n", 2, "/set needs a name and a value"),
-        ("/set temperature -1\n", 2, "temperature=-1"),
+        ("/set temperature\n", 2, "/set temperature needs a value"),
+        ("/set foo 3\n", 2, "/set has no 'foo'; it has temperature, top_p, top_k, min_p, rep"),
+        ("/set temperature -1\n", 2, "/set temperature must be a number of at least 0, got -1"),
+        ("/set max_gen_len 1.5\n", 2, "/set max_gen_len must be an integer of at least 0, got"),
         ("/load /nonexistent/file\n", 4, "/nonexistent/file"),
         ("/save\n", 2, "/save needs a file"),
         ("x" * 300, 2, "exceeds the context of 256"),
@@ -340,11 +344,11 @@ def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
     terminal.type("/bad\n")
     assert "error: unknown command /bad" in terminal.wait_for("> $")
     terminal.type("half a line\x03")
-    assert "/quit leaves" in terminal.wait_for("> $")
+    assert "type /quit to leave" in terminal.wait_for("> $")
     terminal.type("\x1b[A\x1b[A\n")  # cursor up twice, in the history: "again"
     assert "again" in terminal.wait_for(STATUS + "(?s:.)*> $")
     terminal.type("\x03")
-    terminal.wait_for("leaves(?s:.)*> $")
+    terminal.wait_for("to leave(?s:.)*> $")
     terminal.type("\x03")
     assert terminal.wait_for_end() == 130
     assert "Traceback" not in terminal.text
@@ -357,7 +361,7 @@ def test_three_turns_with_the_default_model(default_model_path):
     terminal = TerminalOf(*args, environment=cli.environment(optimized=True))
     assert "smollm2-135m-instruct · /help lists the commands" in terminal.wait_for("> $")
     used = []
-    for question in (console.DEFAULT_QUESTION, "And of Italy?", "Thanks, that is all."):
+    for question in (DEFAULT_QUESTION, "And of Italy?", "Thanks, that is all."):
         terminal.type(question + "\n")
         shown = terminal.wait_for(STATUS + "(?s:.)*> $")
         used.append(int(re.search(STATUS, shown)[2]))

@@ -1,19 +1,15 @@
 """Config fields: ranges, all problems at once; flags and `--help` pages that are built from them."""
 
 import dataclasses
+import re
 
 import pytest
 
+import chat
+import generate
 from utils import cli, fields
 from utils.errors import ConfigError
-from utils.fields import Config, field, integer, number, one_of
-
-
-def _numbers(text):
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as e:
-        raise ConfigError(f"--k must be numbers with commas between, got {text!r}") from e
+from utils.fields import Config, field, integer, integers, number, one_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +18,7 @@ class Prompts(Config):
     json: bool = field(False, "one JSON object per completion")
     n: int = field(1, "completions per prompt", integer(1))
     tie: bool | None = field(None, "use the embedding as output head")
-    k: tuple[int, ...] = field((), "comma-separated k's of pass@k", parse=_numbers)
+    k: tuple[int, ...] = field((), "comma-separated k's of pass@k", parse=integers)
     seed: int = field(0, "the same seed gives the same text", integer(0))
 
 
@@ -146,7 +142,7 @@ def test_configs_are_built_from_flags():
     assert list(built) == ["data", "the_optimizer", "prompts"]
     assert built["data"] == Data(data="f", export=False)
     assert built["the_optimizer"] == Optimizer(learning_rate=1e-3, clip_norm=None, seed=7)
-    assert built["prompts"] == Prompts(seed=7, k=(8, 1))
+    assert built["prompts"] == Prompts(seed=7, k=(1, 8))
     assert fields.build(train, {"data": "f", "clip_norm": None})["the_optimizer"].clip_norm is None
 
 
@@ -160,7 +156,7 @@ def test_all_problems_of_all_groups_are_one_error():
         "--seed must be an integer of at least 0, got -1; "
         "--json must be true or false, got 'false'; --nojson turns it off; "
         "--n must be an integer of at least 1, got True; "
-        "--k must be numbers with commas between, got 'x'"
+        "--k: 'x', expected integers with commas between, as 1,8"
     )
     with pytest.raises(
         ConfigError, match="^--data is required; --warmup_share=0.0, expected above 0"
@@ -172,14 +168,29 @@ def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     page = fields.help_page(train, "x.py")
     assert page.startswith(
-        "usage: python x.py --data DATA [flags]\nTrains. In steps.\nExample: python x.py --data f\n\n"
-        "data:\n  --data DATA              a .jsonl file of {…}\n"
-        "  --[no]export             write the model\n\nthe optimizer:\n"
-        "  --optimizer adamw        update rule (one of adamw, lion)\n"
-        "  --lr 1e-05               peak learning rate\n"
+        "usage: python x.py --data TEXT [flags]\nTrains. In steps.\nExample: python x.py --data f\n\n"
+        "data:\n  --data TEXT               a .jsonl file of {…}\n"
+        "  --[no]export              write the model\n\nthe optimizer:\n"
+        "  --optimizer adamw         update rule (one of adamw, lion)\n"
+        "  --lr 1e-05                peak learning rate\n"
     )
-    assert "  --clip_norm CLIP_NORM    largest" in page and "  --json                   one" in page
+    assert (
+        "  --clip_norm N             largest" in page and "  --json                    one" in page
+    )
     assert page.count("--seed 0 ") == 1 and "beta1" not in page and "plain" not in page
     assert page.endswith(
-        "\n\nevery command:\n  --debug                  show the traceback of an error\n"
+        "\n\nevery command:\n  --debug                   show the traceback of an error\n"
     )
+
+
+COMMANDS = {"generate.py": generate.main, "chat.py": chat.main}
+
+
+@pytest.mark.parametrize("program", COMMANDS)
+def test_help_has_every_flag_and_its_whole_help(program):
+    page = fields.help_page(COMMANDS[program], program)
+    words = " ".join(page.split())
+    assert re.search(rf"^Example: python {program} ", page, re.MULTILINE)
+    for flag in fields.flags_of(COMMANDS[program]):
+        assert fields.setting(flag.field).help in words
+        assert re.search(rf"^  --(\[no\])?{flag.name}\b", page, re.MULTILINE)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RANKS = {"utils": 0, "sampling": 1, "models": 2, "prompts": 2, "generate": 3, "trainers": 4}
-RANKS |= dict.fromkeys(("train", "chat", "evaluate", "plan", "conversation"), 5)
+RANKS = {"utils": 0, "sampling": 1, "models": 2, "generate": 3, "trainers": 4}
+RANKS |= dict.fromkeys(("train", "chat", "evaluate", "plan"), 5)
 LIBRARIES = ("utils", "models", "trainers", "sampling.py")
 
 

@@ -42,8 +42,6 @@ BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 # What stdin may hold: far more than any context.
 MAX_STDIN_BYTES = 16 << 20
 
-DEFAULT_QUESTION = "What is the capital of France?"
-
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import json
 import math
 import re
 import shutil
@@ -166,11 +167,16 @@ class Config:
 
     def problems(self) -> list[str]:
         """All that is wrong with the values, one text per problem."""
-        return [
-            f"{f.name}={value!r:.60}, expected {expected}"
-            for f in dataclasses.fields(self)
-            if (expected := misfit(f, value := getattr(self, f.name)))
-        ]
+        return field_problems(self)
+
+
+def field_problems(config: Any) -> list[str]:
+    """The fields of any dataclass that are out of range, one text each."""
+    return [
+        f"{f.name}={value!r:.60}, expected {expected}"
+        for f in dataclasses.fields(config)
+        if (expected := misfit(f, value := getattr(config, f.name)))
+    ]
 
 
 def misfit(of: dataclasses.Field, value: Any) -> str:
@@ -188,6 +194,9 @@ class EveryCommand(Config):
     debug: bool = field(False, "show the traceback of an error")
 
 
+_INDENT = " " * 28  # of the help texts of `--help`
+
+
 class Flag(NamedTuple):
     """A flag of a command: its field, the parameter that takes the field's config, and its default."""
 
@@ -199,7 +208,10 @@ class Flag(NamedTuple):
     def value(self, given: Any) -> Any:
         """The field's value, from what fire made of the words. Raises ConfigError."""
         parse = setting(self.field).parse
-        value = parse(given) if parse and given is not None else given
+        try:
+            value = parse(given) if parse and given is not None else given
+        except ConfigError as e:
+            raise ConfigError(f"--{self.name}: {e}") from e
         if expected := misfit(self.field, value).removesuffix(", or None"):
             off = f"; --no{self.name} turns it off" * self.is_switch
             raise ConfigError(f"--{self.name} must be {expected}, got {given!r:.60}{off}")
@@ -220,12 +232,17 @@ class Flag(NamedTuple):
         said, known = setting(self.field).help, allowed(self.field)
         if known is not None and known.expected.startswith("one of "):
             said += f" ({known.expected})"
-        unset = self.default in (None, "", (), dataclasses.MISSING)
-        left = f"--{self.name} {self.name.upper() if unset else self.default}"
-        if self.is_switch:
-            left = f"--{'[no]' * (self.default is not False)}{self.name}"
-        indent = " " * 27
-        return textwrap.fill(said, width, initial_indent=f"  {left:<24} ", subsequent_indent=indent)
+        left = f"  --{'[no]' * (self.default is not False)}{self.name}"
+        if not self.is_switch:
+            unset = self.default in (None, "", (), dataclasses.MISSING)
+            left = f"  --{self.name} {self.placeholder if unset else self.default}"
+        text = textwrap.fill(said, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        return f"{left}\n{text}" if len(left) > len(_INDENT) - 2 else left + text[len(left) :]
+
+    @property
+    def placeholder(self) -> str:
+        """A word for its value."""
+        return "TEXT" if self.is_text else "N"
 
 
 def flags_of(command: Callable[..., None]) -> list[Flag]:
@@ -288,9 +305,30 @@ def help_page(command: Callable[..., None], program: str) -> str:
     for flag in flags_of(command):
         first.setdefault(flag.name, flag)
     flags = first.values()
-    required = [f"--{f.name} {f.name.upper()}" for f in flags if f.default is dataclasses.MISSING]
+    required = [f"--{f.name} {f.placeholder}" for f in flags if f.default is dataclasses.MISSING]
     head = " ".join(["usage: python", program, *required, "[flags]"])
     lines = [textwrap.fill(text, width) for text in (head, *paragraphs(command))]
     for group, members in itertools.groupby(flags, lambda flag: flag.group):
         lines += [f"\n{group.replace('_', ' ')}:", *(flag.help(width) for flag in members)]
     return "\n".join(lines) + "\n"
+
+
+def texts(text: str) -> tuple[str, ...]:
+    """The `parse` of a flag that is a text, or a JSON list of texts."""
+    if not text.startswith("["):
+        return (text,)
+    try:
+        return tuple(json.loads(text))
+    except ValueError as e:
+        raise ConfigError(
+            f"{text!r:.80} is not a JSON list of texts ({e}); a text that starts with [ is written as "
+            f"{json.dumps([text])!r:.80}"
+        ) from e
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """The `parse` of a flag that is several integers with commas between; sorted, each once."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as e:
+        raise ConfigError(f"{text!r:.40}, expected integers with commas between, as 1,8") from e

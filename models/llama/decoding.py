@@ -15,7 +15,8 @@ import numpy as np
 import sampling
 from models.llama.model import LLaMa, Params, init_cache
 from utils import sharding
-from utils.errors import SamplingError, is_int
+from utils.errors import SamplingError
+from utils.fields import Config, Range, field, integer, texts
 from utils.kvcache import KVCache
 
 Array = jax.Array
@@ -24,45 +25,51 @@ RUNNING, STOP, LENGTH, NOT_FINITE = range(4)
 REASONS = {RUNNING: "running", STOP: "stop", LENGTH: "length"}
 
 
+_TEXTS = Range(
+    "one or several texts, none of them empty",
+    lambda x: isinstance(x, (tuple, list)) and all(isinstance(text, str) and text for text in x),
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(Config):
     """How far to generate; none of these numbers recompiles but n.
 
     Attributes:
-        max_new_tokens: tokens a row at most; None: as many as the context holds. A number above the
-            context length is cut to what it holds.
-        max_seq_len: prompt and completion together; None: the model's.
-        n: samples a prompt, from one prefill.
+        max_new_tokens: tokens per row at most; None: as many as the context holds. A larger number is
+            cut to what the context holds.
+        max_seq_len: prompt and completion together; None: the model's context.
+        n: samples per prompt, from one prefill.
         stop_ids: any of these ends a row; it is the completion's last token.
         stop_strings: any of these in the text ends a row (needs a tokenizer's `stream`).
         vocab_limit: ids from here on are never emitted, for models whose embedding has more rows than
             the tokenizer has tokens; None: all rows are tokens.
-        prompt_width: buffers are made for prompts of at least so many tokens, so that all calls with
-            no longer ones share one compilation; None: for the longest of a call.
+        prompt_width: buffers are made for prompts of at least this many tokens, so that all calls with
+            shorter ones share one compilation; None: for the longest of a call.
     """
 
-    max_new_tokens: int | None = 256
-    max_seq_len: int | None = None
-    n: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    stop_strings: tuple[str, ...] = ()
-    vocab_limit: int | None = None
-    prompt_width: int | None = None
+    error = SamplingError
 
-    def __post_init__(self):
-        bad = []
-        least_of = dict(max_new_tokens=0, max_seq_len=1, n=1, vocab_limit=1, prompt_width=1)
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and (not is_int(value) or value < least):
-                flag = " (--max_gen_len)" if name == "max_new_tokens" else ""
-                bad.append(f"{name}={value!r}{flag}, expected an integer of at least {least}")
-        if self.n is None:
-            bad.append("n=None, expected an integer of at least 1")
-        if any(not isinstance(s, str) or not s for s in self.stop_strings):
-            bad.append(f"stop={list(self.stop_strings)!r}: a stop string must not be empty")
-        if bad:
-            raise SamplingError("; ".join(bad))
+    max_new_tokens: int | None = field(
+        256,
+        "new tokens at most; default: 256, or what the context holds",
+        integer(0),
+        flag="max_gen_len",
+    )
+    max_seq_len: int | None = field(
+        None, "prompt and completion together; default: the model's context", integer(1)
+    )
+    n: int = field(1, "completions per prompt", integer(1))
+    stop_strings: tuple[str, ...] = field(
+        (),
+        "a text, or a JSON list of texts, that ends a completion and is left out of it",
+        _TEXTS,
+        flag="stop",
+        parse=texts,
+    )
+    stop_ids: frozenset[int] = frozenset()
+    vocab_limit: int | None = field(None, allowed=integer(1), flag="")
+    prompt_width: int | None = field(None, allowed=integer(1), flag="")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,22 +18,42 @@ from utils.sharding import default_mesh, make_mesh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlags(Config):
-    """The flags that name a model and how it computes."""
+    """A checkpoint, and how devices hold it."""
 
     ckpt_dir: str = field(
         DEFAULT_MODEL,
-        "the model: a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name",
+        "a checkpoint folder, a .gguf file, a Hugging Face id, or the default model's name",
     )
     tokenizer_path: str | None = field(
         None, "a tokenizer file or folder; default: the checkpoint's own"
     )
     dtype: str = field(
         "auto",
-        "dtype of activations; auto is float32 on a CPU, bfloat16 elsewhere",
+        "dtype of activations; auto: float32 on a CPU, bfloat16 elsewhere",
         one_of("auto", "float32", "bfloat16"),
     )
     mesh: str | None = field(
-        None, 'how devices share the model, "data=2,fsdp=4"; default: all devices, as fits it'
+        None,
+        'how devices share the model, as "data=2,fsdp=4"; default: over all devices, as it fits',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingModelFlags(ModelFlags):
+    """The same for programs that only generate, with how strictly the weights are read."""
+
+    dtype: str = field(
+        "auto",
+        "dtype of the weights; auto: float32 on a CPU, bfloat16 elsewhere",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    )
+    allow_extra: bool = field(
+        False, "ignore tensors of the checkpoint that the model does not have"
+    )
+    check_finite: bool = field(False, "refuse weights with NaN or infinity, instead of a warning")
+    tie: bool | None = field(
+        None,
+        "use the embedding as output head, whatever the file says; --notie: the file's own head",
     )
 
 
