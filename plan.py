@@ -5,25 +5,23 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import dataclasses
 import importlib.util
-import io
 import json as jsonlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import rich.console
-import rich.table
-from jax.experimental import topologies
 
-from trainers.planning.chips import Topology, parse_topology, roofline, slices
-from trainers.planning.estimate import estimate_job
+from trainers.planning.chips import Topology, parse_topologies, roofline
 from trainers.planning.compile import compile_job
-from trainers.planning.job import Job, Program, model_config
+from trainers.planning.estimate import estimate_job
+from trainers.planning.job import Job, Program
 from trainers.planning.search import search_job
 from utils import cli
-from utils.errors import ConfigError
+from utils.fields import Config, field
 from utils.memory import human
 from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
@@ -41,226 +39,213 @@ _ENVIRONMENT = {
 }
 
 
-def main(
-    model: str,
-    topology: str,
-    job: str = "sft",
-    mesh: str | None = None,
-    batch: int | None = None,
-    seq: int = 2048,
-    prompt_len: int | None = None,
-    group_size: int = 8,
-    micro_batch_size: int | None = None,
-    lora_rank: int | None = None,
-    remat: str = "dots",
-    dtype: str = "bfloat16",
-    param_dtype: str = "float32",
-    state_dtype: str = "float32",
-    optimizer: str = "adamw",
-    search: bool = False,
-    estimate: bool = False,
-    exact: bool = False,
-    json: bool = False,
-    debug: bool = False,
-) -> None:
-    """What a job needs of each device, and the least time and money that a step of it can take.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlags(Config):
+    """Where a job is planned for, and how."""
 
-    Compiles the real steps for TPUs, also where there is none (needs the extra `tpu`); for GPUs, and
-    without it, estimates by closed forms. Exits with 0 if the job fits, with 1 if it does not.
+    topology: tuple[Topology, ...] = field(
+        help="kind of chip and how many: v5e:4x8, v5p:4x4x4, h100:8; with --search the kind alone "
+        "stands for all its slices, and the smallest that fits is found",
+        parse=parse_topologies,
+    )
+    mesh: str | None = field(
+        None,
+        "fsdp=16,tensor=2 for example, or fsdp=4,context=8 for long rows; default: train.py's, for "
+        "generate tensor=-1",
+    )
+    search: bool = field(
+        False,
+        "find the cheapest mesh, batch, micro-batches and remat that fit; --batch is the largest tried",
+    )
+    estimate: bool = field(False, "use closed forms instead of compiling")
+    exact: bool = field(
+        False,
+        "compile training and prefill as a run does, which takes minutes: only then the bytes that they "
+        "move are known; the default, a faster compilation, finds the same memory within a few percent",
+    )
+    json: bool = field(False, "print one JSON object instead of tables")
 
-    Args:
-        model: a known one by its name, as llama-3.1-8b, or a checkpoint or its config.json; weights are
-            not needed.
-        topology: a kind of chip and how many, as v5e:4x8, v5p:4x4x4 or h100:8. A search takes a kind
-            alone too, and finds the smallest slice.
-        job: sft, lora, grpo or generate.
-        mesh: as fsdp=16,tensor=2, or fsdp=4,context=8 for long rows; default: that of train.py; for
-            generate all on tensor.
-        batch: rows a step; for grpo completions. Default: one a device.
-        seq: tokens of a row, prompt and completion together.
-        prompt_len: tokens of a prompt, for grpo and generate; default: a quarter of seq.
-        group_size: completions a prompt, for grpo.
-        micro_batch_size: rows or completions computed at once, as in train.py, a row a device at least;
-            default: all.
-        lora_rank: of adapters; default: 16 for lora, else none.
-        remat: what the backward pass computes again: none, dots or block.
-        dtype: of activations.
-        param_dtype: of the trained parameters.
-        state_dtype: of the optimizer's first moments.
-        optimizer: adamw, adafactor, lion or muon.
-        search: find the cheapest mesh, batch, micro-batches and remat that fit; batch is then the most
-            rows tried.
-        estimate: do not compile.
-        exact: compile training and prefill as a run does, in minutes: how many bytes they move is
-            known only then. Otherwise in a hurry, with the same memory within a few percent.
-        json: one JSON object instead of tables.
-        debug: show the traceback of an error.
+    def problems(self) -> list[str]:
+        """All that is wrong with the values."""
+        bad = super().problems()
+        if not bad and not self.search and len(self.topology) > 1:
+            kind = self.topology[0].kind
+            bad.append(f"topology={kind!r} is a kind of chip; pass how many too, or --search")
+        return bad
+
+
+def main(job: Job, plan: PlanFlags) -> None:
+    """Reports what a job needs of each device, and the least time and money that a step of it can take.
+
+    Compiles the real steps for TPUs, without owning one (needs the extra `tpu`); for GPUs, and without
+    that extra, estimates by closed forms. Exits with 0 if the job fits, with 1 if it does not.
+
+    Example: python plan.py --model llama-3.1-8b --topology v5e:4x8 --batch 32 --remat block
     """
     os.environ.update(_ENVIRONMENT | dict(os.environ))
     jax.config.update("jax_platforms", "cpu")
     cli.Signals()
-    everywhere = search and ":" not in topology
-    config, places = cli.all_of(
-        lambda: model_config(model),
-        lambda: slices(topology) if everywhere else [parse_topology(topology)],
-    )
-    where = places[-1]
-    if job == "generate":
-        mesh = mesh or "tensor=-1"
-    wanted = Job(
-        model=config,
-        kind=job,
-        batch=_rows(where.n_chips, job, group_size, search) if batch is None else batch,
-        seq=seq,
-        prompt_len=prompt_len,
-        group_size=group_size,
-        micro_batch_size=micro_batch_size,
-        lora_rank=lora_rank,
-        remat=remat,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        state_dtype=state_dtype,
-        optimizer=optimizer,
-    )
-    compiles = where.chip.tpu and not estimate and importlib.util.find_spec("libtpu") is not None
+    where = plan.topology[-1]
+    if job.batch is None:  # one prompt or row per device; a search goes further
+        rows = where.n_chips * job.samples_a_prompt * (64 if plan.search else 1)
+        job = dataclasses.replace(job, batch=rows)
+    compiles = where.chip.tpu and not plan.estimate
+    compiles = compiles and importlib.util.find_spec("libtpu") is not None
 
-    def programs_of(wanted: Job, where: Topology, sizes: dict[str, int]) -> list[Program]:
+    def programs_of(job: Job, where: Topology, sizes: dict[str, int]) -> list[Program]:
         if not compiles:
-            return estimate_job(wanted, sizes)
+            return estimate_job(job, sizes)
         with cli.busy(f"compiling for {where.name}") as status:
-            # On no terminal there is no status.
-            say = lambda what: status and status.update(f"[dim]compiling the {what}[/]")
-            return compile_job(wanted, make_mesh(sizes, tpu_devices(where)), exact, say)
+            mesh = make_mesh(sizes, where.tpu_devices())
+            # Without a terminal there is no status.
+            return compile_job(
+                job,
+                mesh,
+                plan.exact,
+                lambda name: status and status.update(f"[dim]compiling the {name}[/]"),
+            )
 
-    if search:
-        wanted, where, sizes, programs = search_job(wanted, places, programs_of)
+    if plan.search:
+        job, where, sizes, programs = search_job(job, plan.topology, programs_of)
     else:
-        sizes = mesh_sizes(mesh or default_mesh(config, where.n_chips), where.n_chips)
-        wanted.check_shared(sizes)
-        programs = programs_of(wanted, where, sizes)
-    found = summary(wanted, where, sizes, programs)
-    cli.write(jsonlib.dumps(found) + "\n" if json else report(found))
-    if not found["fits"]:
+        default = default_mesh(job.model, where.n_chips) if job.trains else "tensor=-1"
+        sizes = mesh_sizes(plan.mesh or default, where.n_chips)
+        job.check_shared(sizes)
+        programs = programs_of(job, where, sizes)
+    summary = Summary(job=job, topology=where, mesh=sizes, programs=programs)
+    cli.write(jsonlib.dumps(summary.json()) + "\n" if plan.json else summary.text())
+    if not summary.fits:
         sys.exit(DOES_NOT_FIT)
 
 
-def _rows(n_chips: int, job: str, group_size: int, search: bool) -> int:
-    """One prompt or row a device; a search goes further."""
-    return n_chips * (group_size if job == "grpo" else 1) * (64 if search else 1)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What was found about a job; bytes, FLOPs and seconds are per device and step."""
 
+    job: Job
+    topology: Topology
+    mesh: dict[str, int]
+    programs: list[Program]
 
-def tpu_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology that need not be there. Raises ConfigError if libtpu has none such."""
-    sides = (*topology.grid, 1)[:3]
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
-    if topology.n_chips < 4:
-        options["chips_per_host_bounds"] = sides
-    try:
-        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
-    except jax.errors.JaxRuntimeError as e:
-        reason = str(e).partition("\n")[0]
-        raise ConfigError(f"--topology {topology.name}: libtpu has none such: {reason}") from e
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of the fullest program."""
+        return max(program.peak_bytes for program in self.programs)
 
+    @property
+    def fits(self) -> bool:
+        """Whether a device can hold it."""
+        return self.peak_bytes <= self.topology.chip.memory_bytes
 
-def summary(
-    job: Job, topology: Topology, mesh: dict[str, int], programs: list[Program]
-) -> dict[str, Any]:
-    """All that is found, as one JSON object; bytes, FLOPs and seconds are of one device and step."""
-    chip, worst = topology.chip, max(programs, key=lambda program: program.peak_bytes)
-    rows = []
-    for program in programs:
+    @property
+    def seconds(self) -> float:
+        """A lower bound of the seconds per step."""
+        return sum(max(self.bounds(p).values()) * p.runs for p in self.programs)
+
+    @property
+    def price(self) -> float | None:
+        """A lower bound of the dollars per step, where the chip's price is known."""
+        price = self.topology.chip.price
+        return price and price * self.topology.n_chips * self.seconds / 3600
+
+    @property
+    def compile_seconds(self) -> float | None:
+        """None: nothing was compiled."""
+        seconds = [p.compile_seconds for p in self.programs if p.compile_seconds is not None]
+        return sum(seconds) if seconds else None
+
+    def bounds(self, program: Program) -> dict[str, float]:
+        """Seconds that a run takes at least for each demand; memory's only if the bytes moved are known."""
         cost = program.cost
-        bounds = roofline(chip, cost.flops, cost.bytes_accessed, cost.collective_bytes)
-        if program.hurried:
-            del bounds["memory"]
-        rows.append(
-            {
-                "name": program.name,
-                "runs": program.runs,
-                "parts": program.parts,
-                "peak_bytes": program.peak_bytes,
-                "flops": cost.flops,
-                "bytes_accessed": cost.bytes_accessed,
-                "collectives": cost.collectives,
-                "bounds": bounds,
-                "bound_by": max(bounds, key=bounds.get),
-                "compile_seconds": program.compile_seconds,
-                "hurried": program.hurried,
-            }
+        found = roofline(self.topology.chip, cost.flops, cost.bytes_accessed, cost.collective_bytes)
+        return {name: s for name, s in found.items() if not (program.hurried and name == "memory")}
+
+    def total(self, attribute: str) -> float:
+        """A cost per step: over all runs of all programs."""
+        return sum(p.runs * getattr(p.cost, attribute) for p in self.programs)
+
+    def json(self) -> dict[str, Any]:
+        """All numbers, as one JSON object."""
+        worst, job = max(self.programs, key=lambda program: program.peak_bytes), self.job
+        named = ("kind", "batch", "micro_batch_size", "seq", "remat")
+        return {
+            "fits": self.fits,
+            "spare_bytes": int(self.topology.chip.memory_bytes) - self.peak_bytes,
+            "topology": self.topology.name,
+            "mesh": self.mesh,
+            "job": {name: getattr(job, name) for name in named},
+            "compiled": self.compile_seconds is not None,
+            "argument_bytes": worst.argument_bytes,
+            "temp_bytes": worst.temp_bytes,
+            "reserved_bytes": worst.reserved_bytes,
+            "peak_bytes": worst.peak_bytes,
+            "flops": self.total("flops"),
+            "bytes_accessed": self.total("bytes_accessed"),
+            "collective_bytes": self.total("collective_bytes"),
+            "roofline_seconds": self.seconds,
+            "tokens_per_second": job.tokens / self.seconds,
+            "dollars_per_step": self.price,
+            "compile_seconds": self.compile_seconds,
+            "programs": [
+                {
+                    "name": program.name,
+                    "runs": program.runs,
+                    "parts": program.parts,
+                    "peak_bytes": program.peak_bytes,
+                    "flops": program.cost.flops,
+                    "bytes_accessed": program.cost.bytes_accessed,
+                    "collectives": program.cost.collectives,
+                    "bounds": self.bounds(program),
+                    "bound_by": max(bounds := self.bounds(program), key=bounds.get),
+                    "compile_seconds": program.compile_seconds,
+                    "hurried": program.hurried,
+                }
+                for program in self.programs
+            ],
+        }
+
+    def rows(self) -> Iterator[list[str] | None]:
+        """The table's rows: memory by parts, the cost of a run, and its bounds; None is a line."""
+
+        def row(title: str, cell: Callable[[Program], str]) -> list[str]:
+            return [title, *map(cell, self.programs)]
+
+        for part in dict.fromkeys(part for p in self.programs for part in p.parts):
+            yield row(part, lambda p: human(p.parts.get(part, 0)))
+        yield row("total at peak", lambda p: human(p.peak_bytes))
+        yield None
+        yield row("FLOPs", lambda p: f"{p.cost.flops:.3g}")
+        yield row("bytes moved", lambda p: "up to " * p.hurried + human(p.cost.bytes_accessed))
+        for kind in sorted({kind for p in self.programs for kind in p.cost.collectives}):
+            yield row(f"{kind}, sent", lambda p: human(p.cost.collectives.get(kind, 0)))
+        yield None
+        for bound in ("compute", "memory", "links"):
+            found = [self.bounds(p).get(bound) for p in self.programs]
+            cells = ("needs --exact" if s is None else f"{s * 1e3:.4g} ms" for s in found)
+            yield [f"{bound} bound", *cells]
+        yield row("calls per step", lambda p: str(p.runs))
+
+    def text(self) -> str:
+        """The numbers as a table, between what was asked and the verdict."""
+        job, spare = self.job, int(self.topology.chip.memory_bytes) - self.peak_bytes
+        axes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
+        micro = job.micro_batch_size
+        at_once = "" if micro is None else f", micro_batch_size {micro}"
+        asked = f"{job.kind} of {job.batch} x {job.seq} tokens, remat {job.remat}{at_once}"
+        heads = ["per device", *(program.name for program in self.programs)]
+        verdict = (
+            f"fits, {human(spare)} to spare" if self.fits else f"does not fit, by {human(-spare)}"
         )
-    total = lambda value: sum(row["runs"] * value(row) for row in rows)
-    seconds = total(lambda row: max(row["bounds"].values()))
-    price = chip.price and chip.price * topology.n_chips * seconds / 3600
-    compiled = [p.compile_seconds for p in programs if p.compile_seconds is not None]
-    return {
-        "fits": worst.peak_bytes <= chip.memory_bytes,
-        "spare_bytes": int(chip.memory_bytes) - worst.peak_bytes,
-        "topology": topology.name,
-        "mesh": mesh,
-        "job": {
-            name: getattr(job, name)
-            for name in ("kind", "batch", "micro_batch_size", "seq", "remat")
-        },
-        "compiled": bool(compiled),
-        "argument_bytes": worst.argument_bytes,
-        "temp_bytes": worst.temp_bytes,
-        "reserved_bytes": worst.reserved_bytes,
-        "peak_bytes": worst.peak_bytes,
-        "flops": total(lambda row: row["flops"]),
-        "bytes_accessed": total(lambda row: row["bytes_accessed"]),
-        "collective_bytes": total(lambda row: sum(row["collectives"].values())),
-        "roofline_seconds": seconds,
-        "tokens_per_second": job.tokens / seconds,
-        "dollars_per_step": price,
-        "compile_seconds": sum(compiled) if compiled else None,
-        "programs": rows,
-    }
-
-
-def report(found: dict[str, Any]) -> str:
-    """The same as tables."""
-    rows, job = found["programs"], found["job"]
-    axes = ",".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
-    micro = job["micro_batch_size"]
-    at_once = "" if micro is None else f", micro_batch_size {micro}"
-    how = f"{job['kind']} of {job['batch']} x {job['seq']} tokens, remat {job['remat']}{at_once}"
-    title = f"{found['topology']} ({axes or 'one device'}): {how}"
-    memory = rich.table.Table()
-    memory.add_column("of one device")
-    for row in rows:
-        memory.add_column(row["name"], justify="right")
-    for part in dict.fromkeys(part for row in rows for part in row["parts"]):
-        memory.add_row(part, *(human(row["parts"].get(part, 0)) for row in rows))
-    memory.add_row("all at once", *(human(row["peak_bytes"]) for row in rows), style="bold")
-    memory.add_section()
-    memory.add_row("FLOPs", *(f"{row['flops']:.3g}" for row in rows))
-    at_most = lambda row: "up to " * row["hurried"] + human(row["bytes_accessed"])
-    memory.add_row("bytes moved", *map(at_most, rows))
-    for kind in sorted({kind for row in rows for kind in row["collectives"]}):
-        memory.add_row(f"{kind}, sent", *(human(row["collectives"].get(kind, 0)) for row in rows))
-    memory.add_section()
-    for bound in ("compute", "memory", "links"):
-        found_by = [row["bounds"].get(bound) for row in rows]
-        cells = ["--exact" if s is None else f"{s * 1e3:.4g} ms" for s in found_by]
-        memory.add_row(f"at least, for {bound}", *cells)
-    memory.add_row("times a step", *(str(row["runs"]) for row in rows))
-    page = rich.console.Console(file=io.StringIO(), width=40 + 20 * len(rows), markup=False)
-    page.print(memory)
-    spare, seconds = found["spare_bytes"], found["roofline_seconds"]
-    price = found["dollars_per_step"]
-    verdict = (
-        f"fits, {human(spare)} to spare" if found["fits"] else f"does not fit, by {human(-spare)}"
-    )
-    money = "" if price is None else f", ${price:.3g}"
-    source = (
-        f"compiled in {found['compile_seconds']:.0f} s"
-        if found["compiled"]
-        else "estimated, not compiled"
-    )
-    return (
-        f"{title}\n{page.file.getvalue()}{verdict} ({source}). A step takes {seconds:.3g} s at least: "
-        f"{found['tokens_per_second']:,.0f} tokens/s at most{money}\n"
-    )
+        source = "estimated, not compiled"
+        if self.compile_seconds is not None:
+            source = f"compiled in {self.compile_seconds:.0f} s"
+        step = "A step" if job.trains else "Generating the batch"
+        price = "" if self.price is None else f" and costs ${self.price:.3g}"
+        return (
+            f"{self.topology.name} ({axes or 'one device'}): {asked}\n"
+            f"{cli.table(heads, self.rows())}{verdict} ({source}). {step} takes at least "
+            f"{self.seconds:.3g} s{price}: at most {job.tokens / self.seconds:,.0f} tokens/s\n"
+        )
 
 
 if __name__ == "__main__":

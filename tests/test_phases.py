@@ -125,7 +125,7 @@ SLOW = [
     Case(name="tinyllama-1.1b", rows=2, seq_len=512, remat="dots"),
     *(Case(rows=16, seq_len=512, prompt_len=128, remat=name) for name in ("none", "dots", "block")),
     Case(rows=16, seq_len=512, prompt_len=384, remat="none"),
-    Case(rows=16, seq_len=512, prompt_len=128, rank=16, remat="none"),
+    Case(rows=16, seq_len=512, prompt_len=128, rank=16, remat="dots"),
     Case(rows=16, seq_len=512, prompt_len=128, remat="dots", train=dict(micro_batch_size=2)),
 ]
 

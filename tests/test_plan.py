@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from models.llama.presets import PRESETS
 from tests.cli import run
-from trainers.planning.chips import CHIPS, parse_topology, roofline, slices
+from trainers.planning.chips import CHIPS, parse_topologies, parse_topology, roofline
 from trainers.planning.compile import Compiler, attention_cost, device_bytes, needed_bytes
 from trainers.planning.estimate import estimate_job
 from trainers.planning.hlo_text import Array
@@ -219,8 +219,8 @@ def test_the_search_takes_the_cheapest_way_that_fits():
     assert (with_less.batch, with_less.remat) != (best.batch, best.remat)
     with pytest.raises(ConfigError, match="no mesh"):
         search_job(job("llama-3.1-405b", batch=64), [topology], estimated)
-    _, where, _, _ = search_job(job("llama-3.1-70b", batch=64), slices("v5p"), estimated)
-    smaller = [place for place in slices("v5p") if place.n_chips < where.n_chips]
+    _, where, _, _ = search_job(job("llama-3.1-70b", batch=64), parse_topologies("v5p"), estimated)
+    smaller = [place for place in parse_topologies("v5p") if place.n_chips < where.n_chips]
     assert smaller
     with pytest.raises(ConfigError, match="v5p:2x2x1"):
         search_job(job("llama-3.1-70b", batch=64), smaller, estimated)

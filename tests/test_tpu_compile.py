@@ -85,11 +85,12 @@ import sys
 import plan
 from trainers.planning import job as planning
 from trainers.planning.hlo_text import parse
+from utils import fields
 
 texts, analyse = [], planning.analyse
 planning.analyse = lambda text, *rest: texts.append(text) or analyse(text, *rest)
 try:
-    plan.main(**json.loads(sys.argv[1]), json=True)
+    plan.main(**fields.build(plan.main, json.loads(sys.argv[1]) | {"json": True}))
 finally:
     for text in texts:
         arrays = {
@@ -187,8 +188,7 @@ def test_a_mesh_may_split_the_sides_of_a_pods_grid():
     code = """
 from trainers.planning.chips import parse_topology
 from utils.sharding import make_mesh
-import plan
-devices = plan.tpu_devices(parse_topology("v5p:8x8x8"))
+devices = parse_topology("v5p:8x8x8").tpu_devices()
 print(dict(make_mesh("data=4,fsdp=128", devices).shape))
 """
     assert run(code).splitlines()[-1] == "{'data': 4, 'fsdp': 128, 'context': 1, 'tensor': 1}"

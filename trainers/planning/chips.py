@@ -3,6 +3,10 @@
 import dataclasses
 import math
 import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
 
 from utils.errors import ConfigError
 
@@ -86,8 +90,20 @@ class Topology:
 
     @property
     def n_chips(self) -> int:
-        """All of them; a program sees each as one device."""
+        """All chips; a program sees each as one device."""
         return math.prod(self.grid)
+
+    def tpu_devices(self) -> list[jax.Device]:
+        """Its devices, which need not be there. Raises ConfigError if libtpu does not know them."""
+        sides = (*self.grid, 1)[:3]
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if self.kind == "v4" else {}
+        if self.n_chips < 4:
+            options["chips_per_host_bounds"] = sides
+        try:
+            return topologies.get_topology_desc(self.name, platform="tpu", **options).devices
+        except jax.errors.JaxRuntimeError as e:
+            reason = str(e).partition("\n")[0]
+            raise ConfigError(f"--topology {self.name}: unknown to libtpu: {reason}") from e
 
 
 # Slices that can be rented: the same documentation's "supported configurations".
@@ -103,27 +119,24 @@ SLICES = {
 }
 
 
-def slices(kind: str) -> list[Topology]:
-    """All slices of a kind of chip, the smallest first. Raises ConfigError if there is no such kind."""
-    if kind not in SLICES:
-        raise ConfigError(f"topology {kind!r:.40}, expected one of {', '.join(SLICES)}")
-    return [parse_topology(f"{kind}:{grid}") for grid in SLICES[kind].split()]
+def parse_topologies(text: str) -> tuple[Topology, ...]:
+    """The topology, or all slices of a kind of chip, smallest first. Raises ConfigError."""
+    names = [f"{text}:{grid}" for grid in SLICES.get(text, "").split()]
+    return tuple(map(parse_topology, names or [text]))
 
 
 def parse_topology(text: str) -> Topology:
     """v5e:4x8 or h100:8. Raises ConfigError that says what is known."""
     kind, _, sides = text.partition(":")
-    known = ", ".join(CHIPS)
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sides):
         raise ConfigError(
-            f"topology {text!r:.40}, expected a chip ({known}) and how many, as v5e:4x8, v5p:4x4x4 or "
-            "h100:8"
+            f"topology {text!r:.40}, expected a chip ({', '.join(CHIPS)}) and how many, as v5e:4x8, "
+            "v5p:4x4x4 or h100:8"
         )
-    grid = tuple(int(side) for side in sides.split("x"))
-    if CHIPS[kind].tpu:
-        n_sides = 3 if kind in ("v4", "v5p") else 2
-        if len(grid) != n_sides:
-            raise ConfigError(f"topology {text!r:.40}: {kind} is a grid of {n_sides} sides")
+    grid = tuple(map(int, sides.split("x")))
+    n_sides = SLICES[kind].split()[0].count("x") + 1
+    if CHIPS[kind].tpu and len(grid) != n_sides:
+        raise ConfigError(f"topology {text!r:.40}: {kind} is a grid of {n_sides} sides")
     return Topology(name=text, kind=kind, grid=grid)
 
 
