@@ -7,21 +7,19 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-from models.llama.generation import random_key
-from models.llama.loading import ModelFlags, compute_dtype
+from models.llama.loading import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, Dataset, load_dataset
 from trainers.grpo_trainer import GRPOConfig
-from trainers.recipes import GRPORecipe, Recipe, SFTRecipe
+from trainers.recipes import GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags
 from trainers.rollout import RolloutConfig, rows_at_once
-from trainers.run import RunConfig, Source, load_source, train
+from trainers.run import RunConfig, load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils import cli
 from utils.fields import Config, again, field, integer, number, one_of
@@ -98,13 +96,13 @@ def sft(
     lora: LoRAFlags,
     run: RunConfig,
     processes: cli.ProcessFlags,
-) -> None:
+) -> int:
     """Fine-tunes on conversations, prompts with completions, or texts.
 
     Example: python train.py sft --data chats.jsonl --out_dir run --lora_rank 16
     """
     stop = _start()
-    source = load_source(model.ckpt_dir, model.tokenizer_path, model.mesh)
+    source = load_source(model)
     dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
     dataset.check_full_batch()
     _say_counts("data", dataset)
@@ -113,7 +111,7 @@ def sft(
         evaluated = load_dataset(data.eval_data, source.tokenizer, rows)
         _say_counts("eval_data", evaluated)
     recipe = SFTRecipe(config=training, lora=lora.config, dataset=dataset, evaluated=evaluated)
-    _train(recipe, source, run, model, rows.seed, stop)
+    return train(recipe, source, run, rows.seed, stop)
 
 
 def grpo(
@@ -124,14 +122,14 @@ def grpo(
     lora: LoRAFlags,
     run: RunConfig,
     processes: cli.ProcessFlags,
-) -> None:
+) -> int:
     """Trains on rewards with GRPO: groups of completions, better ones made more likely.
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
     stop = _start()
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
-    source = load_source(model.ckpt_dir, model.tokenizer_path, model.mesh)
+    source = load_source(model)
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed)
     first = source.tokenizer.decode(prompts.prompts[0].ids)
     cli.say(f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens", "")
@@ -148,26 +146,13 @@ def grpo(
         reward_failure=task.reward_failure,
         rollouts=task.rollouts,
     )
-    _train(recipe, source, run, model, rollout.seed, stop)
+    return train(recipe, source, run, rollout.seed, stop)
 
 
 def _start() -> cli.Signals:
     """Signals end the process until a run has a step to finish; compiled programs are kept."""
     cli.keep_compilations()
     return cli.Signals(sigterm=True)
-
-
-def _train(
-    recipe: Recipe,
-    source: Source,
-    run: RunConfig,
-    model: ModelFlags,
-    seed: int,
-    stop: cli.Signals,
-) -> None:
-    """Trains, and ends the process if a signal stopped it."""
-    if code := train(recipe, source, run, compute_dtype(model.dtype), random_key(seed), stop):
-        sys.exit(code)
 
 
 def _say_counts(name: str, dataset: Dataset) -> None:

@@ -22,7 +22,6 @@ from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import TrainConfig, Trainer
 from utils import sharding
-from utils.fields import DATA, setting
 
 
 class Recipe(abc.ABC):
@@ -67,12 +66,12 @@ class SFTRecipe(Recipe):
         return sft_bytes(trainer, self.dataset.config.batch_size, self.dataset.buckets[-1])
 
     def meta(self, trainer: SFTTrainer) -> dict[str, dict[str, Any]]:
-        config, data = self.dataset.config, {"digest": self.dataset.digest}
-        # The digest covers what resumes by DATA, but for the order.
-        named = [f.name for f in dataclasses.fields(config) if setting(f).resume != DATA]
+        config = dataclasses.asdict(self.dataset.config)
+        # The digest covers the other fields.
+        names = ("batch_size", "seq_len", "packing", "seed")
         return {
-            "data": data | {"shuffle": config.shuffle},
-            "train": {name: getattr(config, name) for name in named},
+            "data": {"digest": self.dataset.digest, "shuffle": config["shuffle"]},
+            "train": {name: config[name] for name in names},
         }
 
     def open(self, trainer, folder, start_step, stack):

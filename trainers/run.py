@@ -8,16 +8,16 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jaxlib
-import numpy as np
 
+from models.llama.generation import random_key
 from models.llama.hub import resolve
 from models.llama.load import load_checkpoint, load_config, save_checkpoint
-from models.llama.loading import use_mesh
+from models.llama.loading import ModelFlags, compute_dtype, use_mesh
 from models.llama.lora import LoRAConfig
 from models.llama.model import REMATS, LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
@@ -92,31 +92,22 @@ class RunConfig(Config):
         return self.resume or self.resume_step is not None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
-    """The model that a run starts from: where its files are, and its tokenizer."""
+class Source(NamedTuple):
+    """The model that a run starts from: its files, its tokenizer, and the dtype of activations."""
 
     path: Path
     tokenizer_path: Path
     tokenizer: Tokenizer
+    dtype: Any
 
 
-def load_source(ckpt_dir: str, tokenizer_path: str | None, mesh: str | None) -> Source:
-    """Finds or fetches a checkpoint, loads its tokenizer, and shares devices as `mesh` says."""
+def load_source(flags: ModelFlags) -> Source:
+    """Finds or fetches a checkpoint, loads its tokenizer, and shares it over the mesh from here on."""
     with cli.progress() as report:
-        path = resolve(ckpt_dir, report)
-    use_mesh(mesh, path)
-    found = Path(tokenizer_path or path)
-    return Source(path=path, tokenizer_path=found, tokenizer=load_tokenizer(found))
-
-
-class Stop(Protocol):
-    """Signals to the process; `utils.cli.Signals` is one."""
-
-    code: int | None
-
-    def set(self, *, leave_at: int, notice: str = "") -> None:
-        """Ends the process at signal number `leave_at`; earlier ones give notice."""
+        path = resolve(flags.ckpt_dir, report)
+    use_mesh(flags.mesh, path)
+    found = Path(flags.tokenizer_path or path)
+    return Source(path, found, load_tokenizer(found), compute_dtype(flags.dtype))
 
 
 class Run(NamedTuple):
@@ -137,23 +128,20 @@ class Run(NamedTuple):
     key: jax.Array
 
 
-def train(
-    recipe: Recipe, source: Source, config: RunConfig, dtype: Any, key: jax.Array, stop: Stop
-) -> int:
+def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cli.Signals) -> int:
     """Trains from a model's weights, or from a checkpoint, to the exported model.
 
     Args:
         recipe: the kind of training with its data.
         source: the model.
         config: the run's folder.
-        dtype: of activations.
-        key: the source of all that is random.
+        seed: of all that is random.
         stop: ends the run after a step.
 
     Returns:
         The exit code: 0, or that of the signal which stopped the run before its end.
     """
-    run = prepare(recipe, source, config, dtype, key)
+    run = prepare(recipe, source, config, seed)
     with contextlib.ExitStack() as stack:
         checkpointer = _open_folder(run, stack)
         state, frozen, progress = restore_or_init(run, checkpointer)
@@ -168,13 +156,13 @@ def train(
     return 0
 
 
-def prepare(recipe: Recipe, source: Source, config: RunConfig, dtype: Any, key: jax.Array) -> Run:
+def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run:
     """Checks that model, recipe and machine fit, and that all processes were started alike."""
-    trainer = recipe.trainer(LLaMa(load_config(source.path), dtype, config.remat))
+    key = random_key(seed)
+    trainer = recipe.trainer(LLaMa(load_config(source.path), source.dtype, config.remat))
     check_against_model(source.tokenizer, trainer.model.config.vocab_size)
     meta = describe(trainer, source, recipe)
     if processes.several():
-        seed = np.asarray(jax.random.key_data(key)).tolist()
         settings = dataclasses.asdict(config) | {"seed": seed}
         known = {"settings": settings, "checkpoint": files_digest(source.path)}
         processes.check_same(versions() | known | meta)
@@ -235,8 +223,7 @@ def _restore(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Progress
     restored = checkpointer.restore(run.like, step=step)
     for change in check(restored.meta):
         cli.say(f"changed: {change}", "")
-    total = run.trainer.config.max_steps
-    cli.say(f"resuming from step {restored.step} of {total}", "")
+    cli.say(f"resuming from step {restored.step} of {run.trainer.config.max_steps}", "")
     progress = Progress(**restored.meta["progress"])
     if restored.meta["data"] != run.meta["data"]:
         progress = dataclasses.replace(progress, position=None)
@@ -256,7 +243,7 @@ def _fit(
     frozen: Params,
     progress: Progress,
     checkpointer: Checkpointer,
-    stop: Stop,
+    stop: cli.Signals,
     stack: contextlib.ExitStack,
 ) -> TrainState:
     """Steps until the end or a signal, with the run's data, logs and progress bar."""

@@ -90,7 +90,9 @@ def _run(command: Callable[..., None], debug: bool) -> int:
                 return 0
             given = parse_flags(command, sys.argv[1:])
             _join_others(given.get("distributed"))
-            command(**fields.build(command, given))
+            code = command(**fields.build(command, given))
+            sys.stdout.flush()
+            return code or 0
         sys.stdout.flush()
     except AltiplanoError as e:
         return _report(str(e), e.exit_code, debug, everywhere=getattr(e, "everywhere", False))
