@@ -130,10 +130,14 @@ def test_too_few_prompts_are_left(tokenizer):
     "spec, options, pattern",
     [
         ("reasoning_gym:chain_summ", {}, "no task 'chain_summ'; did you mean chain_sum"),
-        ("reasoning_gym:", {}, "expected reasoning_gym:NAME"),
-        ("chain_sum", {}, "expected reasoning_gym:NAME"),
-        ("gsm8k:chain_sum", {}, "expected reasoning_gym:NAME"),
-        (SUM, dict(args=dict(min_term=2)), "cannot make chain_sum.*TypeError.*min_term'$"),
+        ("reasoning_gym:", {}, "tasks are reasoning_gym:NAME"),
+        ("chain_sum", {}, "tasks are reasoning_gym:NAME"),
+        ("gsm8k:chain_sum", {}, "tasks are reasoning_gym:NAME"),
+        (
+            SUM,
+            dict(args=dict(min_term=2)),
+            "chain_sum has no argument 'min_term'; it has min_terms, max_terms, ",
+        ),
         (SUM, dict(args=dict(min_terms=0)), "cannot make chain_sum.*min_terms must be positive"),
         (SUM, dict(args=dict(min_terms="two")), "cannot make chain_sum"),
         (SUM, dict(args=dict(seed=1)), "seed has a flag of its own"),

@@ -32,16 +32,16 @@ class Recipe(abc.ABC):
         """The trainer of a model. Raises ConfigError if they do not fit."""
 
     @abc.abstractmethod
-    def memory(self, trainer: Any) -> dict[str, int]:
+    def memory(self, trainer: Trainer) -> dict[str, int]:
         """Bytes at the peak, by parts."""
 
     @abc.abstractmethod
-    def meta(self, trainer: Any) -> dict[str, dict[str, Any]]:
+    def meta(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
         """The checkpoint's entries "data" and, beside the trainer's config, "train"."""
 
     @abc.abstractmethod
     def open(
-        self, trainer: Any, folder: Path, start_step: int, stack: contextlib.ExitStack
+        self, trainer: Trainer, folder: Path, start_step: int, stack: contextlib.ExitStack
     ) -> tuple[Data, Dataset | Evaluation | None]:
         """The data that `fit` trains on and evaluates; the stack closes what has to be closed."""
 
@@ -105,7 +105,7 @@ class GRPORecipe(Recipe):
         branches = c.branches or c.group_size
         rows = c.prompts_per_step // c.mini_batches * (c.group_size // branches)
         # Named by how it comes about: the user knows those numbers.
-        step = f"prompts_per_step x group_size / mini_batches / {branches} completions a row"
+        step = f"prompts_per_step x group_size / mini_batches / {branches} completions per row"
         sharding.check_rows(**{step: rows})
 
     def memory(self, trainer: GRPOTrainer) -> dict[str, int]:

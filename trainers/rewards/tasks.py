@@ -334,6 +334,10 @@ def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
         raise ConfigError(f"reasoning_gym has no task {name!r:.80}; {close}")
     if taken := {"name", "size", "seed"}.intersection(args):
         raise ConfigError(f"{sorted(taken)[0]} has a flag of its own; take it out of the task_args")
+    known = [f.name for f in dataclasses.fields(gym.factory.DATASETS[name][1])]
+    if unknown := [key for key in args if key not in known]:
+        listed = ", ".join(key for key in known if key not in ("seed", "size"))
+        raise ConfigError(f"{name} has no argument {unknown[0]!r:.80}; it has {listed}")
     try:
         dataset = gym.create_dataset(name, size=size, seed=seed, **args)
         for index in range(size):
