@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.llama.chat_format import MAX_TEMPLATE_CHARS, chat_format_for
 from models.llama.tokenizer import load_tokenizer
-from models.llama.tokenizer_json import chat_templates_of
+from models.llama.tokenizer_bpe import chat_templates_of
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -378,7 +378,7 @@ def test_a_format_is_never_guessed(make):
     assert chat_format_for(make("smollm", with_default)).render(chat("a")) == "D"
     for broken in (5, [1], [{"name": "x"}], {"a": "b"}):
         with pytest.raises(ArtifactError, match="chat_template is neither"):
-            chat_templates_of(broken)
+            chat_templates_of({"chat_template": broken})
 
 
 @pytest.mark.covers("B16")

@@ -11,11 +11,14 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.llama.sentencepiece_model import parse_model, serialize_model
-from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
-from models.llama.tokenizer_files import parse_ranks, read_sentencepiece
-from models.llama.tokenizer_gguf import read_gguf
-from models.llama.tokenizer_json import read_tokenizer_json
+from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer, read_gguf
+from models.llama.tokenizer_bpe import read_tokenizer_json
+from models.llama.tokenizer_model import (
+    parse_model,
+    parse_ranks,
+    read_sentencepiece,
+    serialize_model,
+)
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError
 
@@ -173,7 +176,7 @@ def test_truncated_sentencepiece():
     last = len(model) - 200  # TrainerSpec and NormalizerSpec stand at the end
     for end in [*range(0, 100), *range(last, len(model), 3), len(model) - 1]:
         with pytest.raises(ArtifactError, match="truncated|no pieces|is broken"):
-            read_sentencepiece(model[:end])
+            parse_model(model[:end])
 
 
 @pytest.mark.covers("B3")
@@ -184,7 +187,7 @@ def test_mutated_sentencepiece(data):
     for _ in range(data.draw(st.integers(1, 3))):
         model[data.draw(st.integers(0, len(model) - 1))] = data.draw(st.integers(0, 255))
     try:
-        tokenizer = Tokenizer(read_sentencepiece(bytes(model)))
+        tokenizer = Tokenizer(read_sentencepiece(parse_model(bytes(model)), {}))
     except ArtifactError:
         return
     ids = tokenizer.encode("the cat\n <s>")
@@ -234,7 +237,7 @@ def _set(*path_and_value):
     "change, message",
     [
         (lambda s: s.pop("model"), "model type None"),
-        (_set("model", "type", "Unigram"), "model type 'Unigram'; expected 'BPE'"),
+        (_set("model", "type", "Unigram"), "model type 'Unigram', expected 'BPE'"),
         (_without("merges"), "model.merges a list"),
         (_without("vocab"), "model.vocab"),
         (_set("model", "vocab", []), "model.vocab"),
@@ -245,8 +248,8 @@ def _set(*path_and_value):
         (_set("model", "merges", [7]), "merge 0"),
         (_set("model", "vocab", "▁the", -1), "run from -1"),
         (_set("model", "vocab", "▁the", 1 << 40), "to 1099511627776"),
-        (_set("model", "vocab", "▁the", 4.0), "no integer"),
-        (_set("model", "vocab", "▁the", True), "no integer"),
+        (_set("model", "vocab", "▁the", 4.0), "not an integer"),
+        (_set("model", "vocab", "▁the", True), "not an integer"),
         (_set("model", "vocab", "new", 5), "have the same id"),
         (_set("model", "vocab", "\ud800", 999), "surrogate|inconsistent"),
         (_set("model", "end_of_word_suffix", "</w>"), "suffixes"),
@@ -254,8 +257,11 @@ def _set(*path_and_value):
         (_set("normalizer", {"type": "Alien"}), "unknown normalizer or pre_tokenizer"),
         (_set("decoder", {"type": "WordPiece"}), "decoder"),
         (_set("decoder", None), "decoder"),
-        (_set("added_tokens", [{"id": 5, "content": "<x>"}]), "'<x>' has the id 5 of"),
-        (_set("added_tokens", [{"id": 999, "content": "▁the"}]), "'▁the' has the id 999, but"),
+        (_set("added_tokens", [{"id": 5, "content": "<x>"}]), "and '<x>' have the same id 5"),
+        (
+            _set("added_tokens", [{"id": 999, "content": "▁the"}]),
+            "token '▁the' has the ids [0-9]+ and 999",
+        ),
         (_set("added_tokens", [{"id": -4, "content": "<x>"}]), "run from -4"),
         (_set("added_tokens", [{"id": 1 << 33, "content": "<x>"}]), "to 8589934592"),
         (_set("added_tokens", [{"content": "<x>"}]), "no id or no content"),

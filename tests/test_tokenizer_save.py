@@ -10,9 +10,9 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from models.llama.chat_format import chat_format_for
-from models.llama.sentencepiece_model import parse_model
 from models.llama.tokenizer import Tokenizer, load_tokenizer
-from models.llama.tokenizer_gguf import GGUF_PATTERNS
+from models.llama.tokenizer_bpe import GGUF_PATTERNS
+from models.llama.tokenizer_model import parse_model
 from models.llama.tokenizer_save import write_tokenizer
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError
@@ -163,8 +163,8 @@ def test_sentencepiece(tmp_path, kind):
     written = contents(folder)
     assert contents(exported(folder, tmp_path / "again")) == written
     if kind == "gguf":
-        pieces = parse_model(written["tokenizer.model"]).pieces
-        assert pieces == parse_model(oracle.sentencepiece_model()).pieces
+        entries = parse_model(written["tokenizer.model"]).entries
+        assert entries == parse_model(oracle.sentencepiece_model()).entries
         assert again.chat_template
     else:
         assert written["tokenizer.model"] == source.read_bytes()
@@ -293,7 +293,7 @@ def test_control_tokens_of_a_sentencepiece_gguf(tmp_path):
     source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
     folder = exported(source, tmp_path / "out")
     assert_same(load_tokenizer(source), load_tokenizer(folder))
-    assert parse_model((folder / "tokenizer.model").read_bytes()).pieces[tag].type == 3
+    assert parse_model((folder / "tokenizer.model").read_bytes()).entries[tag].type == 3
     assert AutoTokenizer.from_pretrained(folder).encode("<|im_end|>") == [1, tag]
 
 

@@ -1,30 +1,42 @@
-"""One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it gives."""
+"""One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it returns."""
 
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizer_codecs import Piece
-from models.llama.tokenizer_files import (
+from models.llama.tokenizer_bpe import (
+    Piece,
+    Vocabulary,
+    chat_templates_of,
+    gguf_array,
+    gguf_spec,
+    looks_like_markup,
+    read_tokenizer_json,
+    token_name,
+)
+from models.llama.tokenizer_model import (
+    CONTROL,
     LLAMA3_PAD,
     LLAMA3_STOPS,
-    Vocabulary,
+    NORMAL,
+    USER_DEFINED,
+    SentencePieceModel,
+    gguf_model,
+    parse_model,
     read_sentencepiece,
     read_tiktoken,
 )
-from models.llama.tokenizer_gguf import read_gguf
-from models.llama.tokenizer_json import chat_templates_of, read_tokenizer_json, token_name
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
 
 # Far above any real tokenizer: weights passed by mistake are refused before they are read.
 _MAX_FILE_BYTES = 256 << 20
 _MAX_CONFIG_BYTES = 16 << 20
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 class Tokenizer:
@@ -38,21 +50,27 @@ class Tokenizer:
         stop_ids: ids that end an answer.
         adds_bos: whether a prompt of this model starts with BOS.
         chat_templates: jinja sources by name.
+        strips_first_space: whether decoding takes away a space at the start of a text.
     """
 
     def __init__(self, vocabulary: Vocabulary):
-        self._codec = vocabulary.codec
-        self.vocab_size = vocabulary.codec.vocab_size
-        self.special_tokens = dict(vocabulary.special_tokens)
-        self.bos_id = vocabulary.bos_id
-        self.eos_id = vocabulary.eos_id
-        self.pad_id = vocabulary.pad_id
-        self.stop_ids = vocabulary.stop_ids
-        self.adds_bos = vocabulary.adds_bos
-        self.chat_templates = dict(vocabulary.chat_templates)
-        self._special_ids = frozenset(self.special_tokens.values())
+        self._codec, config = vocabulary.codec, vocabulary.config
+        self.vocab_size = self._codec.vocab_size
+        self.strips_first_space = self._codec.strips_first_space
+        self.special_tokens = special = dict(vocabulary.special_tokens)
+        self.bos_id = special.get(token_name(config, "bos_token"))
+        self.eos_id = special.get(token_name(config, "eos_token"))
+        self.pad_id = special.get(token_name(config, "pad_token"), config.get("pad_token_id"))
+        stop_ids = {self.eos_id, *config.get("eos_token_id", ())}
+        if "<|eot_id|>" in special:  # Llama 3, whichever file named its tokens
+            stop_ids |= {special.get(name) for name in LLAMA3_STOPS}
+            self.pad_id = special.get(LLAMA3_PAD, self.pad_id)
+        self.stop_ids = frozenset(stop_ids - {None})
+        self.adds_bos = config.get("add_bos_token") is True
+        self.chat_templates = chat_templates_of(config)
+        self._special_ids = frozenset(special.values())
         # Where one name starts another, the longer one is meant.
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @property
@@ -137,11 +155,6 @@ class Tokenizer:
             )
         return self._codec.token_bytes(index)
 
-    @property
-    def strips_first_space(self) -> bool:
-        """Whether decoding takes away a space at the start of a text."""
-        return self._codec.strips_first_space
-
 
 class StreamDecoder:
     """Decodes id by id and holds back the bytes of an unfinished character."""
@@ -179,21 +192,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ArtifactError: there is none, it is broken or unsupported, or it names no token that ends
             a text.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    file = find_tokenizer(path) if path.is_dir() else path
+    file, folder = locate(path)
     try:
-        vocabulary = _read(file, folder)
-        if not vocabulary.stop_ids:
+        tokenizer = Tokenizer(_read(file, folder))
+        if not tokenizer.stop_ids:
             raise ArtifactError(
                 "no end-of-sequence token: neither the tokenizer's files nor "
                 "generation_config.json name one"
             )
-        if vocabulary.adds_bos and vocabulary.bos_id is None:
-            raise ArtifactError("prompts shall start with BOS, but no bos_token is named")
+        if tokenizer.adds_bos and tokenizer.bos_id is None:
+            raise ArtifactError("prompts should start with BOS, but no bos_token is named")
     except ArtifactError as e:
         raise e if str(file) in str(e) else ArtifactError(f"{file}: {e}") from e
-    return Tokenizer(vocabulary)
+    return tokenizer
 
 
 def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -257,53 +268,49 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
+def locate(path: str | Path) -> tuple[Path, Path]:
+    """The tokenizer file, and the folder of the files that belong to it."""
+    path = Path(path)
+    return (find_tokenizer(path), path) if path.is_dir() else (path, path.parent)
+
+
 def _read(path: Path, folder: Path) -> Vocabulary:
     file = InputFile(path)
     start = bytes(file.read(0, min(file.size, 64)))
     if start.startswith(b"GGUF"):
-        return _with_llama3(read_gguf(open_gguf(path).metadata))
+        return read_gguf(open_gguf(path).metadata)
     if start.startswith(b"version https://git-lfs"):
         raise ArtifactError("this is a Git LFS pointer and not the file; run `git lfs pull`")
     if not 0 < file.size <= _MAX_FILE_BYTES:
         raise ArtifactError(f"{file.size} bytes, expected 1 to {_MAX_FILE_BYTES}")
-    data = bytes(file.read(0, file.size))
-    config = _companion(folder, "tokenizer_config.json")
-    templates = _chat_templates(folder, config)
+    data, config = bytes(file.read(0, file.size)), _config(folder)
     if re.match(rb'\s*\{\s*["}]', start):
         config = _companion(folder, "special_tokens_map.json") | config
-        spec = parse_json(data, str(path), ArtifactError)
-        vocabulary = read_tokenizer_json(spec, config, templates.values())
-    elif re.match(rb"[A-Za-z0-9+/=]+ ", start):
-        vocabulary = read_tiktoken(data)
-    elif start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
-        vocabulary = read_sentencepiece(data)
+        return read_tokenizer_json(parse_json(data, str(path), ArtifactError), config)
+    if re.match(rb"[A-Za-z0-9+/=]+ ", start):
+        return read_tiktoken(data, config)
+    if start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
         added = [*_companion(folder, "added_tokens.json").values()]
         added += config.get("added_tokens_decoder") or []
-        if any(int(i) >= vocabulary.codec.vocab_size for i in map(str, added) if i.isdecimal()):
-            raise ArtifactError(
-                "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
-                "not hold; save a tokenizer.json with transformers, beside it"
-            )
-        vocabulary = _with_roles(vocabulary, config)
-    else:
-        raise ArtifactError(
-            f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
-            "tiktoken or sentencepiece tokenizer.model, or GGUF"
-        )
-    stops = vocabulary.stop_ids | _listed_stops(folder)
-    return _with_llama3(replace(vocabulary, chat_templates=templates, stop_ids=stops))
+        return read_sentencepiece(parse_model(data), config, added)
+    raise ArtifactError(
+        f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
+        "tiktoken or sentencepiece tokenizer.model, or GGUF"
+    )
 
 
-def _chat_templates(folder: Path, config: dict) -> dict[str, str]:
-    """Templates by name, from the first place that has any, in transformers' order."""
+def _config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the files that override its templates, and all stop ids."""
+    config = _companion(folder, CONFIG)
     if (folder / "chat_template.jinja").exists():
         file = InputFile(member_path(folder, "chat_template.jinja"))
         if file.size > _MAX_CONFIG_BYTES:
             raise ArtifactError(f"{file.path} has {file.size} bytes, at most {_MAX_CONFIG_BYTES}")
         source = decode_utf8(bytes(file.read(0, file.size)), str(file.path), ArtifactError)
-        return {"default": source}
-    entry = _companion(folder, "chat_template.json") or config
-    return chat_templates_of(entry.get("chat_template"))
+        config["chat_template"] = source
+    elif entry := _companion(folder, "chat_template.json"):
+        config["chat_template"] = entry.get("chat_template")
+    return config | {"eos_token_id": _listed_stops(folder), "pad_token_id": None}
 
 
 def _companion(folder: Path, name: str) -> dict[str, Any]:
@@ -312,36 +319,65 @@ def _companion(folder: Path, name: str) -> dict[str, Any]:
     return read_json(member_path(folder, name), max_bytes=_MAX_CONFIG_BYTES, error=ArtifactError)
 
 
-def _listed_stops(folder: Path) -> set[int]:
-    """What generation_config.json lists; config.json, if that one is silent."""
-    for name in ("generation_config.json", "config.json"):
+def _listed_stops(folder: Path) -> list[int]:
+    """The stop ids in generation_config.json, or else in config.json."""
+    for name in (GENERATION, "config.json"):
         listed = _companion(folder, name).get("eos_token_id")
         if listed is not None:
             listed = listed if isinstance(listed, list) else [listed]
             if not all(is_int(i) and 0 <= i < 1 << 31 for i in listed):
                 raise ArtifactError(f"{name}: eos_token_id {listed!r:.80}, expected token ids")
-            return set(listed)
-    return set()
+            return listed
+    return []
 
 
-def _with_roles(vocabulary: Vocabulary, config: dict) -> Vocabulary:
-    """A sentencepiece vocabulary with the roles that tokenizer_config.json gives its tokens."""
-    roles = {}
-    for role in ("bos", "eos", "pad"):
-        name = token_name(config, f"{role}_token")
-        if name is not None and name in vocabulary.special_tokens:
-            roles[f"{role}_id"] = vocabulary.special_tokens[name]
-    if "eos_id" in roles:
-        roles["stop_ids"] = frozenset({roles["eos_id"]})
-    adds_bos = config.get("add_bos_token")
-    roles |= {"adds_bos": adds_bos} if isinstance(adds_bos, bool) else {}
-    return replace(vocabulary, **roles)
+# GGUF ----------------------------------------------------------------------------------------
 
 
-def _with_llama3(vocabulary: Vocabulary) -> Vocabulary:
-    """With Llama 3's pad token and all its ends of a turn, whichever file named its tokens."""
-    special = vocabulary.special_tokens
-    if "<|eot_id|>" not in special:
-        return vocabulary
-    stops = vocabulary.stop_ids.union(special[name] for name in LLAMA3_STOPS if name in special)
-    return replace(vocabulary, stop_ids=stops, pad_id=special.get(LLAMA3_PAD, vocabulary.pad_id))
+def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary in a GGUF file's metadata: GPT-2's kind of BPE, or sentencepiece's."""
+    form, config = gguf_form(metadata)
+    read = read_tokenizer_json if isinstance(form, dict) else read_sentencepiece
+    return read(form, {})._replace(config=config)
+
+
+def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, dict[str, Any]]:
+    """A GGUF file's tokenizer as a `tokenizer.json` or a `tokenizer.model`, and its config."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ArtifactError(f"tokenizer.ggml.model is {kind!r:.80}; expected 'gpt2' or 'llama'")
+    tokens = gguf_array(metadata, "tokens", str)
+    types = gguf_array(metadata, "token_type", int, [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise ArtifactError(
+            f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
+        )
+    ids = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        i = ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None and not (is_int(i) and 0 <= i < len(tokens)):
+            raise ArtifactError(
+                f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
+            )
+    stop_ids = {ids[name] for name in ("eos", "eot", "eom")} - {None}
+    added = {i for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)} | stop_ids
+    added = sorted(added | {ids["bos"]} - {None})
+    special, plain = {}, {}
+    for i in added:
+        text = types[i] == USER_DEFINED and not looks_like_markup(tokens[i])
+        text = text and i not in stop_ids and i != ids["bos"]
+        (plain if text else special)[tokens[i]] = i
+    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    config = {
+        f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if ids[role] is not None
+    }
+    config |= {
+        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", implied)),
+        "eos_token_id": sorted(stop_ids),
+        "pad_token_id": ids["padding"],
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }
+    if kind == "llama":
+        return gguf_model(metadata, types, special), config
+    bos = config.get("bos_token") if config["add_bos_token"] else None
+    return gguf_spec(metadata, special, plain, bos), config

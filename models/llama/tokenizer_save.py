@@ -1,39 +1,34 @@
-"""Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder.
-
-Files of Hugging Face's and Meta's kind are copied. A GGUF file's tokenizer is written anew, and so
-is what transformers misses beside Meta's bare `tokenizer.model`.
-"""
+"""Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import Regex, decoders, pre_tokenizers, processors
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.sentencepiece_model import (
-    CONTROL,
+from models.llama.tokenizer import (
+    CONFIG,
+    GENERATION,
+    Tokenizer,
+    gguf_form,
+    load_tokenizer,
+    locate,
+)
+from models.llama.tokenizer_model import (
     UNKNOWN,
-    USER_DEFINED,
-    Piece,
-    bpe_model,
+    SentencePieceModel,
     parse_model,
+    parse_ranks,
+    ranks_spec,
     serialize_model,
 )
-from models.llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
-from models.llama.tokenizer_codecs import BYTE_OF
-from models.llama.tokenizer_files import LLAMA3_PATTERN, parse_ranks
-from models.llama.tokenizer_gguf import GGUF_PATTERNS
-from models.llama.tokenizer_json import merge_pairs
 from utils.errors import ArtifactError
 from utils.files import InputFile, member_path, read_json
 
-_CONFIG = "tokenizer_config.json"
-_GENERATION = "generation_config.json"
 _COMPANIONS = (
-    _CONFIG,
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -43,15 +38,16 @@ _COMPANIONS = (
 # tokenizer_config.json would make a control token of it. Nothing is ever decided by it.
 _KEPT = ("vocab_size", "special_tokens", "bos_id", "eos_id", "stop_ids", "adds_bos")
 _KEPT += ("chat_templates", "strips_first_space")
-# transformers 4 would otherwise take the space before a full stop away in decoding.
-_COMMON = {"add_eos_token": False, "clean_up_tokenization_spaces": False}
 
 
 def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
-    """Writes the files of a tokenizer into a folder.
+    """Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder.
+
+    Hugging Face's and Meta's files are copied. A GGUF file's tokenizer is written anew, and so is
+    all that transformers misses beside Meta's bare `tokenizer.model`.
 
     Args:
-        source: what load_tokenizer takes: a tokenizer file, a GGUF file or a checkpoint folder.
+        source: the argument of load_tokenizer.
         folder: an existing folder that holds no tokenizer yet.
 
     Returns:
@@ -62,18 +58,24 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
         ArtifactError: as load_tokenizer; or such files cannot say what `source` says.
         OSError: the folder cannot be written.
     """
-    source, folder = Path(source), Path(folder)
-    tokenizer = load_tokenizer(source)
-    file = find_tokenizer(source) if source.is_dir() else source
-    data = InputFile(file)
+    tokenizer, folder = load_tokenizer(source), Path(folder)
+    file, home = locate(source)
+    data, generation = InputFile(file), None
     if data.read(0, min(data.size, 4)) == b"GGUF":
-        files = _from_gguf(tokenizer, open_gguf(file).metadata)
-        generation = None
+        form, config = gguf_form(open_gguf(file).metadata)
+        files = _written(tokenizer, form, config["chat_template"])
     else:
-        files = _copies(source, file)
-        files = _beside_metas_model(tokenizer, files) | files
-        generation = _companion(source, _GENERATION)
-    files[_GENERATION] = _generation_config(tokenizer, generation)
+        # Beside tokenizer.json, tokenizer.model is the original, for other programs.
+        names = _COMPANIONS + ("tokenizer.model",) * Path(source).is_dir()
+        files = {n: _whole(member_path(home, n)) for n in names if (home / n).exists()}
+        data = _whole(file)
+        kind = "tokenizer.json" if data.lstrip().startswith(b"{") else "tokenizer.model"
+        files[kind] = data
+        if "tokenizer.json" not in files and CONFIG not in files:
+            model = parse_model(data) if data.startswith(b"\n") else ranks_spec(parse_ranks(data))
+            files = _written(tokenizer, model) | files
+        generation = member_path(home, GENERATION) if (home / GENERATION).exists() else None
+    files[GENERATION] = _generation_config(tokenizer, generation)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     again = load_tokenizer(folder)
@@ -85,20 +87,12 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def _copies(source: Path, file: Path) -> dict[str, bytes]:
-    """The files of a tokenizer as they are, under the names by which they are found in a folder."""
-    data = _whole(file)
-    copies = {"tokenizer.json" if data.lstrip().startswith(b"{") else "tokenizer.model": data}
-    # Beside tokenizer.json, tokenizer.model is the original: for programs other than transformers.
-    for name in _COMPANIONS + ("tokenizer.model",) * source.is_dir():
-        if (path := _companion(source, name)) is not None:
-            copies[name] = _whole(path)
-    return copies
-
-
-def _companion(source: Path, name: str) -> Path | None:
-    folder = source if source.is_dir() else source.parent
-    return member_path(folder, name) if (folder / name).exists() else None
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The entries of config.json and generation_config.json about a tokenizer's ids."""
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    return {key: i for key, i in ids.items() if i is not None} | {
+        "eos_token_id": sorted(tokenizer.stop_ids)
+    }
 
 
 def _whole(path: Path) -> bytes:
@@ -117,136 +111,29 @@ def _generation_config(tokenizer: Tokenizer, path: Path | None) -> bytes:
     return _json(ids | found | {"eos_token_id": ids["eos_token_id"]})
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The entries of config.json and generation_config.json about a tokenizer's ids."""
-    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-    return {key: i for key, i in ids.items() if i is not None} | {
-        "eos_token_id": sorted(tokenizer.stop_ids)
-    }
-
-
-# Meta's tokenizer.model ------------------------------------------------------------------------
-
-
-def _beside_metas_model(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What transformers needs beside a tokenizer.model that comes without Hugging Face's files."""
-    if "tokenizer.json" in files or _CONFIG in files:
-        return {}
-    data = files["tokenizer.model"]
-    if data.startswith(b"\n"):  # sentencepiece; see load_tokenizer
-        pieces = parse_model(data).pieces
-        return {_CONFIG: _sentencepiece_config(tokenizer, pieces, {})}
-    ranks = parse_ranks(data)
-    letter = {b: c for c, b in BYTE_OF.items()}
-    spelling = {token: "".join(letter[b] for b in token) for token in ranks}
-    # Llama 3's tokenizer.json has each way to build a token as a merge: tiktoken needs none.
-    cuts = ((token[:n], token[n:]) for token in ranks for n in range(1, len(token)))
-    merges = [(a, b) for a, b in cuts if a in ranks and b in ranks]
-    merges.sort(key=lambda ab: (ranks[ab[0] + ab[1]], ranks[ab[0]], ranks[ab[1]]))
-    bpe = tokenizers.models.BPE(
-        {spelling[token]: rank for token, rank in ranks.items()},
-        [(spelling[a], spelling[b]) for a, b in merges],
-        ignore_merges=True,
-    )
-    spec = _byte_level_json(tokenizer, bpe, (LLAMA3_PATTERN,), plain=())
-    return {"tokenizer.json": spec, _CONFIG: _fast_config(tokenizer, {})}
-
-
-# GGUF ------------------------------------------------------------------------------------------
-
-
-def _from_gguf(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files that say what load_tokenizer has read, and found right, in a GGUF file's metadata."""
-    get = lambda name, default=None: metadata.get(f"tokenizer.ggml.{name}", default)
-    tokens, types = get("tokens"), get("token_type", [])
-    template = metadata.get("tokenizer.chat_template")
-    chat = {} if template is None else {"chat_template": template}
-    if get("model") == "llama":
-        control = tokenizer.special_tokens
-        pieces = [
-            Piece(text, score, CONTROL if text in control else kind)
-            for text, score, kind in zip(tokens, get("scores"), types)
-        ]
-        model = serialize_model(bpe_model(pieces, tokenizer.strips_first_space))
-        config = _sentencepiece_config(tokenizer, pieces, chat)
-        return {"tokenizer.model": model, _CONFIG: config}
-    pre = get("pre", "default")
-    plain = [text for text, kind in zip(tokens, types) if kind == USER_DEFINED]
-    bpe = tokenizers.models.BPE(
-        {text: i for i, text in enumerate(tokens)},
-        merge_pairs(get("merges")),
-        ignore_merges=pre == "llama-bpe",
-    )
-    spec = _byte_level_json(tokenizer, bpe, GGUF_PATTERNS[pre], plain)
-    return {"tokenizer.json": spec, _CONFIG: _fast_config(tokenizer, chat)}
-
-
-# The files -------------------------------------------------------------------------------------
-
-
-def _byte_level_json(
-    tokenizer: Tokenizer,
-    bpe: tokenizers.models.BPE,
-    patterns: Sequence[str],
-    plain: Sequence[str],
-) -> bytes:
-    """tokenizer.json of a BPE in GPT-2's byte alphabet.
-
-    Args:
-        tokenizer: whose control tokens and BOS are written.
-        bpe: the model.
-        patterns: by which texts are split, one after the other.
-        plain: added tokens; those that are no control tokens are text.
-    """
-    control = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
-    pipeline = tokenizers.Tokenizer(bpe)
-    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(p), "isolated") for p in patterns]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    pipeline.decoder = decoders.ByteLevel()
-    pipeline.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in control])
-    pipeline.add_tokens(
-        [
-            tokenizers.AddedToken(t, normalized=False)
-            for t in plain
-            if t not in tokenizer.special_tokens
-        ]
-    )
-    if tokenizer.adds_bos:
-        bos = _names(tokenizer)[tokenizer.bos_id]
-        pipeline.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"],
-            pair=[bos, "$A", f"{bos}:1", "$B:1"],
-            special_tokens=[(bos, tokenizer.bos_id)],
-        )
-    return pipeline.to_str(pretty=True).encode()
-
-
-def _fast_config(tokenizer: Tokenizer, chat: Mapping[str, Any]) -> bytes:
-    return _json({"tokenizer_class": "PreTrainedTokenizerFast"} | _roles(tokenizer) | chat)
-
-
-def _sentencepiece_config(
-    tokenizer: Tokenizer, pieces: Sequence[Piece], chat: Mapping[str, Any]
-) -> bytes:
-    # `legacy` is what Meta's models are made for: a space is put before a text only, and not
-    # behind each control token. Which tokens are control tokens, transformers reads in the model.
-    unknown = next(piece.text for piece in pieces if piece.type == UNKNOWN)
-    names = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": unknown}
-    return _json(names | _roles(tokenizer) | chat)
-
-
-def _roles(tokenizer: Tokenizer) -> dict[str, Any]:
+def _written(
+    tokenizer: Tokenizer, form: dict | SentencePieceModel, template: Any = None
+) -> dict[str, bytes]:
+    """Hugging Face's files of a tokenizer that is a `tokenizer.json` or a sentencepiece model."""
+    if isinstance(form, dict):
+        spec = tokenizers.Tokenizer.from_str(json.dumps(form)).to_str(pretty=True)
+        files, config = {"tokenizer.json": spec.encode()}, {}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        # `legacy` is what Meta's models are made for: a space is put before a text only, and not
+        # behind each control token. transformers reads in the model which tokens are control.
+        unknown = next(e.text for e in form.entries if e.type == UNKNOWN)
+        files = {"tokenizer.model": serialize_model(form)}
+        config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": unknown}
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
     roles = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     roles["pad_token"] = tokenizer.pad_id
-    names = _names(tokenizer)
-    named = {role: names[i] for role, i in roles.items() if i in names}
-    return named | {"add_bos_token": tokenizer.adds_bos} | _COMMON
-
-
-def _names(tokenizer: Tokenizer) -> dict[int, str]:
-    return {i: name for name, i in tokenizer.special_tokens.items()}
+    config |= {role: names[i] for role, i in roles.items() if i in names}
+    config |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
+    # transformers 4 would otherwise take the space before a full stop away in decoding.
+    config["clean_up_tokenization_spaces"] = False
+    config |= {} if template is None else {"chat_template": template}
+    return files | {CONFIG: _json(config)}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

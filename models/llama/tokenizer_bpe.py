@@ -1,0 +1,399 @@
+"""Byte-pair encodings. Their canonical form is Hugging Face's `tokenizer.json`, a spec.
+
+A GGUF file's tokenizer is translated into a spec to be loaded and to be exported. Llama 3's ranks
+are loaded by tiktoken, as Meta loads them, and translated into a spec to be exported.
+
+A codec never looks for control tokens in text: a control token is encoded only where the caller
+puts its id among the pieces. So `<|eot_id|>` typed by a user is plain text for every codec.
+"""
+
+import json
+import re
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import tokenizers
+from tokenizers import Regex, decoders, pre_tokenizers, processors
+
+from utils.errors import ArtifactError, is_int
+
+# Input of a codec: plain text, or the id of a control token.
+Piece = str | int
+
+
+class Codec(Protocol):
+    """Text to ids and ids to bytes.
+
+    Attributes:
+        vocab_size: the largest id plus one.
+        strips_first_space: whether encoding puts a space before a text that decoding takes away.
+    """
+
+    vocab_size: int
+    strips_first_space: bool
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Vocabulary(NamedTuple):
+    """The contents of a tokenizer's files.
+
+    Attributes:
+        codec: text to ids and back.
+        special_tokens: control tokens, name to id. Text never becomes one of them.
+        config: the entries of `tokenizer_config.json` for roles, BOS and chat templates, and
+            `eos_token_id` (all of them) and `pad_token_id` of `generation_config.json`.
+    """
+
+    codec: Codec
+    special_tokens: dict[str, int]
+    config: Mapping[str, Any]
+
+
+class AddedToken(NamedTuple):
+    """A token that is matched whole, before any splitting; a control token only by its id."""
+
+    id: int
+    content: str
+    control: bool
+    flags: dict[str, bool]  # further arguments of tokenizers.AddedToken
+
+
+class BPECodec:
+    """A `tokenizer.json` in the tokenizers library.
+
+    The library finds added tokens in any text. So each control token gets a secret name here: it
+    is renamed in the vocabulary, merges that would build it are dropped, and only the secret name
+    is matched. Everything else (space stripping, prefix rules, splitting) stays the library's.
+    The library's own `encode_special_tokens` does not do: it still builds a control token by
+    merges, and pieces encoded one by one get Metaspace's first space each.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], added: Sequence[AddedToken]):
+        """Raises ArtifactError, without a file name, if the spec is inconsistent."""
+        self._byte_level, self.strips_first_space = _spelling(spec.get("decoder"))
+        self._names = _names_by_id(spec["model"]["vocab"], added)
+        self._literal = {t.id for t in added}
+        self.vocab_size = max(self._names, default=-1) + 1
+        nonce = secrets.token_hex(8)
+        self._secret = {t.id: f"\ufdd0{nonce}:{t.id}\ufdd1" for t in added if t.control}
+        self._tokenizer = _pipeline(spec)
+        try:
+            self._tokenizer.model = self._model(spec["model"])
+            names = self._names | self._secret
+            self._tokenizer.add_tokens(
+                [tokenizers.AddedToken(names[t.id], special=t.control, **t.flags) for t in added]
+            )
+        except Exception as e:  # the library raises plain Exception for a merge of unknown tokens
+            raise ArtifactError(f"the vocabulary is inconsistent: {e!s:.300}") from e
+
+    def _model(self, model: Mapping[str, Any]) -> tokenizers.models.BPE:
+        """The model of the spec, with secret names for control tokens."""
+        hidden = {self._names[i]: secret for i, secret in self._secret.items()}
+        vocab = {token: i for i, token in (self._names | self._secret).items()}
+        merges = merge_pairs(model["merges"])
+        if built := hidden.keys() & model["vocab"].keys():
+            merges = [(a, b) for a, b in merges if built.isdisjoint((a, b, a + b))]
+        names = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
+        options = {k: model[k] for k in names if model.get(k) is not None}
+        unknown = options.get("unk_token")
+        if unknown in hidden:
+            # In a byte-level model an unknown byte is dropped, as llama.cpp does: text must not
+            # become a control token, and the unknown token is often the end of text.
+            options["unk_token"] = None if self._byte_level else hidden[unknown]
+        elif unknown is not None and unknown not in vocab:
+            raise ArtifactError(f"unk_token {unknown!r:.80} is not in it")
+        return tokenizers.models.BPE(vocab=vocab, merges=merges, **options)
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        text = "".join(p if isinstance(p, str) else self._secret[p] for p in pieces)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        # An id that no token has can be sampled where the vocabulary has holes.
+        name = self._names.get(token_id, "\N{REPLACEMENT CHARACTER}")
+        if token_id in self._literal:
+            return name.encode()
+        if not self._byte_level:
+            return piece_bytes(name)
+        if all(c in BYTE_OF for c in name):
+            return bytes(BYTE_OF[c] for c in name)
+        return name.encode()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The bytes of a token in sentencepiece's spelling: `▁the` is ` the`, `<0x0A>` a newline."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
+
+
+# tokenizer.json ------------------------------------------------------------------------------
+
+
+def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a `tokenizer.json` that holds a byte-pair encoding.
+
+    Args:
+        spec: the file.
+        config: see Vocabulary; tokens that its chat templates write are control tokens.
+    """
+    model = spec.get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    if kind != "BPE":
+        raise ArtifactError(f"model type {kind!r:.80}, expected 'BPE'")
+    if any(model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix")):
+        raise ArtifactError("subword prefixes and word suffixes are not supported")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ArtifactError("model.vocab must be an object and model.merges a list")
+    roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+    names = {role: token_name(config, role) for role in roles}
+    first = _first_special(spec.get("post_processor"))
+    names["bos_token"] = first if names["bos_token"] is None else names["bos_token"]
+    added = _added_tokens(spec, config, set(names.values()))
+    codec = BPECodec(spec, added)
+    special = {t.content: t.id for t in added if t.control}
+    for role, name in names.items():
+        if name is not None and name not in special:
+            raise ArtifactError(f"{role} {name!r:.80} is not in the vocabulary")
+    if not isinstance(config.get("add_bos_token"), bool):
+        names["add_bos_token"] = first is not None
+    return Vocabulary(codec, special, {**config, **names})
+
+
+def token_name(config: Mapping[str, Any], key: str) -> str | None:
+    """A special token of `tokenizer_config.json`: a string, or an object with its content."""
+    value = config.get(key)
+    value = value.get("content") if isinstance(value, dict) else value
+    if value is not None and not isinstance(value, str):
+        raise ArtifactError(f"{key} is {value!r:.80}, expected a string")
+    return value
+
+
+def chat_templates_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: `chat_template` is a string, or a list of named ones."""
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(t, dict) for t in value):
+        named = [(t.get("name"), t.get("template")) for t in value]
+        if all(isinstance(x, str) for pair in named for x in pair):
+            return dict(named)
+    raise ArtifactError("chat_template is neither a string nor a list of named templates")
+
+
+def looks_like_markup(content: str) -> bool:
+    """Whether an added token is a tag, such as `<think>` or `[INST]`, and not a piece of text."""
+    return re.fullmatch(r"<\S+>|\[\S+\]|▁<\S+>", content) is not None
+
+
+def _added_tokens(spec: Mapping, config: Mapping, named: set) -> list[AddedToken]:
+    """The added tokens of both files, control tokens marked.
+
+    Control tokens are those that are marked special or have a role. Of the others, tags are, and
+    those that a chat template writes, unless they are white space, which is text.
+    """
+    templates = "\0".join(chat_templates_of(config).values())
+    listed = list(_typed(spec.get("added_tokens"), list, "added_tokens"))
+    for token_id, entry in _typed(config.get("added_tokens_decoder"), dict, "added tokens").items():
+        if isinstance(entry, dict) and re.fullmatch("[0-9]{1,10}", token_id):
+            listed.append(entry | {"id": int(token_id)})
+    vocab = spec["model"]["vocab"]
+    listed += [{"id": vocab[name], "content": name} for name in sorted(named & vocab.keys())]
+    added: dict[tuple[str, int], AddedToken] = {}
+    for entry in listed:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str) or not content or not is_int(entry.get("id")):
+            raise ArtifactError(f"added token {entry!r:.120} has no id or no content")
+        control = entry.get("special") is True or content in named or looks_like_markup(content)
+        control = control or (not content.isspace() and content in templates)
+        flags = {f: entry.get(f) is True for f in ("lstrip", "rstrip", "single_word", "normalized")}
+        flags |= {"single_word": False, "normalized": False} if control else {}
+        token = AddedToken(entry["id"], content, control, flags)
+        added.setdefault((content, token.id), token)
+    return list(added.values())
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ArtifactError(f"{what} is {value!r:.80}, expected {kind.__name__}")
+    return kind() if value is None else value
+
+
+def _names_by_id(vocab: Mapping[str, Any], added: Iterable[AddedToken]) -> dict[int, str]:
+    """Tokens by id. Raises ArtifactError unless each token has one id and each id one token."""
+    largest = (1 << 31) - 1
+    if not {type(i) for i in vocab.values()} <= {int}:
+        raise ArtifactError("model.vocab: an id is not an integer")
+    pairs = [*vocab.items(), *((t.content, t.id) for t in added)]
+    ids, names = dict(pairs), {i: name for name, i in pairs}
+    for name, i in pairs:
+        if ids[name] != i:
+            raise ArtifactError(f"token {name!r:.80} has the ids {i} and {ids[name]}")
+        if names[i] != name:
+            raise ArtifactError(f"tokens {name!r:.80} and {names[i]!r:.80} have the same id {i}")
+    if names and not 0 <= min(names) <= max(names) <= largest:
+        raise ArtifactError(
+            f"token ids run from {min(names)} to {max(names)}, expected 0 to {largest}"
+        )
+    return names
+
+
+def merge_pairs(merges: list) -> list[tuple[str, str]]:
+    """Merges as pairs. Older files write a merge as two tokens with a space between."""
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for index, pair in enumerate(pairs):
+        if type(pair) is not list or len(pair) != 2 or not type(pair[0]) is type(pair[1]) is str:
+            raise ArtifactError(f"merge {index} is {merges[index]!r:.80}, expected two tokens")
+    return [(a, b) for a, b in pairs]
+
+
+def _pipeline(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Normalizer and pre-tokenizer alone.
+
+    Truncation and padding of a saved training run must not touch prompts, and BOS is added by us.
+    """
+    shell = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+    shell["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(shell))
+    except Exception as e:  # the library raises plain Exception
+        raise ArtifactError(f"unknown normalizer or pre_tokenizer: {e!s:.200}") from e
+
+
+def _parts_of(component: Any, key: str) -> list[dict]:
+    """The steps of a decoder or post-processor: of a sequence all, else itself."""
+    parts = [_typed(component, dict, key)]
+    if parts[0].get("type") == "Sequence":
+        parts = _typed(parts[0].get(key), list, key)
+    return [p for p in parts if isinstance(p, dict) and isinstance(p.get("type"), str)]
+
+
+def _spelling(decoder: Any) -> tuple[bool, bool]:
+    """From the decoder: whether tokens are in the byte alphabet, whether a first space goes."""
+    parts = {p["type"]: p for p in _parts_of(decoder, "decoders")}
+    if list(parts) == ["ByteLevel"]:
+        return True, False
+    if parts and parts.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        metaspace = parts.get("Metaspace", {"prepend_scheme": "never"})
+        return False, "Strip" in parts or metaspace.get("prepend_scheme") != "never"
+    raise ArtifactError(f"decoder {list(parts)!r:.120}; expected ByteLevel, or Llama 2's")
+
+
+def _first_special(post_processor: Any) -> str | None:
+    """The special token that the file's template puts before a text."""
+    for part in _parts_of(post_processor, "processors"):
+        single = part.get("single")
+        if part["type"] == "TemplateProcessing" and isinstance(single, list) and single:
+            first = single[0].get("SpecialToken") if isinstance(single[0], dict) else None
+            if isinstance(first, dict) and isinstance(first.get("id"), str):
+                return first["id"]
+    return None
+
+
+def byte_level_spec(
+    vocab: Mapping[str, int],
+    merges: Sequence[str | tuple[str, str]],
+    patterns: Sequence[str],
+    special: Mapping[str, int],
+    plain: Mapping[str, int],
+    bos: str | None,
+    ignore_merges: bool,
+) -> dict[str, Any]:
+    """A `tokenizer.json` in GPT-2's byte alphabet.
+
+    Args:
+        vocab: token to id.
+        merges: pairs of tokens, most urgent first.
+        patterns: regular expressions by which a text is split, one after the other.
+        special, plain: added tokens, name to id: control tokens, and those that are text.
+        bos: the control token that transformers puts before a text.
+        ignore_merges: whether a word of the vocabulary is taken whole.
+    """
+    shell = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=ignore_merges))
+    shell.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(p), "isolated") for p in patterns]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    shell.decoder = decoders.ByteLevel()
+    if bos is not None:
+        shell.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, special[bos])],
+        )
+    spec = json.loads(shell.to_str())
+    spec["model"] |= {"vocab": vocab, "merges": merges}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"] = [
+        {"id": i, "content": token, "special": token in special} | flags
+        for token, i in {**special, **plain}.items()
+    ]
+    return spec
+
+
+# GGUF ----------------------------------------------------------------------------------------
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The patterns by which llama.cpp splits a text, one after the other, by the name in the file.
+GGUF_PATTERNS = {
+    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (_GPT2,),
+    "llama-bpe": (LLAMA3_PATTERN,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+
+
+def gguf_spec(
+    metadata: Mapping[str, Any],
+    special: Mapping[str, int],
+    plain: Mapping[str, int],
+    bos: str | None,
+) -> dict[str, Any]:
+    """The `tokenizer.json` of a GGUF file's byte-pair encoding; see byte_level_spec."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        warnings.warn("the GGUF file names no tokenizer.ggml.pre: using 'default', as llama.cpp")
+        pre = "default"
+    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
+        raise ArtifactError(
+            f"tokenizer.ggml.pre is {pre!r:.80}; known: {', '.join(sorted(GGUF_PATTERNS))}; "
+            "pass --tokenizer_path with the tokenizer of the original model"
+        )
+    tokens = gguf_array(metadata, "tokens", str)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ArtifactError("tokenizer.ggml.tokens: a token appears twice")
+    merges = gguf_array(metadata, "merges", str)
+    whole_words = pre == "llama-bpe"
+    return byte_level_spec(vocab, merges, GGUF_PATTERNS[pre], special, plain, bos, whole_words)
+
+
+def gguf_array(metadata: Mapping, name: str, kind: type, default: list | None = None) -> list:
+    """An array of the tokenizer in a GGUF file. Raises ArtifactError for entries of other types."""
+    values = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(values, list) or not values or {type(v) for v in values} != {kind}:
+        raise ArtifactError(
+            f"tokenizer.ggml.{name} is missing or not an array of {kind.__name__}; "
+            "pass --tokenizer_path with the tokenizer of the original model"
+        )
+    return values
