@@ -26,11 +26,11 @@ from models.llama.model import LLaMa  # noqa: E402
 from models.llama.tokenizer import load_tokenizer  # noqa: E402
 from sampling import TopP  # noqa: E402
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer  # noqa: E402
-from trainers.metrics import Compilations, PhaseClock  # noqa: E402
 from trainers.on_policy import RolloutBatches, RolloutData, Sampler, decoding_params  # noqa: E402
 from trainers.rewards.pool import Reward, RewardPool  # noqa: E402
 from trainers.rewards.tasks import Prompt, Task  # noqa: E402
 from trainers.rollout import RolloutConfig  # noqa: E402
+from utils.clock import PhaseClock  # noqa: E402
 
 
 class Altiplano:
@@ -116,9 +116,9 @@ class Altiplano:
         tokens = np.asarray(self._last["tokens"]).reshape(-1)
         often = [int(token) for token, _ in collections.Counter(tokens.tolist()).most_common(8)]
         endings = self._tokenizer.stop_ids, frozenset(often), frozenset(often[2:4]), frozenset()
-        with contextlib.closing(Compilations()) as found:
+        with contextlib.closing(PhaseClock()) as found:
             lengths = [self._step(self._rollouts(ids))["lengths"] for ids in endings]
-            return {"lengths": lengths, "compiled": found.take()}
+            return {"lengths": lengths, "compiled": found.take().compilations}
 
     def _sampler(self, stop_ids: frozenset[int]) -> Sampler:
         tokenizer = copy.copy(self._tokenizer)
@@ -137,7 +137,7 @@ class Altiplano:
             self._update(self._last)
         seconds, report = time.perf_counter() - start, batches.report()
         lengths = [report["length_mean"], report["length_max"]]
-        return {"seconds": seconds, "phases": self._clock.take(), "lengths": lengths}
+        return {"seconds": seconds, "phases": self._clock.take().seconds, "lengths": lengths}
 
     def _update(self, batch: dict[str, np.ndarray]) -> None:
         done = self._trainer.train_step(self._state, self._frozen, batch)

@@ -22,7 +22,7 @@ def state_on(mesh):
     """A state with numbers that depend on nothing but their place, and its specs."""
     trainer = small_runs.trainer()
     like = jax.eval_shape(lambda: small_runs.start(trainer)[0])
-    specs = trainer.state_specs(like)
+    specs = trainer.specs(like)
     shapes = sharding.shapes_on(mesh, like, specs) if sharding.current_mesh() else like
     rng = np.random.default_rng(0)
 

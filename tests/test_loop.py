@@ -9,9 +9,9 @@ import pytest
 from tests.small_runs import POISON, SFTTrainer, curve, dataset, digest, start, trainer
 from trainers import checkpoint, loop
 from trainers.checkpoint import Checkpointer, CheckpointReader
-from trainers.loop import Progress, fit
+from trainers.loop import Batches, Evaluation, Progress, Session, fit
 from trainers.metrics import MetricsLog
-from trainers.trainer import document_lengths
+from trainers.sft_trainer import document_lengths
 from utils.errors import CheckpointError, TrainError
 
 # Ten rows of two batches each... five batches an epoch, in the file's order.
@@ -42,7 +42,11 @@ def test_the_preflight_is_the_largest_batch_and_changes_nothing(tmp_path):
     before = digest(start(of)[0])
     with Checkpointer(tmp_path) as checkpointer:
         state, progress = fit(
-            of, *start(of), Data(), checkpointer=checkpointer, should_stop=lambda: True
+            of,
+            *start(of),
+            Data(),
+            checkpointer=checkpointer,
+            session=Session(should_stop=lambda: True),
         )
     assert shapes == [(2, 128)]
     assert digest(state) == before and progress == Progress()
@@ -114,7 +118,8 @@ def test_a_run_stops_behind_an_update(tmp_path):
     of, data = trainer(), dataset(poisoned=(4, 7), **IN_ORDER)
     records = []
     with MetricsLog(tmp_path, sinks=[records.append]) as log:
-        _, progress = fit(of, *start(of), data, log=log, should_stop=lambda: len(records) >= 3)
+        session = Session(should_stop=lambda: len(records) >= 3)
+        _, progress = fit(of, *start(of), data, log=log, session=session)
     # Asked to after the third batch, which is skipped as the fourth is.
     assert [r["updated"] for r in records] == [True, True, False, False, True]
     assert progress.position == {"next_index": 5}
@@ -206,7 +211,7 @@ def test_a_sink_that_fails_changes_nothing(tmp_path):
     expected = run(of, dataset(), folder=tmp_path / "a")[0]
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.warns(UserWarning, match="training goes on.*No space left") as warned:
+    with pytest.warns(UserWarning, match="training continues.*No space left") as warned:
         with MetricsLog(tmp_path / "b", sinks=[broken]) as log:
             state, _ = fit(of, *start(of), dataset(), log=log)
     assert len(warned) == 1 and digest(state) == digest(expected)
@@ -232,10 +237,150 @@ def test_a_failed_save_ends_the_run_at_the_next(tmp_path, monkeypatch):
     assert CheckpointReader(tmp_path / "c").steps == [2]
 
 
+class Rollouts(Batches):
+    """A dataset's batches, in rollouts of three."""
+
+    def __init__(self, source):
+        self._source, self._left = source, 0
+
+    def sample(self, state, frozen, phase):
+        self._left = self._left or 3
+
+    @property
+    def between_rollouts(self):
+        return self._left == 0
+
+    def __next__(self):
+        self._left -= 1
+        return next(self._source)
+
+    def get_state(self):
+        return self._source.get_state()
+
+    def set_state(self, state):
+        self._source.set_state(state)
+
+
+class RolloutData:
+    """What `fit` takes Rollouts from."""
+
+    def __init__(self, data):
+        self._data = data
+
+    def batches(self):
+        return Rollouts(self._data.batches())
+
+    def preflight_batches(self):
+        return self._data.preflight_batches()
+
+
+class StepAsScore(Evaluation):
+    def evaluate(self, state, frozen):
+        return {"score": int(state.step)}
+
+
+class Saves:
+    """A Checkpointer that notes (step, score)."""
+
+    def __init__(self):
+        self.made = []
+
+    def save(self, step, state, meta, *, score=None):
+        assert int(state.step) == step
+        self.made.append((step, score))
+
+    def wait(self):
+        pass
+
+
+# Due at the steps 2, 4 and 6, and at the last one. Batch 3, of rows 4 and 5, ends a rollout.
+@pytest.mark.parametrize("skipped, steps", [((), [3, 6, 7]), ((4, 5), [5, 7])])
+def test_evaluations_and_saves_wait_for_a_rollouts_end_and_the_score_is_the_states(
+    tmp_path, skipped, steps
+):
+    of, data = trainer(eval_every=2), dataset(poisoned=skipped, lengths=(20,) * 20, shuffle=False)
+    saves = Saves()
+    options = dict(folder=tmp_path, checkpointer=saves, eval_data=StepAsScore())
+    _, _, records = run(of, RolloutData(data), **options)
+    assert saves.made == [(step, step) for step in steps]
+    assert [r["step"] for r in records if "eval_score" in r] == [0, *steps]
+
+
+def test_a_state_that_was_evaluated_is_saved_with_its_score_wherever_the_run_stops(tmp_path):
+    of, saves, records = trainer(save_every=0), Saves(), []
+    session = Session(should_stop=lambda: len(records) >= 4)
+    with MetricsLog(tmp_path, sinks=[records.append]) as log:
+        options = dict(log=log, checkpointer=saves, eval_data=dataset(seed=1), session=session)
+        fit(of, *start(of), dataset(), **options)
+    assert saves.made == [(4, records[3]["eval_loss"])]
+    fit(of, *start(of), dataset(), checkpointer=saves, session=Session(should_stop=lambda: True))
+    assert saves.made[1] == (0, None)
+
+
+def test_what_goes_wrong_in_reading_ahead_is_handed_to_all_processes_before_the_next_step():
+    data, told = dataset(), []
+
+    class Broken:
+        def batches(self):
+            batches = data.batches()
+            self.first = next(batches)
+            return self
+
+        def preflight_batches(self):
+            return []
+
+        def __next__(self):
+            if self.first is None:
+                raise OSError("the disk is gone")
+            batch, self.first = self.first, None
+            return batch
+
+        def get_state(self):
+            return {}
+
+    def agree(stop, error):
+        told.append((stop, str(error)))
+        if error is not None:
+            raise TrainError("process 1: the disk is gone")
+        return stop
+
+    of = trainer()
+    with pytest.raises(TrainError, match="process 1: the disk"):
+        fit(of, *start(of), Broken(), session=Session(agree=agree))
+    assert told == [(False, "None"), (False, "the disk is gone")]
+
+
+def test_the_check_sees_every_state_and_may_end_the_run():
+    of, seen = trainer(), []
+
+    def check(state):
+        seen.append(int(state.step))
+        if len(seen) == 3:
+            raise TrainError("copies differ")
+
+    with pytest.raises(TrainError, match="copies differ"):
+        fit(of, *start(of), dataset(), session=Session(check=check))
+    assert seen == [1, 2, 3]
+
+
 def test_documents_count_up_to_their_last_target():
-    data = dataset(lengths=(5, 9, 30), packing=True, seq_len=64, batch_size=1)
-    (batch,) = data.epoch_batches()
-    assert sorted(document_lengths(batch)) == [5, 9, 30]
     (batch,) = dataset(lengths=(5, 9), batch_size=2).epoch_batches()
     batch["target_mask"][1, 7:] = False
     assert list(document_lengths(batch)) == [5, 7]
+    batch["target_mask"][0] = False  # as a row that fills a batch up
+    assert list(document_lengths(batch)) == [0, 7]
+
+
+def test_a_packed_run_counts_the_work_of_an_unpacked_one():
+    found = []
+    for packing in (False, True):
+        rows = dict(lengths=(5, 9, 30), seq_len=64, packing=packing)
+        data = dataset(batch_size=1 if packing else 3, **rows)
+        data._targets[11:14] = False  # the second document's last ones
+        data._targets[:2] = False  # a prompt counts: the loss depends on it
+        (batch,) = data.epoch_batches()
+        assert sorted(document_lengths(batch)) == [5, 6, 30]
+        found.append(trainer().work(batch))
+    assert found[0] == found[1]
+    # A text's first token is no target.
+    assert found[0] == (44 - 3 - 3 - 1, 41, pytest.approx((25 + 36 + 900) / 41))

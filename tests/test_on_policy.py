@@ -12,14 +12,15 @@ from tests.grpo_rewards import failing, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
 from trainers.checkpoint import Checkpointer, CheckpointReader
-from trainers.loop import Progress, fit
-from trainers.metrics import MetricsLog, PhaseClock
+from trainers.loop import Progress, Session, fit
+from trainers.metrics import MetricsLog
 from trainers.on_policy import RolloutBatches, RolloutData, TaskEvaluation, decoding_params
 from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards.accuracy import EvaluationConfig
 from trainers.rewards.pool import Reward
 from trainers.rollout import Layout, RolloutConfig, parts
 from trainers.rollout_file import from_record, to_record
+from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError, TrainError
 
 
@@ -48,8 +49,7 @@ def run(of, folder, *, state=None, checkpointer=None, progress=Progress(), stop=
             RolloutData(by, rollouts),
             log=log,
             checkpointer=checkpointer,
-            progress=progress,
-            should_stop=should_stop,
+            session=Session(progress=progress, should_stop=should_stop),
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 from models.llama.lora import LoRAConfig
 from tests.small_runs import curve, dataset, digest, start, trainer
 from trainers.checkpoint import Checkpointer
-from trainers.loop import Progress, fit
+from trainers.loop import Progress, Session, fit
 from trainers.metrics import MetricsLog
 
 STEPS = 7
@@ -52,8 +52,7 @@ def go_on(of, data, folder, stop_at=STEPS):
                 eval_data=dataset(lengths=(12, 40), seed=1, packing=data.config.packing),
                 log=log,
                 checkpointer=checkpointer,
-                progress=progress,
-                should_stop=lambda: steps[-1] >= stop_at,
+                session=Session(progress=progress, should_stop=lambda: steps[-1] >= stop_at),
             )
     return digest(state), progress
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from trainers.optimizer import OPTIMIZERS
-from trainers.trainer import Loss, TrainConfig, Trainer
+from trainers.trainer import Loss, TrainConfig, Trainer, Work
 from utils.errors import ConfigError
 
 STEPS = dict(learning_rate=0.1, schedule="linear", max_steps=50, weight_decay=0.1)
@@ -31,6 +31,9 @@ class Toy(Trainer):
             sums={"error": jnp.sum(error * batch["weight"])},
             maxima={"largest": jnp.max(jnp.where(batch["weight"] > 0, error, -jnp.inf))},
         )
+
+    def work(self, batch):
+        return Work(targets=len(batch["x"]), tokens=len(batch["x"]), mean_context=1.0)
 
 
 def toy(**config):

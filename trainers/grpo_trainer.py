@@ -1,9 +1,9 @@
 """GRPO: group-relative advantages, a clipped surrogate, and a KL penalty, as small pure functions.
 
-Groups are an explicit axis: every array of a batch is [B, …] by prompts or [B, G, …] by completions.
-Dimension key: B prompts, G completions of each (group_size), P prompt tokens, C completion tokens, D
-model dim. A `mask` is 1 at the tokens that count. `docs/grpo.md` has a table of what each loss's
-gradient is.
+Groups are an explicit axis: every array of a batch is [B, …] by prompts or [B, M, …] by completions.
+Dimension key: B prompts, M members of a group (completions of one prompt), P prompt tokens, C completion
+tokens, D model dim. A `mask` is 1 at the tokens that count. `docs/grpo.md` has a table of each loss's
+gradient.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.model import Params, head_matrix
-from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, split_rows
+from trainers.trainer import Batch, Loss, TrainConfig, Trainer, Work, split_rows
 from utils import sharding
 from utils.cross_entropy import token_logprobs
 from utils.errors import is_number
@@ -28,7 +28,8 @@ KLS = ("ratio_k3", "k1", "k2", "k3")
 RATIO_LEVELS = ("token", "sequence")
 SCALES = ("group", "batch", "none")
 
-# exp of it is finite, and so are its products: beyond, a log-ratio has no gradient.
+# Log-ratios are clipped to this, beyond which they have no gradient: exp of it, and products of such
+# ratios, are finite.
 MAX_LOG_RATIO = 20.0
 
 
@@ -116,41 +117,50 @@ class GRPOConfig(TrainConfig):
             out.append(f"dual_clip={cut}, expected a number above 1 + epsilon_high ({1 + high})")
         return out
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
 
 @functools.partial(jax.jit, static_argnames="scale")
-def group_advantages(rewards_BG: Array, valid_BG: Array, scale: str = "group") -> Array:
+def group_advantages(rewards_BM: Array, valid_BM: Array, scale: str = "group") -> Array:
     """How much better than its group each completion is; 0 for one that is not valid.
+
+    >>> rewards = np.array([[0.0, 1.0], [5.0, 5.0]])
+    >>> print(group_advantages(rewards, np.ones((2, 2), bool), "none"))
+    [[-0.5  0.5]
+     [ 0.   0. ]]
 
     Source: DeepSeekMath (2402.03300) section 4.1.2; undivided: Dr. GRPO (2503.20783) section 3.2.
 
     Args:
-        rewards_BG: [B, G] float32, anything where not valid.
-        valid_BG: [B, G] bool, False at completions that could not be scored: they are left out of
-            mean and deviation.
+        rewards_BM: [B, M] float32, anything where not valid.
+        valid_BM: [B, M] bool, False at completions that could not be scored: mean and deviation
+            leave them out.
         scale: "group": (R - mean) / (std + 1e-4), std of the group with n - 1; "batch": std of all
             valid rewards; "none": R - mean.
 
     Returns:
-        [B, G] float32; exactly 0 in a group whose rewards are equal.
+        [B, M] float32; exactly 0 in a group whose rewards are equal.
     """
-    # Of rewards within ±1, or else their squares overflow.
-    size = jnp.maximum(1, jnp.max(jnp.where(valid_BG, jnp.abs(rewards_BG), 0)))
-    rewards_BG = jnp.where(valid_BG, rewards_BG / size, 0)
+    # Scaled to ±1 first: the squares of large rewards would overflow.
+    size = jnp.maximum(1, jnp.max(jnp.where(valid_BM, jnp.abs(rewards_BM), 0)))
+    rewards_BM = jnp.where(valid_BM, rewards_BM / size, 0)
 
     def deviations(axis) -> tuple[Array, Array]:
-        n = jnp.sum(valid_BG, axis=axis, keepdims=True)
-        mean = jnp.sum(rewards_BG, axis=axis, keepdims=True) / jnp.maximum(n, 1)
-        off = jnp.where(valid_BG, rewards_BG - mean, 0)
+        n = jnp.sum(valid_BM, axis=axis, keepdims=True)
+        mean = jnp.sum(rewards_BM, axis=axis, keepdims=True) / jnp.maximum(n, 1)
+        off = jnp.where(valid_BM, rewards_BM - mean, 0)
         variance = jnp.sum(off**2, axis=axis, keepdims=True) / jnp.maximum(n - 1, 1)
         return off, jnp.sqrt(variance)
 
-    off_BG, std_B1 = deviations(1)
-    # What rounding leaves of equal rewards would be divided by itself.
-    largest_B1 = jnp.max(jnp.abs(rewards_BG), axis=1, keepdims=True)
+    off_BM, std_B1 = deviations(1)
+    # Equal rewards leave a rounding error, which must not be divided by itself.
+    largest_B1 = jnp.max(jnp.abs(rewards_BM), axis=1, keepdims=True)
     differs_B1 = std_B1 > 1e-6 * jnp.maximum(1 / size, largest_B1)
     divisor = {"group": std_B1, "batch": deviations((0, 1))[1]}.get(scale)
-    advantages_BG = off_BG * size if divisor is None else off_BG / (divisor + 1e-4 / size)
-    return jnp.where(valid_BG & differs_B1, advantages_BG, 0)
+    advantages_BM = off_BM * size if divisor is None else off_BM / (divisor + 1e-4 / size)
+    return jnp.where(valid_BM & differs_B1, advantages_BM, 0)
 
 
 def importance_ratio(logprobs: Array, old: Array, mask: Array, level: str = "token") -> Array:
@@ -182,14 +192,14 @@ def clipped_surrogate(
     epsilon_high: float,
     dual_clip: float | None = None,
 ) -> Array:
-    """The loss a token: -min(r·A, clip(r, 1 - low, 1 + high)·A).
+    """The loss per token: -min(r·A, clip(r, 1 - low, 1 + high)·A).
 
     Source: PPO (1707.06347) eq. 7; two bounds: DAPO (2503.14476) eq. 10; dual clip: r is cut at
     dual_clip first, which bounds the loss where A < 0 (1912.09729, eq. 8).
 
     Args:
         ratio: [..., C].
-        advantages: [...], one a sequence.
+        advantages: [...], one per sequence.
         epsilon_low, epsilon_high: how far the ratio may be from 1.
         dual_clip: above 1 + epsilon_high, or None.
     """
@@ -198,13 +208,13 @@ def clipped_surrogate(
     if dual_clip is not None:
         ratio = jnp.minimum(ratio, dual_clip)
     plain, clipped = ratio * advantages, clipped * advantages
-    # Where they are equal the gradient is the plain one's: of a minimum JAX takes half of each, and
+    # Where both are equal, the gradient is the plain one's. jnp.minimum would take half of each, and
     # with a bound of 0 a ratio of 1 is at a corner of the clip too.
     return -jnp.where(plain <= clipped, plain, clipped)
 
 
 def kl_penalty(logprobs: Array, ref: Array, ratio: Array, kind: str = "ratio_k3") -> Array:
-    """An estimate a token of KL(policy ‖ reference), with d = ref - new.
+    """An estimate per token of KL(policy ‖ reference), with d = ref - new.
 
     k1 = -d; k2 = d²/2; k3 = e^d - d - 1 (Schulman, "Approximating KL divergence"); ratio_k3 = r·k3.
     As a loss on samples of the policy, k1 has zero expected gradient, k3 that of KL(reference ‖
@@ -212,7 +222,7 @@ def kl_penalty(logprobs: Array, ref: Array, ratio: Array, kind: str = "ratio_k3"
 
     Args:
         logprobs, ref: [..., C].
-        ratio: [..., C] of tokens, also where the surrogate's is of sequences.
+        ratio: [..., C] per token, even where the surrogate's is per sequence.
         kind: one of KLS.
     """
     d = jnp.clip(ref - logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -225,9 +235,9 @@ def kl_penalty(logprobs: Array, ref: Array, ratio: Array, kind: str = "ratio_k3"
 
 
 def sampler_weight(old: Array, sampler: Array, mask: Array, cap: float) -> Array:
-    """Truncated importance sampling: min(p_old / p_sampler, cap) a token, without a gradient.
+    """Truncated importance sampling: min(p_old / p_sampler, cap) per token, without a gradient.
 
-    Corrects samples of an engine whose numbers are not the trainer's. Source: Ionides 2008; Yao et
+    Corrects for a sampler whose log-probs differ from the trainer's. Source: Ionides 2008; Yao et
     al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
     """
     log_ratio = jnp.where(mask > 0, old - sampler, 0)
@@ -237,11 +247,11 @@ def sampler_weight(old: Array, sampler: Array, mask: Array, cap: float) -> Array
 def aggregate(
     values: Array, mask: Array, counts: Array, kind: str, max_completion_len: int
 ) -> tuple[Array, Array]:
-    """Token losses as (total, weight), of which micro-batches add up before the one division.
+    """Token losses as (total, weight); micro-batches add both up before the one division.
 
     Args:
         values, mask: [..., C].
-        counts: [...], 1 for completions that count, also those without a token that does.
+        counts: [...], 1 for completions that count, even without a token that does.
         kind: "grpo": mean over completions of their tokens' mean (DeepSeekMath eq. 3); "dapo": mean
             over all tokens of the optimizer step (DAPO eq. 8); "bnpo": mean over micro-batches of
             the mean over their tokens; "dr_grpo": sum over completions · max_completion_len.
@@ -259,7 +269,7 @@ def aggregate(
     return jnp.sum(values), completions * max_completion_len
 
 
-# What a token adds to the metrics; divided by the number of tokens when logged.
+# Metrics that are sums over tokens; divided by the number of tokens when logged.
 _PER_TOKEN = ("entropy", "kl", "clip_low", "clip_high", "gap_mean", "advantage")
 
 
@@ -268,12 +278,12 @@ class GRPOTrainer(Trainer):
     """Trains on groups of completions, see `trainers.rollout`.
 
     A batch holds `prompts` [B, P] int32, padded on the right, with `prompt_lengths` [B]; `tokens` [B,
-    G, C] int32; `target_mask` [B, G, C] bool, the tokens that count; `counts` [B, G] float32, 1 for
-    a completion that was scored; `advantages` [B, G]; `sampler_logprobs` [B, G, C]; where the
+    M, C] int32; `target_mask` [B, M, C] bool, the tokens that count; `counts` [B, M] float32, 1 for
+    a completion that was scored; `advantages` [B, M]; `sampler_logprobs` [B, M, C]; where the
     policy is no longer the sampler's, `old_logprobs`; with beta > 0 `ref_logprobs`.
 
     A prompt is computed once for its group: completions are branches of it (`utils.attention`).
-    Frozen parameters are the reference: the base model with LoRA, else a copy where beta > 0.
+    With beta > 0 the frozen parameters are the reference, see `Trainer.init`.
 
     Attributes:
         vocab_limit: ids from here on are never sampled and have no probability, for models whose
@@ -283,23 +293,8 @@ class GRPOTrainer(Trainer):
     config: GRPOConfig
     vocab_limit: int | None = None
 
-    @property
-    def keeps_frozen(self) -> bool:
-        return self.lora is not None or self.config.beta > 0
-
-    def init(
-        self, params: Params, key: Array, *, donate: bool = False
-    ) -> tuple[TrainState, Params]:
-        """As Trainer.init; the reference is a real copy, since the policy's buffers are donated."""
-        frozen = {}
-        if self.lora is None and self.config.beta > 0:
-            dtype = self.model.dtype or jnp.dtype(self.config.param_dtype)
-            frozen = jax.tree.map(lambda x: jnp.array(x, dtype), params)
-        state, base = super().init(params, key, donate=donate)
-        return state, base or frozen
-
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
-        """Sums over a micro-batch's completions; the metrics' names are in `derive`."""
+        """Sums over a micro-batch's completions; `derive` lists the metrics."""
         c = self.config
         mask = batch["target_mask"].astype(jnp.float32)
         logprobs, entropy = self.logprobs(params, batch)
@@ -310,17 +305,16 @@ class GRPOTrainer(Trainer):
         values = clipped_surrogate(ratio, advantages, *bounds, c.dual_clip)
         if c.tis_cap is not None:
             values *= sampler_weight(old, batch["sampler_logprobs"], mask, c.tis_cap)
-        kl = jnp.zeros_like(values)
+        per_token = {}
         if c.beta > 0:
             by_token = importance_ratio(logprobs, old, mask)
-            kl = kl_penalty(logprobs, batch["ref_logprobs"], by_token, c.kl)
-            values += c.beta * kl
+            per_token["kl"] = kl_penalty(logprobs, batch["ref_logprobs"], by_token, c.kl)
+            values += c.beta * per_token["kl"]
         total, weight = aggregate(values, mask, batch["counts"], c.loss, c.max_completion_len)
         sign = advantages[..., None]
         gap = jnp.abs(old - batch["sampler_logprobs"]) * mask
-        per_token = {
+        per_token |= {
             "entropy": entropy,
-            "kl": kl,
             "clip_low": (ratio < 1 - c.epsilon_low) & (sign < 0),
             "clip_high": (ratio > 1 + c.epsilon_high) & (sign > 0),
             "gap_mean": gap,
@@ -335,43 +329,43 @@ class GRPOTrainer(Trainer):
         )
 
     def logprobs(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """(log-probs of the tokens, entropies of the policy there), [B, G, C] float32, 0 if masked."""
-        prompts_BP, tokens_BGC = batch["prompts"], batch["tokens"]
-        (B, P), (_, G, C) = prompts_BP.shape, tokens_BGC.shape
+        """(log-probs of the tokens, entropies of the policy there), [B, M, C] float32, 0 if masked."""
+        prompts_BP, tokens_BMC = batch["prompts"], batch["tokens"]
+        (B, P), (_, M, C) = prompts_BP.shape, tokens_BMC.shape
         lengths_B = batch["prompt_lengths"]
-        inputs_BT = jnp.concatenate([prompts_BP, tokens_BGC.reshape(B, -1)], axis=1)
+        inputs_BT = jnp.concatenate([prompts_BP, tokens_BMC.reshape(B, -1)], axis=1)
         place_BC = lengths_B[:, None] + jnp.arange(C)
-        place_BT = jnp.broadcast_to(place_BC[:, None], (B, G, C)).reshape(B, -1)
+        place_BT = jnp.broadcast_to(place_BC[:, None], (B, M, C)).reshape(B, -1)
         prefix_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-        inside_BGC = jnp.ones((B, G, C), bool)
+        inside_BMC = jnp.ones((B, M, C), bool)
         hidden_BTD, _ = self.model.apply(
             {"params": params},
             inputs_BT,
             positions_BT=jnp.concatenate([prefix_BP, place_BT], axis=1),
-            branches=(prefix_BP < lengths_B[:, None], inside_BGC),
+            branches=(prefix_BP < lengths_B[:, None], inside_BMC),
             hidden=True,
         )
         # A completion's first token is predicted by the prompt's last.
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
         first_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
-        first_BG1D = jnp.broadcast_to(first_B1D[:, None], (B, G, 1, hidden_BTD.shape[-1]))
+        first_BM1D = jnp.broadcast_to(first_B1D[:, None], (B, M, 1, hidden_BTD.shape[-1]))
         # And its last predicts nothing that is needed.
-        rest_BGCD = hidden_BTD[:, P:].reshape(B, G, C, -1)[:, :, :-1]
-        states_BGCD = jnp.concatenate([first_BG1D, rest_BGCD], axis=2)
+        rest_BMCD = hidden_BTD[:, P:].reshape(B, M, C, -1)[:, :, :-1]
+        states_BMCD = jnp.concatenate([first_BM1D, rest_BMCD], axis=2)
         logprobs, entropy = token_logprobs(
-            states_BGCD.reshape(B, G * C, -1),
+            states_BMCD.reshape(B, M * C, -1),
             head_matrix(params)[: self.vocab_limit],
-            tokens_BGC.reshape(B, G * C),
-            batch["target_mask"].reshape(B, G * C) > 0,
+            tokens_BMC.reshape(B, M * C),
+            batch["target_mask"].reshape(B, M * C) > 0,
             self.config.temperature,
         )
-        return logprobs.reshape(B, G, C), entropy.reshape(B, G, C)
+        return logprobs.reshape(B, M, C), entropy.reshape(B, M, C)
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="reference")
     def score(
         self, params: Params, frozen: Params, batch: Batch, *, reference: bool = False
     ) -> Array:
-        """Log-probs of a batch's tokens [B, G, C], by the policy or by the reference."""
+        """Log-probs of a batch's tokens [B, M, C], by the policy or by the reference."""
         model = frozen if reference else self.model_params(params, frozen)
         rows = {k: batch[k] for k in ("prompts", "prompt_lengths", "tokens", "target_mask")}
         size, n_rows = self.config.micro_batch_size, len(rows["prompts"])
@@ -380,16 +374,23 @@ class GRPOTrainer(Trainer):
         parts = jax.lax.map(lambda part: self.logprobs(model, part)[0], split_rows(rows, size))
         return sharding.replicate(parts.reshape(-1, *parts.shape[2:])[:n_rows])
 
-    def work(self, batch: Batch) -> tuple[float, float]:
-        """As Trainer.work; a prompt counts once, and its completions see all of it."""
+    def work(self, batch: Batch) -> Work:
+        """Counts a prompt once per row; its completions see all of it."""
         prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
-        lengths_BG = np.sum(np.asarray(batch["target_mask"]), axis=-1, dtype=np.float64)
-        n_tokens = prompts_B1.sum() + lengths_BG.sum()
-        seen = (prompts_B1**2).sum() + (lengths_BG * (2 * prompts_B1 + lengths_BG)).sum()
-        return float(n_tokens), float(seen / max(n_tokens, 1))
+        lengths_BM = np.sum(np.asarray(batch["target_mask"]), axis=-1, dtype=np.float64)
+        tokens = prompts_B1.sum() + lengths_BM.sum()
+        seen = (prompts_B1**2).sum() + (lengths_BM * (2 * prompts_B1 + lengths_BM)).sum()
+        return Work(
+            targets=int(lengths_BM.sum()),
+            tokens=int(tokens),
+            mean_context=float(seen / max(tokens, 1)),
+        )
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """Per token: `entropy`, `kl`, `clip_low`, `clip_high`, `gap_mean`, `advantage` (its size)."""
+        """Means per token: `entropy`, `clip_low`, `clip_high`, `gap_mean`, `advantage` (its size), `kl`.
+
+        `kl` is there if beta > 0: without a reference it is not measured.
+        """
         tokens = means.get("tokens") or 1.0
         means = {k: v / tokens if k in _PER_TOKEN else v for k, v in means.items()}
         return {k: v for k, v in means.items() if k != "tokens"}

@@ -1,4 +1,8 @@
-"""The loop around a Trainer's steps: data, metrics, evaluation, checkpoints, the end."""
+"""The loop around a Trainer's steps: data, records, evaluations, checkpoints, the end.
+
+What it drives comes in by the protocols below. `trainers.data`, `trainers.on_policy`, `trainers.metrics`
+and `trainers.checkpoint` have one of each.
+"""
 
 import abc
 import contextlib
@@ -11,52 +15,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.model import Params
-from trainers.checkpoint import Checkpointer
-from trainers.data import Dataset
-from trainers.metrics import (
-    Compilations,
-    MetricsLog,
-    PhaseClock,
-    matmul_peak,
-    peak_memory_bytes,
-    train_flops_per_token,
-)
-from trainers.trainer import Batch, Trainer, TrainState
-from utils import processes
+from trainers.trainer import Batch, Trainer, TrainState, Work
 from utils.errors import TrainError
-from utils.replicas import check_replicas
-from utils.sharding import current_mesh, place_batch
+from utils.sharding import place_batch
+
+# Times a block, `with phase("step", "tokens [8, 512]"): …`; the second text, which may be left out,
+# names what XLA compiles within. `utils.clock.PhaseClock` is one.
+Phases = Callable[..., contextlib.AbstractContextManager]
 
 
 class Data(Protocol):
-    """What `fit` trains on; `trainers.data.Dataset` is one."""
+    """What `fit` trains on; `trainers.data.Dataset` and `trainers.on_policy.RolloutData` are."""
 
     def batches(self) -> Any:
-        """An iterator without end, with `get_state() -> dict` and `set_state(dict)`."""
+        """`Batches`, or a plain iterator without end that has `get_state` and `set_state`."""
 
     def preflight_batches(self) -> Iterable[Batch]:
-        """A batch of the largest shape that there is, first; others that shall be compiled at once."""
+        """A batch of each shape to compile before the first step, the largest first."""
 
 
-class OnPolicyBatches(abc.ABC):
-    """Batches that are sampled from the policy; what `Data.batches` of such data returns.
+class EvalData(Protocol):
+    """What a loss is evaluated on; `trainers.data.Dataset` is."""
 
-    A rollout may serve several updates. Checkpoints are made between rollouts: a resumed run samples
-    again from the state that it was sampled from.
+    def epoch_batches(self) -> Iterable[Batch]:
+        """Every row once."""
+
+
+class Batches(abc.ABC):
+    """An iterator of batches, without end, that may sample them from the policy.
+
+    A rollout may serve several updates. Evaluations, checkpoints and stops come between rollouts: a
+    resumed run samples again from the state that it was sampled from.
+
+    Attributes:
+        between_rollouts: whether no batch of the last rollout is left.
+        failure: what went wrong in reading ahead, raised before the next step.
     """
 
-    @abc.abstractmethod
-    def sample(self, state: TrainState, frozen: Params, clock: PhaseClock) -> None:
+    between_rollouts: bool = True
+    failure: Exception | None = None
+
+    def sample(self, state: TrainState, frozen: Params, phase: Phases) -> None:
         """Makes a rollout if no batch of the last one is left; called before each `next`."""
 
-    @property
-    @abc.abstractmethod
-    def between_rollouts(self) -> bool:
-        """Whether no batch of the last rollout is left."""
+    def read_ahead(self) -> None:
+        """Prepares the next batch while the device computes, unless it needs the new policy."""
 
-    @abc.abstractmethod
     def report(self) -> dict[str, Any]:
-        """What a record says of the last rollout."""
+        """Numbers of the last rollout, for the step's record."""
+        return {}
 
     @abc.abstractmethod
     def __next__(self) -> Batch:
@@ -64,24 +71,79 @@ class OnPolicyBatches(abc.ABC):
 
     @abc.abstractmethod
     def get_state(self) -> dict:
-        """The position behind the last rollout, for JSON."""
+        """The position behind the last batch, or rollout, for JSON."""
 
     @abc.abstractmethod
     def set_state(self, state: dict) -> None:
-        """Goes on from a position."""
+        """Continues from a position."""
+
+
+class _ReadAhead(Batches):
+    """A dataset's batches; the next one is read during a step."""
+
+    def __init__(self, source: Any):
+        self._source, self._position = source, source.get_state()
+        self._batch: Batch | None = None
+
+    def read_ahead(self) -> None:
+        try:
+            self._batch = next(self._source)
+        except Exception as e:  # raised on all processes at once, whatever it is
+            self.failure = e
+
+    def __next__(self) -> Batch:
+        self._position = self._source.get_state()
+        return self._batch
+
+    def get_state(self) -> dict:
+        return self._position
+
+    def set_state(self, state: dict) -> None:
+        self._source.set_state(state)
 
 
 class Evaluation(abc.ABC):
-    """What measures a model while it is trained, where that is not the loss of a Dataset."""
+    """Measures a model while it is trained, by something other than its loss on a dataset."""
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
         """Numbers by name; `score`, lower is better, decides which checkpoint is the best."""
 
 
+class Recorder(Protocol):
+    """Times a run and writes its records."""
+
+    phase: Phases
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes a record that is not of a step."""
+
+    def write_step(self, record: dict[str, Any], work: Work) -> None:
+        """Writes a step's record, with speed, memory, seconds by phase and compilations."""
+
+
+class Log(Protocol):
+    """Where records go; `trainers.metrics.MetricsLog` is one."""
+
+    def recorder(self, trainer: Trainer) -> contextlib.AbstractContextManager[Recorder]:
+        """Measures one run until the context ends."""
+
+
+class Checkpointer(Protocol):
+    """Where states are saved; `trainers.checkpoint.Checkpointer` is one."""
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], *, score: float | None = None
+    ) -> None:
+        """Starts to save a state; the lowest score marks the best one."""
+
+    def wait(self) -> None:
+        """Returns once all is saved."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands beside its TrainState, and what a checkpoint's meta says of it.
+    """How far a run has come, besides its TrainState; part of each checkpoint's meta.
 
     Attributes:
         position: the data's position behind the last batch that was used; None: its start.
@@ -94,228 +156,235 @@ class Progress:
     tokens: int = 0
 
 
+def _alone(stop: bool, error: Exception | None) -> bool:
+    """`Session.agree` of a single process."""
+    if error is not None:
+        raise error
+    return stop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """How a run is resumed, watched and stopped; the default runs to the end in one process.
+
+    Attributes:
+        progress: of the checkpoint that the run resumes from.
+        meta: goes into each checkpoint, with the progress.
+        should_stop: asked before each step; None: the run ends at `max_steps`.
+        check: called with the state after each step; raises to end the run.
+        agree: called before each step with this process's wish to stop and its error; returns whether
+            any process wants to stop, or raises on all of them if one has an error.
+    """
+
+    progress: Progress = Progress()
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    should_stop: Callable[[], bool] | None = None
+    check: Callable[[TrainState], None] | None = None
+    agree: Callable[[bool, Exception | None], int] = _alone
+
+
 def fit(
     trainer: Trainer,
     state: TrainState,
     frozen: Params,
     data: Data,
     *,
-    eval_data: Dataset | Evaluation | None = None,
-    log: MetricsLog | None = None,
+    eval_data: EvalData | Evaluation | None = None,
+    log: Log | None = None,
     checkpointer: Checkpointer | None = None,
-    meta: dict[str, Any] | None = None,
-    progress: Progress = Progress(),
-    should_stop: Callable[[], bool] = lambda: False,
-    check_every: int = 0,
+    session: Session = Session(),
 ) -> tuple[TrainState, Progress]:
-    """Trains until `max_steps`, or until `should_stop` says so between two steps.
+    """Trains until `max_steps`, or until `session.should_stop` says so between two steps.
 
-    The largest batch goes first, with nothing to learn in it: where memory does not suffice, that is
-    seen at once. The last state is always saved, be it that of step 0.
+    The largest batch goes first, with nothing to learn in it, so that a lack of memory shows at once.
+    The last state is always saved, even at step 0.
 
     Args:
         state, frozen: from `Trainer.init`, or a checkpoint's; `state` is donated.
         data: see Data.
         eval_data: evaluated as the config says and at the end; the lowest loss or score makes a
             checkpoint the best one.
-        log: gets a record a step, and one a skipped update, with the step that it would have been.
+        log: gets a record per step, and one per skipped update, with the step that it would have been.
         checkpointer: gets the state as the config says and at the end.
-        meta: goes into each checkpoint, with `progress`.
-        progress: of the checkpoint that is gone on from.
-        should_stop: asked before each step; of several processes, one that says so stops all.
-        check_every: steps from one comparison of the parameters' copies on a mesh to the next; 0: none.
+        session: see Session.
 
     Raises:
-        TrainError: more than `max_skipped` updates in a row were not finite, or had no target; or
-            copies of a parameter differ.
+        TrainError: more than `max_skipped` updates in a row were not finite, or had no target.
         CheckpointError: a checkpoint could not be written.
     """
-    with contextlib.ExitStack() as stack:
-        run = _Run(trainer, frozen, data, eval_data, log, checkpointer, meta or {}, progress)
-        stack.callback(run.compilations.close)
-        run.check_every = check_every
-        return run.fit(state, should_stop)
+    with contextlib.nullcontext() if log is None else log.recorder(trainer) as recorder:
+        return _Run(trainer, frozen, data, eval_data, recorder, checkpointer, session).fit(state)
+
+
+def _untimed(*names: str) -> contextlib.AbstractContextManager:
+    """The Phases of a run without a log."""
+    return contextlib.nullcontext()
 
 
 class _Run:
-    """One call of `fit`."""
+    """One call of `fit`.
 
-    def __init__(self, trainer, frozen, data, eval_data, log, checkpointer, meta, progress):
+    Attributes:
+        step: updates done.
+        score: of the present state; None: it was not evaluated.
+        at_rest: whether the run may evaluate, save and stop here: between rollouts and behind an
+            update. What is redone after a resume is then exactly what the checkpoint does not hold.
+    """
+
+    def __init__(self, trainer, frozen, data, eval_data, recorder, checkpointer, session):
         self.trainer, self.config, self.frozen = trainer, trainer.config, frozen
-        self.data, self.eval_data, self.log = data, eval_data, log
-        self.checkpointer, self.meta, self.progress = checkpointer, meta, progress
-        # Measured before compilations are counted: it compiles too.
-        devices = 1 if current_mesh() is None else current_mesh().size
-        self.peak = devices * matmul_peak(trainer.model.dtype or self.config.param_dtype)
-        self.clock, self.compilations, self.compiled = PhaseClock(), Compilations(), []
+        self.data, self.eval_data, self.recorder = data, eval_data, recorder
+        self.checkpointer, self.session, self.progress = checkpointer, session, session.progress
+        self.phase: Phases = _untimed if recorder is None else recorder.phase
+        batches = data.batches()
+        self.batches = batches if isinstance(batches, Batches) else _ReadAhead(batches)
+        self.step, self.saved, self.score = 0, None, None
+        self.at_rest, self.eval_due, self.save_due = True, False, False
         self.skipped_in_a_row: list[Any] = []
-        self.save_due, self.check_every = False, 0
-        self.failure: Exception | None = None
 
-    def fit(self, state: TrainState, should_stop) -> tuple[TrainState, Progress]:
-        batches = self.data.batches()
-        on_policy = isinstance(batches, OnPolicyBatches)
-        if self.progress.position is not None:
-            batches.set_state(self.progress.position)
-        step, saved, batch = int(state.step), None, None
-        if step < self.config.max_steps:
-            state = self._preflight(state)
-            if step == 0 and self.progress.position is None:
-                self._evaluate_before(state)
-        # A run stops behind an update, never between one and the skipped ones that follow it: what is
-        # redone after a resume is then exactly what the checkpoint does not hold.
-        whole = True
-        if step < self.config.max_steps and not on_policy:
-            batch = self._next(batches)
-        while step < self.config.max_steps:
-            may_stop = whole and not self.skipped_in_a_row
-            if processes.agree(may_stop and should_stop(), self.failure):
-                break
-            if on_policy:
-                batches.sample(state, self.frozen, self.clock)
-                batch = self._next(batches)
-            position = batches.get_state()
-            self._note_compilations()  # of sampling, if any
-            self.compilations.expect(f"tokens {list(batch['tokens'].shape)}")
-            with self.clock("step"):
-                state, metrics = self.trainer.train_step(state, self.frozen, place_batch(batch))
-            # While the device computes, unless it is the new policy that makes the next one.
-            done, batch = batch, None if on_policy else self._next(batches)
-            with self.clock("step"):
-                metrics = {name: value.item() for name, value in metrics.items()}
-            compiling = self._note_compilations()
-            attempted, step = step + 1, step + metrics["updated"]
-            self._account(metrics, position, int(done["target_mask"].sum()))
-            last = step == self.config.max_steps
-            whole = not on_policy or batches.between_rollouts
-            evaluation = {}
-            if metrics["updated"] and self._due(step, self.config.eval_every, last):
-                evaluation = self._evaluate(state)
+    def fit(self, state: TrainState) -> tuple[TrainState, Progress]:
+        state = self._begin(state)
+        while self.step < self.config.max_steps and not self._stops():
+            batch = self._next(state)
+            state, metrics = self._update(state, batch)
+            work = self.trainer.work(batch)
+            self._account(metrics, work)
+            evaluation = self._evaluate(state) if self.eval_due and self.at_rest else {}
             # Before the checkpoint: a run that is killed in between writes the line again, while one
-            # that went on from the checkpoint would never write it.
-            known = evaluation | (batches.report() if on_policy else {})
-            self._record(attempted, metrics, known, done, compiling)
-            self._check_skipped(metrics)
-            if self.check_every and step % self.check_every == 0:
-                check_replicas(state.params, self.trainer.specs(state.params))
-            self.save_due |= metrics["updated"] and self._due(step, self.config.save_every, last)
-            if self.save_due and whole and metrics["updated"]:
-                self._save(step, state, evaluation.get("eval_score", evaluation.get("eval_loss")))
-                saved, self.save_due = step, False
-        if saved != step:  # the checkpointer leaves alone what was restored and did not change
-            self._save(step, state, None)
+            # that resumed from the checkpoint would never write it.
+            self._record(metrics, work, evaluation)
+            self._check(state, metrics)
+            if self.save_due and self.at_rest:
+                self._save(state)
+        if self.saved != self.step:  # the checkpointer leaves a state alone that it has restored
+            self._save(state)
         if self.checkpointer is not None:
             self.checkpointer.wait()
         return state, self.progress
 
-    def _next(self, batches) -> Batch | None:
-        """The next batch; what fails is raised before the next step, on all processes at once."""
-        with self.clock("data"):
-            try:
-                return next(batches)
-            except Exception as e:
-                self.failure = e
-                return None
-
-    def _preflight(self, state: TrainState) -> TrainState:
-        """A step in which nothing weighs, on the largest batch: it changes nothing."""
-        for batch in self.data.preflight_batches():
-            batch = jax.tree.map(np.zeros_like, batch)
-            self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (preflight)")
-            key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
-            with self.clock("preflight"):
-                state, _ = self.trainer.train_step(state, self.frozen, place_batch(batch))
-                state = jax.block_until_ready(state.replace(key=key))
-        self._note_compilations()
+    def _begin(self, state: TrainState) -> TrainState:
+        """Finds the place in the data, compiles, and evaluates what training starts from."""
+        self.step = int(state.step)
+        if self.progress.position is not None:
+            self.batches.set_state(self.progress.position)
+        if self.step < self.config.max_steps:
+            state = self._preflight(state)
+            fresh = self.step == 0 and self.progress.position is None
+            if fresh and self.recorder is not None and isinstance(self.eval_data, Evaluation):
+                self.recorder.write({"step": 0, **self._evaluate(state)})
+            with self.phase("data"):
+                self.batches.read_ahead()
         return state
 
-    def _note_compilations(self) -> float:
-        """Seconds that XLA has compiled since the last call; what it was is kept for the record."""
-        new = self.compilations.take()
-        self.compiled += new
-        return sum(seconds for _, seconds in new)
+    def _preflight(self, state: TrainState) -> TrainState:
+        """A step on the largest batch in which nothing weighs: it changes nothing."""
+        for batch in self.data.preflight_batches():
+            batch = jax.tree.map(np.zeros_like, batch)
+            key = jax.random.wrap_key_data(jnp.copy(jax.random.key_data(state.key)))
+            with self.phase("preflight", f"{self._shape(batch)} (preflight)"):
+                state, _ = self.trainer.train_step(state, self.frozen, place_batch(batch))
+                state = jax.block_until_ready(state.replace(key=key))
+        return state
 
-    @staticmethod
-    def _due(step: int, every: int, last: bool) -> bool:
-        return last or (every > 0 and step % every == 0)
+    def _stops(self) -> bool:
+        asked = self.at_rest and self.session.should_stop is not None
+        stop = asked and self.session.should_stop()
+        return bool(self.session.agree(stop, self.batches.failure))
 
-    def _account(self, metrics: dict[str, Any], position: dict, n_targets: int) -> None:
-        """Moves on in the data, and counts."""
+    def _next(self, state: TrainState) -> Batch:
+        """The next batch, of a new rollout if the last one is used up."""
+        self.batches.sample(state, self.frozen, self.phase)
+        with self.phase("data"):
+            return next(self.batches)
+
+    def _update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """(state, the step's metrics as Python numbers)."""
+        with self.phase("step", self._shape(batch)):
+            state, metrics = self.trainer.train_step(state, self.frozen, place_batch(batch))
+        with self.phase("data"):  # while the device computes
+            self.batches.read_ahead()
+        with self.phase("step"):
+            return state, {name: value.item() for name, value in metrics.items()}
+
+    def _shape(self, batch: Batch) -> str:
+        """Names what XLA compiles for a batch."""
+        name = self.trainer.shaped_by
+        return f"{name} {list(batch[name].shape)}"
+
+    def _account(self, metrics: dict[str, Any], work: Work) -> None:
+        """Moves on by a step, or by a skipped update."""
+        updated, position = metrics["updated"], self.batches.get_state()
         self.progress = dataclasses.replace(
             self.progress,
             position=position,
-            skipped=self.progress.skipped + (not metrics["updated"]),
-            tokens=self.progress.tokens + n_targets * metrics["updated"],
+            skipped=self.progress.skipped + (not updated),
+            tokens=self.progress.tokens + work.targets * updated,
         )
-        if metrics["updated"]:
-            self.skipped_in_a_row = []
-        else:
+        self.at_rest = False
+        if not updated:
             self.skipped_in_a_row.append(position.get("next_index", position))
+            return
+        self.skipped_in_a_row, self.score = [], None
+        self.step += 1
+        last = self.step == self.config.max_steps
+        self.at_rest = last or self.batches.between_rollouts
+        self.eval_due |= last or self._is_multiple_of(self.config.eval_every)
+        self.save_due |= last or self._is_multiple_of(self.config.save_every)
 
-    def _check_skipped(self, metrics: dict[str, Any]) -> None:
-        if len(self.skipped_in_a_row) > self.config.max_skipped:
-            raise TrainError(
-                f"{len(self.skipped_in_a_row)} updates in a row were skipped, not finite or without a "
-                f"target (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, weight "
-                f"{metrics['weight']}), those of the batches {self.skipped_in_a_row}; what was saved is from before: lower the learning rate, "
-                "or look at that data"
-            )
+    def _is_multiple_of(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
+        """Numbers by name, with "eval_" before each; notes the score."""
+        self.eval_due = False
         if self.eval_data is None:
             return {}
-        with self.clock("eval"):
-            if isinstance(self.eval_data, Evaluation):
-                self.compilations.expect("(eval)")
+        if isinstance(self.eval_data, Evaluation):
+            with self.phase("eval", "(eval)"):
                 values = self.eval_data.evaluate(state, self.frozen)
-                return {f"eval_{name}": value for name, value in values.items()}
+        else:
             means = self.trainer.evaluate(state.params, self.frozen, self._eval_batches())
-        return {f"eval_{name}": value for name, value in self.trainer.derive(means).items()}
-
-    def _evaluate_before(self, state: TrainState) -> None:
-        """A record of step 0: what a policy's rewards are compared with."""
-        if self.log is not None and isinstance(self.eval_data, Evaluation):
-            self.log.write({"step": 0, **self._evaluate(state)})
+            values = self.trainer.derive(means)
+        self.score = values.get("score", values.get("loss"))
+        return {f"eval_{name}": value for name, value in values.items()}
 
     def _eval_batches(self) -> Iterator[Batch]:
         for batch in self.eval_data.epoch_batches():
-            self.compilations.expect(f"tokens {list(batch['tokens'].shape)} (eval)")
-            yield batch
+            with self.phase("eval", f"{self._shape(batch)} (eval)"):
+                yield batch
 
-    def _save(self, step: int, state: TrainState, score: float | None) -> None:
+    def _record(self, metrics: dict[str, Any], work: Work, evaluation: dict[str, float]) -> None:
+        """Writes one line of metrics; a skipped update has the step that it would have been."""
+        if self.recorder is None:
+            return
+        means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
+        record = {
+            "step": self.step + (not metrics["updated"]),
+            **self.trainer.derive(means),
+            "updated": metrics["updated"],
+            "skipped": self.progress.skipped,
+            **evaluation,
+            **self.batches.report(),
+        }
+        self.recorder.write_step(record, work)
+
+    def _check(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Ends a run that no longer learns."""
+        skipped = self.skipped_in_a_row
+        if len(skipped) > self.config.max_skipped:
+            raise TrainError(
+                f"{len(skipped)} updates in a row were skipped, not finite or without a target: the "
+                f"last has loss {metrics['loss']}, gradient norm {metrics['grad_norm']} and weight "
+                f"{metrics['weight']}, the batches are {skipped}. Lower the learning rate, or look at "
+                "that data; the last checkpoint is from before them"
+            )
+        if self.session.check is not None:
+            self.session.check(state)
+
+    def _save(self, state: TrainState) -> None:
+        self.saved, self.save_due = self.step, False
         if self.checkpointer is None:
             return
-        with self.clock("save"):
-            meta = self.meta | {"progress": dataclasses.asdict(self.progress)}
-            self.checkpointer.save(step, state, meta, score=score)
-
-    def _record(self, step, metrics, known, batch: Batch, compiling: float) -> None:
-        """Writes one line of metrics; a skipped update has the step that it would have been."""
-        self._note_compilations()
-        seconds, compiled, self.compiled = self.clock.take(), self.compiled, []
-        if self.log is None:
-            return
-        n_tokens, mean_context = self.trainer.work(batch)
-        # Compilation is no slowness of the step; it has its own entry.
-        busy = max(seconds["step"] - compiling, 1e-9)
-        flops = n_tokens * train_flops_per_token(
-            self.trainer.model.config, mean_context, lora=self.trainer.lora is not None
-        )
-        means = {k: v for k, v in metrics.items() if k not in ("updated", "finite", "weight")}
-        self.log.write(
-            {
-                "step": step,
-                **self.trainer.derive(means),
-                "targets": int(batch["target_mask"].sum()),
-                "tokens": int(n_tokens),
-                "tokens_per_s": n_tokens / busy,
-                "model_flops_per_s": flops / busy,
-                "mfu": flops / busy / self.peak,
-                "memory": peak_memory_bytes(),
-                "updated": metrics["updated"],
-                "skipped": self.progress.skipped,
-                **known,
-                "seconds": seconds,
-                "compilations": compiled,
-            }
-        )
+        with self.phase("save"):
+            meta = self.session.meta | {"progress": dataclasses.asdict(self.progress)}
+            self.checkpointer.save(self.step, state, meta, score=self.score)

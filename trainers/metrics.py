@@ -1,6 +1,6 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, a progress bar, and what speed is measured by.
+"""Run metrics: metrics.jsonl, TensorBoard, a progress bar, and the FLOPs and times that speed is told in.
 
-Nothing here may stop a training: a sink that fails is warned of once, and the run goes on.
+Nothing here may stop a run: a sink that fails costs one warning, and training continues.
 """
 
 import contextlib
@@ -22,19 +22,23 @@ import rich.console
 import rich.progress
 
 from models.llama.config import ModelConfig
+from trainers.trainer import Trainer, Work
 from utils import processes
+from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file
+from utils.memory import peak_memory_bytes
+from utils.sharding import current_mesh
 
 Sink = Callable[[dict], None]
 
 
 class MetricsLog:
-    """Writes records to `<folder>/metrics.jsonl`, one JSON object a line, and to other sinks.
+    """Writes records to `<folder>/metrics.jsonl`, one JSON object per line, and to other sinks.
 
-    A context manager. Each line is with the system when `write` returns, so that a killed process
-    loses none. A sink that fails (the disk is full, the file is closed) is tried again with the next
-    record; one warning is given in all.
+    A context manager, and the `Log` of `trainers.loop.fit`. The system has each line when `write`
+    returns, so that a killed process loses none. A sink that fails (the disk is full, the file is
+    closed) is tried again with the next record; there is one warning in all.
     """
 
     def __init__(
@@ -48,12 +52,12 @@ class MetricsLog:
     ):
         """
         Args:
-            folder: made if it is not there.
-            name: of the file.
+            folder: created if it is not there.
+            name: the file's name.
             tensorboard: also write event files to `<folder>/tensorboard`.
-            start_step: the first step that this run will write. Lines from there on are of a run
-                that was interrupted after its last checkpoint: they are dropped, no step is there
-                twice and a resumed run leaves the same curve.
+            start_step: the first step that this run will write. Lines from there on were written
+                after the checkpoint that the run resumes from: they are dropped, so that no step is
+                there twice and a resumed run leaves the same curve.
             sinks: called with every record, for example a `ProgressBar`.
 
         Raises:
@@ -83,6 +87,10 @@ class MetricsLog:
         with self._warning_once():
             self._stack.close()
 
+    def recorder(self, trainer: Trainer) -> "contextlib.closing[RunRecorder]":
+        """Measures one run of a trainer, until the context ends."""
+        return contextlib.closing(RunRecorder(self, trainer))
+
     def write(self, record: dict) -> None:
         """Hands a record to every sink.
 
@@ -91,7 +99,7 @@ class MetricsLog:
                 and JAX become numbers, numbers that are not finite null: JSON has neither.
         """
         # Outside the guard below: an array may bring an error of the computation that makes it.
-        plain = _plain(record)
+        plain = _as_json(record)
         for sink in self._sinks:
             with self._warning_once():
                 sink(plain)
@@ -100,17 +108,49 @@ class MetricsLog:
     def _warning_once(self) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # a sink may raise anything, and training is worth more than it
+        except Exception as e:  # whatever a sink raises, training is worth more
             if not self._warned:
                 self._warned = True
                 reason = f"{type(e).__name__}: {e}"
                 warnings.warn(
-                    f"metrics are not all written, training goes on: {reason}", stacklevel=4
+                    f"some metrics are not written, training continues: {reason}", stacklevel=4
                 )
 
 
+class RunRecorder:
+    """The `Recorder` of one run (`trainers.loop`): times its phases, and adds its speed to the records."""
+
+    def __init__(self, log: MetricsLog, trainer: Trainer):
+        self._trainer, self.write = trainer, log.write
+        mesh = current_mesh()
+        dtype = trainer.model.dtype or trainer.config.param_dtype
+        # Before the clock listens: measuring compiles too.
+        self._peak = (1 if mesh is None else mesh.size) * matmul_peak(dtype)
+        self.phase = PhaseClock()
+        self.close = self.phase.close
+
+    def write_step(self, record: dict[str, Any], work: Work) -> None:
+        """Writes a step's record, with speed, memory, seconds by phase and compilations."""
+        lap = self.phase.take()
+        # Compilation has an entry of its own: it does not make the step slow.
+        busy = max(lap.seconds["step"] - lap.compiling.get("step", 0.0), 1e-9)
+        lora, model = self._trainer.lora is not None, self._trainer.model.config
+        flops = work.tokens * train_flops_per_token(model, work.mean_context, lora=lora)
+        measured = {
+            "targets": work.targets,
+            "tokens": work.tokens,
+            "tokens_per_s": work.tokens / busy,
+            "model_flops_per_s": flops / busy,
+            "mfu": flops / busy / self._peak,
+            "memory": peak_memory_bytes(),
+            "seconds": lap.seconds,
+            "compilations": lap.compilations,
+        }
+        self.write(record | measured)
+
+
 class _JsonLines:
-    """The sink to a file of JSON lines, continued from where `start_step` says."""
+    """The sink to a file of JSON lines; drops the lines from `start_step` on first."""
 
     def __init__(self, path: Path, start_step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +171,7 @@ class _JsonLines:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; infinite where it is not whole, as a kill or a power cut may leave it."""
+    """The step of a line; infinite if it is not whole, as after a kill or a power cut."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
         return step if isinstance(step, int) else math.inf
@@ -144,7 +184,7 @@ def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
     Raises DataError if the file cannot be read.
     """
-    InputFile(path, DataError)  # refuses a pipe, before open() waits for its other end
+    InputFile(path, DataError)  # refuses a pipe: open() would wait for its other end
     with open(path, "rb") as file:
         for i, line in enumerate(file, 1):
             if line.endswith(b"\n"):
@@ -152,20 +192,19 @@ def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class _TensorBoard:
-    """The sink to TensorBoard's event files.
+    """The sink to TensorBoard's event files, through tensorboardX's synchronous writer.
 
-    Through tensorboardX's synchronous writer: SummaryWriter's thread dies of a full disk, and the
-    queue to it then blocks for ever.
+    SummaryWriter's thread dies of a full disk (tensorboardX 2.6), and its queue then blocks for ever.
     """
 
     def __init__(self, folder: Path, start_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self._x = _import_tensorboard()
-        # Named by the second: without the suffix, a second run within it would overwrite the first.
+        # tensorboardX names files by the second: a second run within it would overwrite the first.
         name = f".{time.time_ns()}"
         self._writer = self._x.event_file_writer.EventsWriter(str(folder / "events"), name)
         self.close = self._writer.close
-        if start_step:  # hides what an interrupted run wrote from there on
+        if start_step:  # hides the events that an interrupted run wrote from there on
             session = self._x.proto.event_pb2.SessionLog
             self._event(start_step, session_log=session(status=session.START))
 
@@ -197,14 +236,14 @@ def _scalars(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + name, value
 
 
-def _plain(x: Any) -> Any:
-    """x in what JSON has."""
+def _as_json(x: Any) -> Any:
+    """x in the types that JSON has."""
     if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
+        return {str(key): _as_json(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_plain(value) for value in x]
+        return [_as_json(value) for value in x]
     if isinstance(x, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(x).tolist())
+        return _as_json(np.asarray(x).tolist())
     if isinstance(x, float) and not math.isfinite(x):
         return None
     return x
@@ -213,10 +252,10 @@ def _plain(x: Any) -> Any:
 class ProgressBar:
     """A sink that shows a run's steps with its latest numbers; a context manager.
 
-    A bar on a terminal. Elsewhere (a file, a notebook) a line now and then, which needs no widgets.
+    On a terminal it is a bar, elsewhere (a file, a notebook) a line now and then.
     """
 
-    # Key of a record, what follows or precedes it, and how it is written.
+    # (key of a record, how it is shown)
     _SHOWN = (("loss", "loss {:.4f}"), ("reward", "reward {:.3f}"), ("lr", "lr {:.1e}"))
     _SHOWN += (("tokens_per_s", "{:,.0f} tok/s"),)
 
@@ -225,7 +264,7 @@ class ProgressBar:
     ):
         """
         Args:
-            total: the step that a run ends with.
+            total: the run's last step.
             every: seconds between two lines where there is no terminal.
             console: default: stderr.
         """
@@ -251,7 +290,7 @@ class ProgressBar:
         now, step = time.monotonic(), record["step"]
         first_time, first_step = self._first = self._first or (now, step)
         parts = [f"step {step}/{self._total}"]
-        # A number that is None was not finite.
+        # None stands for a number that is not finite.
         parts += [
             form.format(math.nan if record[key] is None else record[key])
             for key, form in self._SHOWN
@@ -268,93 +307,41 @@ class ProgressBar:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class PhaseClock:
-    """Seconds by phase: `with clock("data"): …`. Phases do not nest."""
-
-    def __init__(self):
-        self._seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the block's seconds to a phase, also where the block raises."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
-
-    def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
-        taken, self._seconds = self._seconds, {}
-        return taken
-
-
-class Compilations:
-    """What XLA compiled, for how long, and for which shape; `close` ends it.
-
-    A program that comes from the cache of compilations counts: its shape was new to the process.
-    """
-
-    def __init__(self):
-        self._expected = ""
-        self._found: list[tuple[str, float]] = []
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def close(self) -> None:
-        """Stops to listen."""
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
-
-    def expect(self, what: str) -> None:
-        """Names what would cause a compilation from now on: "tokens int32[8,512]"."""
-        self._expected = what
-
-    def take(self) -> list[tuple[str, float]]:
-        """(the compiled function and what was expected, seconds) since the last call."""
-        taken, self._found = self._found, []
-        return taken
-
-    def _on_event(self, event: str, seconds: float, **about) -> None:
-        if event.startswith("/jax/core/compile/backend_compile"):
-            name = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
-            self._found.append((f"{name} {self._expected}".strip(), seconds))
-
-
 def train_flops_per_token(config: ModelConfig, mean_context: float, *, lora: bool = False) -> float:
-    """Model FLOPs of one training step per token: what the maths needs, not what is recomputed.
+    """Model FLOPs of one training step per token: those of the maths, without recomputation.
 
-    A multiplication by a matrix costs 2 FLOPs a parameter forward, 2 for the input's gradient and 2
-    for the matrix's own; LoRA does without the last, and its own matrices (under 1 %) are not
-    counted. The head counts, the look-up of the embedding does not. Attention: 12 · L · N · H a key
-    that is seen, of which a causal mask leaves half of the context (as MaxText counts; PaLM's
-    formula, 2204.02311 appendix B, counts all).
+    A multiplication by a matrix costs 2 FLOPs per parameter forward, 2 for the input's gradient and 2
+    for the matrix's own. LoRA saves the last 2; its own matrices (under 1 %) are not counted. The
+    head counts, the embedding's look-up does not. Attention: 12 · L · N · H per key that is seen; a
+    causal mask leaves half of the context (as MaxText counts; PaLM's formula, 2204.02311 appendix B,
+    counts all).
 
     Args:
         config: the model.
-        mean_context: tokens of the row, or packed of the document, that a token is in; mean over
-            tokens.
+        mean_context: mean over tokens of the length of their row, or packed document.
         lora: the model's own matrices are frozen.
     """
     c = config
-    attn = 2 * c.dim * c.head_dim * (c.n_heads + c.n_kv_heads)
-    matrices = c.n_layers * (attn + 3 * c.dim * c.ffn_dim) + c.vocab_size * c.dim
+    layer = sum(math.prod(shape) for shape in c.matrix_shapes.values())
+    matrices = c.n_layers * layer + c.vocab_size * c.dim
     attention = 12 * c.n_layers * c.n_heads * c.head_dim * mean_context / 2
     return (4 if lora else 6) * matrices + attention
 
 
-# m, n, k of products [m, k] · [n, k] by backend: square ones, and as in a small model.
+# (m, n, k) of products [m, k] · [n, k] by backend: square ones, and those of a small model.
 MATMUL_SHAPES = {"cpu": ((1024,) * 3, (2048,) * 3, (1024, 1536, 576), (1024, 4096, 2048))}
 _ACCELERATOR_SHAPES = ((8192,) * 3, (8192, 14336, 4096))
 
 
 @functools.cache
 def matmul_peak(dtype: Any, *, seconds: float = 0.5) -> float:
-    """FLOP/s of the best of a few matrix products on the default device: what a model could reach.
+    """FLOP/s of the best of a few matrix products on the default device: a model's upper limit.
 
-    Jitted `dot_general`, accumulated in float32 as the model's are. Measured once a process.
+    Jitted `dot_general`, accumulated in float32 like the model's. Measured once per process.
 
     Args:
         dtype: of the factors.
-        seconds: how long to measure, beside compilation.
+        seconds: how long to measure, compilation aside.
     """
     shapes = MATMUL_SHAPES.get(jax.default_backend(), _ACCELERATOR_SHAPES)
     return max(_matmul_flops(shape, jnp.dtype(dtype), seconds / len(shapes)) for shape in shapes)
@@ -362,11 +349,12 @@ def matmul_peak(dtype: Any, *, seconds: float = 0.5) -> float:
 
 def _matmul_flops(shape: tuple[int, int, int], dtype: np.dtype, seconds: float) -> float:
     m, n, k = shape
-    dot = jax.jit(
-        lambda a, b: jax.lax.dot_general(
-            a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-    )
+
+    @jax.jit
+    def dot(a, b):
+        dims = ((1,), (1,)), ((), ())
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
     draw = np.random.default_rng(0).standard_normal
     a, b = (jnp.asarray(draw((rows, k), np.float32), dtype) for rows in (m, n))
     dot(a, b).block_until_ready()
@@ -376,21 +364,3 @@ def _matmul_flops(shape: tuple[int, int, int], dtype: np.dtype, seconds: float) 
         dot(a, b).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * m * n * k / best
-
-
-def peak_memory_bytes() -> int | None:
-    """The most memory held so far: of this process on a CPU, else of the fullest local device.
-
-    None where the system does not say. Not `ru_maxrss`: Linux hands it on to child processes.
-    """
-    if jax.default_backend() != "cpu":
-        stats = [device.memory_stats() or {} for device in jax.local_devices()]
-        return max(
-            (s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None
-        )
-    try:
-        with open("/proc/self/status") as f:
-            fields = dict(line.split(":", 1) for line in f)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

@@ -18,8 +18,8 @@ from models.llama.generation import generate
 from models.llama.model import Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from trainers.grpo_trainer import GRPOTrainer
-from trainers.loop import Evaluation, OnPolicyBatches
-from trainers.metrics import MetricsLog, PhaseClock
+from trainers.loop import Batches, Evaluation, Phases
+from trainers.metrics import MetricsLog
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Prompt, Task, reward_rows
@@ -71,7 +71,7 @@ class Sampler:
         )
 
     def __call__(
-        self, policy: Params, prompts: Sequence[Prompt], keys: jax.Array, clock: PhaseClock
+        self, policy: Params, prompts: Sequence[Prompt], keys: jax.Array, clock: Phases
     ) -> Rollout:
         """Samples a group a prompt and scores it.
 
@@ -152,7 +152,7 @@ def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> 
     return for_decoding(params)
 
 
-class RolloutBatches(OnPolicyBatches):
+class RolloutBatches(Batches):
     """Rollouts without end. The position is how many prompts were taken."""
 
     def __init__(self, sampler: Sampler, log: MetricsLog | None):
@@ -163,7 +163,7 @@ class RolloutBatches(OnPolicyBatches):
         order = grain.MapDataset.range(len(sampler.task.prompts))
         self._order = order.shuffle(seed=sampler.config.seed).repeat()
 
-    def sample(self, state: TrainState, frozen: Params, clock: PhaseClock) -> None:
+    def sample(self, state: TrainState, frozen: Params, clock: Phases) -> None:
         if self._batches:
             return
         sampler, config = self._sampler, self._sampler.config

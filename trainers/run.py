@@ -24,7 +24,7 @@ from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenize
 from trainers.checkpoint import Checkpointer
 from trainers.data import DataConfig, tokenizer_digest
 from trainers.grpo_trainer import GRPOConfig
-from trainers.loop import Progress, fit
+from trainers.loop import Progress, Session, fit
 from trainers.metrics import MetricsLog, ProgressBar
 from trainers.planning.estimate import check_memory
 from trainers.recipes import Recipe
@@ -46,6 +46,7 @@ from utils.fields import (
     setting,
 )
 from utils.files import InputFile, atomic_file, list_folder
+from utils.replicas import check_replicas
 from utils.trees import flatten
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
@@ -171,7 +172,7 @@ def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
     )
     if sharding.current_mesh() is not None:
-        like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.state_specs(like))
+        like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
     return Run(config, recipe, source, trainer, meta, like, key)
 
 
@@ -253,6 +254,13 @@ def _fit(
     log = MetricsLog(
         config.folder, tensorboard=config.tensorboard, start_step=start_step, sinks=[bar]
     )
+    session = Session(
+        progress=progress,
+        meta=run.meta,
+        should_stop=lambda: stop.code is not None,
+        check=functools.partial(_check_copies, run),
+        agree=processes.agree,
+    )
     stop.set(leave_at=2, notice=_STOPPING)
     state, _ = fit(
         run.trainer,
@@ -262,12 +270,16 @@ def _fit(
         eval_data=evaluated,
         log=stack.enter_context(log),
         checkpointer=checkpointer,
-        meta=run.meta,
-        progress=progress,
-        should_stop=lambda: stop.code is not None,
-        check_every=config.check_every,
+        session=session,
     )
     return state
+
+
+def _check_copies(run: Run, state: TrainState) -> None:
+    """Compares the copies of the parameters on a mesh, every `check_every` steps."""
+    every = run.config.check_every
+    if every and int(state.step) % every == 0:
+        check_replicas(state.params, run.trainer.specs(state).params)
 
 
 def export(run: Run, state: TrainState, frozen: Params) -> None:

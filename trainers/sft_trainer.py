@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.llama.model import Params, head_matrix
-from trainers.trainer import Batch, Loss, TrainConfig, Trainer
+from trainers.trainer import Batch, Loss, TrainConfig, Trainer, Work
 from utils.cross_entropy import cross_entropy
 from utils.errors import is_int
 from utils.fields import again
@@ -63,15 +64,46 @@ class SFTTrainer(Trainer):
             sums={"entropy": sums.entropy, "accuracy": sums.correct},
         )
 
+    def work(self, batch: Batch) -> Work:
+        """Counts each row, or packed document, up to its last target."""
+        lengths = document_lengths(batch)
+        tokens = int(lengths.sum())
+        return Work(
+            targets=int(np.sum(batch["target_mask"])),
+            tokens=tokens,
+            mean_context=float((lengths**2).sum()) / max(tokens, 1),
+        )
+
     def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """With `perplexity`."""
+        """Adds `perplexity`."""
         return means | {"perplexity": math.exp(min(means["loss"], 700.0))}
 
 
 def next_tokens(batch: Batch) -> tuple[Array, Array]:
     """The one shift: (the token after each, its weight 0 or 1), [B, T] int32 and float32."""
-    shift = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-    wanted_BT = shift(batch["target_mask"])
+    wanted_BT = _shift(batch["target_mask"])
     if "segment_ids" in batch:  # never from one document into the next
-        wanted_BT &= batch["segment_ids"] == shift(batch["segment_ids"])
-    return shift(batch["tokens"]), wanted_BT.astype(jnp.float32)
+        wanted_BT &= batch["segment_ids"] == _shift(batch["segment_ids"])
+    return _shift(batch["tokens"]), wanted_BT.astype(jnp.float32)
+
+
+def _shift(x_BT: Array) -> Array:
+    """Each column's right neighbour, zeros last."""
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+def document_lengths(batch: Batch) -> np.ndarray:
+    """[documents] int64, each document's tokens up to its last target: those that the loss depends on.
+
+    A row is one document unless `segment_ids` says otherwise.
+    """
+    mask_BT = np.asarray(batch["target_mask"])
+    segments_BT = np.asarray(batch.get("segment_ids", np.ones(mask_BT.shape, int)))
+    places = np.arange(mask_BT.size)
+    # Row by row: segments are numbered from 1 within each, and 0 is padding.
+    ids = (places // mask_BT.shape[1]) * (segments_BT.max(initial=0) + 1) + segments_BT.reshape(-1)
+    inside = segments_BT.reshape(-1) > 0
+    _, starts, document = np.unique(ids[inside], return_index=True, return_inverse=True)
+    ends = np.zeros(len(starts), np.int64)
+    np.maximum.at(ends, document, np.where(mask_BT.reshape(-1), places + 1, 0)[inside])
+    return np.maximum(ends - places[inside][starts], 0)

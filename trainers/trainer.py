@@ -1,14 +1,15 @@
-"""The abstract Trainer: a loss becomes jitted, accumulated, guarded optimizer steps.
+"""The abstract Trainer: turns a loss into jitted, accumulated, guarded optimizer steps.
 
-Parameters come in two trees: what is trained (`TrainState.params`) and what is frozen. Without LoRA all
-is trained and nothing frozen; with it, the model is frozen and its adapters are trained.
+Parameters come in two trees: trained (`TrainState.params`) and frozen. With LoRA the adapters are trained
+and the model is frozen. Without it all parameters are trained; a copy of them stays frozen where the
+loss needs a reference model.
 """
 
 import abc
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
@@ -31,13 +32,13 @@ Batch = dict[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes from step to step, and all that a checkpoint holds.
+    """Everything that changes from step to step: the arrays of a checkpoint.
 
     Attributes:
-        step: [] int32, updates done; a skipped one does not count.
-        params: what is trained.
+        step: [] int32, updates done; skipped ones do not count.
+        params: the trained parameters.
         opt_state: optax's.
-        key: the PRNG key; each step takes a new one from it, a skipped one too.
+        key: the PRNG key; each step splits a new one from it, a skipped step too.
     """
 
     step: Array
@@ -50,9 +51,13 @@ class TrainState:
 class Loss:
     """A loss as sums, so that micro-batches and devices add up before the one division.
 
+    >>> loss = Loss(total=jnp.float32(6), weight=jnp.float32(2))
+    >>> print((loss + Loss(total=jnp.float32(0), weight=jnp.float32(1))).means()["loss"])
+    2.0
+
     Attributes:
         total: [] float32, the sum that is differentiated.
-        weight: [] float32, what the total of all micro-batches is divided by.
+        weight: [] float32; the total of all micro-batches is divided by theirs.
         sums: further sums by name, logged divided by the weight.
         maxima: by name, logged as their maximum.
     """
@@ -63,12 +68,12 @@ class Loss:
     maxima: dict[str, Array] = flax.struct.field(default_factory=dict)
 
     def __add__(self, other: "Loss") -> "Loss":
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)
+        maxima = jax.tree.map(jnp.maximum, self.maxima, other.maxima)
         return Loss(
             total=self.total + other.total,
             weight=self.weight + other.weight,
-            sums=add(self.sums, other.sums),
-            maxima=jax.tree.map(jnp.maximum, self.maxima, other.maxima),
+            sums=jax.tree.map(jnp.add, self.sums, other.sums),
+            maxima=maxima,
         )
 
     def means(self) -> dict[str, Array]:
@@ -76,6 +81,20 @@ class Loss:
         weight = jnp.where(self.weight > 0, self.weight, 1)
         means = {name: value / weight for name, value in self.sums.items()}
         return {"loss": self.total / weight, **means, **self.maxima}
+
+
+class Work(NamedTuple):
+    """The size of a step on a batch.
+
+    Attributes:
+        targets: tokens that the loss is summed over.
+        tokens: tokens that the loss depends on.
+        mean_context: mean over these of the tokens of their row or document, for FLOPs.
+    """
+
+    targets: int
+    tokens: int
+    mean_context: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,20 +129,29 @@ class TrainConfig(OptimizerConfig):
         0, "steps between evaluations; 0: only at the end", integer(0), resume=ALWAYS
     )
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the model with the one that training started from."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer(abc.ABC):
-    """Static things only, so that it can be jitted on; a subclass says what the loss is.
+    """Turns a loss into training steps; a subclass says what the loss is.
+
+    Holds static things only, so that methods can be jitted with it as a static argument.
 
     Attributes:
         model: with its activations' dtype and its rematerialisation.
-        config: optimizer and steps.
+        config: the optimizer and how it is driven.
         lora: adapters are trained next to a frozen model; None: all parameters are.
+        shaped_by: the array of a batch whose shape names what XLA compiles for the batch.
     """
 
     model: LLaMa
     config: TrainConfig
     lora: LoRAConfig | None = None
+    shaped_by: ClassVar[str] = "tokens"
 
     def __post_init__(self) -> None:
         if self.config.learning_rate is None:
@@ -132,7 +160,7 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
-        """The loss of a micro-batch, as sums.
+        """Sums the loss over a micro-batch.
 
         Args:
             params: as the model takes them, with adapters attached.
@@ -141,76 +169,51 @@ class Trainer(abc.ABC):
             key: for what is random in the loss.
         """
 
-    @property
-    def keeps_frozen(self) -> bool:
-        """Whether there are frozen parameters beside the state."""
-        return self.lora is not None
-
-    def work(self, batch: Batch) -> tuple[float, float]:
-        """(tokens that the loss depends on, the mean over them of their row's tokens), for FLOPs."""
-        lengths = document_lengths(batch)
-        n_tokens = float(lengths.sum())
-        return n_tokens, float((lengths**2).sum()) / max(n_tokens, 1)
+    @abc.abstractmethod
+    def work(self, batch: Batch) -> Work:
+        """Counts a batch's tokens, on the host."""
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """What is logged, from the means of a step or of an evaluation."""
+        """Turns the means of a step, or of an evaluation, into the numbers that are logged."""
         return means
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether there are frozen parameters besides the state."""
+        return self.lora is not None or self.config.needs_reference
 
     def init(
         self, params: Params, key: Array, *, donate: bool = False
     ) -> tuple[TrainState, Params]:
-        """(state, frozen) of a run that starts from a model.
+        """Starts a run from a model: (state, frozen parameters).
+
+        The frozen parameters are the base model with LoRA, else the reference if the loss needs one.
 
         Args:
             params: as loaded; copied, since a step's state is donated to the next.
             key: decides adapters and everything random in the run.
-            donate: take over `params` where no cast is needed, which then cannot be used any more.
+            donate: takes over `params` where no cast is needed: they cannot be used afterwards.
         """
-        params = sharding.place(params, self.model_specs(params))
+        params = sharding.place(params, model_specs(self.model, params))
         key, lora_key = jax.random.split(key)
         dtype = jnp.dtype(self.config.param_dtype)
-        if self.lora is None:
-            copy = (lambda x: x) if donate else jnp.copy
-            frozen = {}
-            trained = jax.tree.map(
-                lambda x: x.astype(dtype) if x.dtype != dtype else copy(x), params
-            )
-        else:
-            frozen = params
+        if self.lora is not None:
             trained = adapters.init_lora(self.model.config, self.lora, lora_key, dtype)
-            trained = sharding.place(trained, self.specs(trained))
-        return self._start(trained, key), frozen
+            trained = sharding.place(trained, model_specs(self.model, trained, self.lora))
+            return _fresh_state(self, trained, key), params
+        frozen = {}
+        if self.config.needs_reference:  # a real copy: the trained parameters are donated
+            frozen = jax.tree.map(lambda x: jnp.array(x, self.model.dtype or dtype), params)
+        trained = jax.tree.map(lambda x: jnp.array(x, dtype, copy=not donate), params)
+        return _fresh_state(self, trained, key), frozen
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _start(self, params: Params, key: Array) -> TrainState:
-        moments = make_optimizer(self.config).init(cast_floats(params, jnp.float32))
-        state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
-        return sharding.constrain_tree(state, self.state_specs(state))
-
-    def model_axes(self) -> dict[str, sharding.Axes]:
-        """The logical axes of the model's parameters."""
-        return param_axes(self.model.config)
-
-    def trained_axes(self) -> dict[str, sharding.Axes]:
-        """The logical axes of what is trained."""
-        if self.lora is None:
-            return self.model_axes()
-        return adapters.adapter_axes(self.lora)
-
-    def model_specs(self, params: Params) -> Params:
-        """How the context mesh shares the model's parameters, see `utils.sharding`."""
-        return sharding.specs(params, self.model_axes, sharding.TRAINING)
-
-    def specs(self, params: Params) -> Params:
-        """How the context mesh shares what is trained."""
-        return sharding.specs(params, self.trained_axes, sharding.TRAINING)
-
-    def state_specs(self, state: TrainState) -> TrainState:
-        """How the context mesh shares the state: moments lie where their parameters do."""
-        return sharding.state_specs(state, state.params, self.specs(state.params))
+    def specs(self, state: TrainState) -> TrainState:
+        """PartitionSpecs of a state on the context mesh: moments lie where their parameters do."""
+        of_params = model_specs(self.model, state.params, self.lora)
+        return sharding.state_specs(state, state.params, of_params)
 
     def model_params(self, params: Params, frozen: Params) -> Params:
-        """What the model takes; differentiable by `params`."""
+        """The parameters that the model takes; differentiable by `params`."""
         return params if self.lora is None else adapters.attach(frozen, params, self.lora)
 
     def export_params(self, state: TrainState, frozen: Params) -> Params:
@@ -232,14 +235,21 @@ class Trainer(abc.ABC):
             (state, metrics): scalars; `loss` and others by name, `weight`, `grad_norm` (before
             clipping), `lr`, and `updated`, whether the update was done.
         """
+        specs = self.specs(state)
         key, loss_key = jax.random.split(state.key)
-        sums, loss = self._gradient_sums(state.params, frozen, batch, loss_key)
-        # Of the sums: of their quotients, XLA would keep a copy for the norm alone.
-        inverse = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
-        norm = optax.tree.norm(cast_floats(sums, jnp.float32)) * inverse
+        sums, loss = _gradient_sums(self, state.params, frozen, batch, loss_key)
+        sums = sharding.constrain_tree(sums, specs.params)
+        # The norm is taken of the sums: of their quotients, XLA would keep a copy for it alone.
+        scale = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
+        norm = optax.tree.norm(cast_floats(sums, jnp.float32)) * scale
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
-        params, moments = self._update(sums, norm, inverse, updated, state)
+        if self.config.clip_norm is not None:
+            scale *= jnp.minimum(1, self.config.clip_norm / norm)
+        update = functools.partial(_update, self.config)
+        params, moments = detours.update_in_place(
+            update, sums, scale, updated, state.params, state.opt_state
+        )
         metrics = loss.means() | {
             "weight": loss.weight,
             "grad_norm": norm,
@@ -253,52 +263,16 @@ class Trainer(abc.ABC):
             opt_state=moments,
             key=key,
         )
-        return sharding.constrain_tree(state, self.state_specs(state)), metrics
-
-    def _update(self, sums: Params, norm: Array, scale: Array, updated: Array, state: TrainState):
-        """(parameters, moments) after the update, where `updated`."""
-        if self.config.clip_norm is not None:
-            scale *= jnp.minimum(1, self.config.clip_norm / norm)
-        optimizer = make_optimizer(self.config)
-
-        def update(sums, scale, updated, params, moments):
-            grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, sums)
-            updates, new = optimizer.update(grads, moments, params)
-            params = _where(updated, optax.apply_updates(params, updates), params)
-            return params, _where(updated, new, moments)
-
-        return detours.update_in_place(update, sums, scale, updated, state.params, state.opt_state)
+        return sharding.constrain_tree(state, specs), metrics
 
     def gradients(
         self, params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[Params, Loss]:
         """(float32 gradients of total / weight over the whole batch, the Loss of the whole batch)."""
-        sums, loss = self._gradient_sums(params, frozen, batch, key)
+        sums, loss = _gradient_sums(self, params, frozen, batch, key)
+        sums = sharding.constrain_tree(sums, model_specs(self.model, params, self.lora))
         weight = jnp.where(loss.weight > 0, loss.weight, 1)
         return jax.tree.map(lambda x: x.astype(jnp.float32) / weight, sums), loss
-
-    def _gradient_sums(
-        self, params: Params, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[Params, Loss]:
-        """(gradients of the total over the whole batch, its Loss).
-
-        The gradients are float32 where micro-batches are added up, else of the parameters' dtype.
-        """
-
-        def of_rows(rows: Batch, key: Array) -> tuple[Params, Loss]:
-            def total(params):
-                loss = self.loss(self.model_params(params, frozen), rows, key)
-                return loss.total, loss
-
-            return jax.grad(total, has_aux=True)(params)
-
-        n_rows = len(jax.tree.leaves(batch)[0])
-        size = min(self.config.micro_batch_size or n_rows, n_rows)
-        if size == n_rows:
-            grads, loss = of_rows(batch, key)
-        else:
-            grads, loss = _accumulate(of_rows, split_rows(batch, size), key)
-        return sharding.constrain_tree(grads, self.specs(params)), loss
 
     @functools.partial(jax.jit, static_argnums=0)
     def eval_step(self, params: Params, frozen: Params, batch: Batch) -> Loss:
@@ -308,9 +282,8 @@ class Trainer(abc.ABC):
         if size is None or size >= len(jax.tree.leaves(batch)[0]):
             return self.loss(params, batch, key)
         losses = jax.lax.map(lambda rows: self.loss(params, rows, key), split_rows(batch, size))
-        total = lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
-        maxima = jax.tree.map(lambda x: jnp.max(x, axis=0), losses.maxima)
-        return Loss(total(losses.total), total(losses.weight), total(losses.sums), maxima)
+        summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), losses)
+        return summed.replace(maxima=jax.tree.map(lambda x: jnp.max(x, axis=0), losses.maxima))
 
     def evaluate(
         self, params: Params, frozen: Params, batches: Iterable[Batch]
@@ -327,13 +300,62 @@ class Trainer(abc.ABC):
         return {k: float(v) for k, v in (total.means() | {"weight": total.weight}).items()}
 
 
+def model_specs(model: LLaMa, params: Params, lora: LoRAConfig | None = None) -> Params:
+    """PartitionSpecs of a model's parameters, or of its adapters, on the context mesh."""
+
+    def table() -> dict[str, sharding.Axes]:
+        axes = param_axes(model.config)
+        return axes if lora is None else adapters.adapter_axes(lora)
+
+    return sharding.specs(params, table, sharding.TRAINING)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _fresh_state(trainer: Trainer, params: Params, key: Array) -> TrainState:
+    moments = make_optimizer(trainer.config).init(cast_floats(params, jnp.float32))
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=moments, key=key)
+    return sharding.constrain_tree(state, trainer.specs(state))
+
+
+def _update(
+    config: TrainConfig, sums: Params, scale: Array, updated: Array, params: Params, moments: Any
+) -> tuple[Params, Any]:
+    """(parameters, moments) after the update by sums · scale; as they were if not `updated`."""
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32) * scale, sums)
+    updates, new = make_optimizer(config).update(grads, moments, params)
+    params = _where(updated, optax.apply_updates(params, updates), params)
+    return params, _where(updated, new, moments)
+
+
 def _where(condition: Array, new: Any, old: Any) -> Any:
-    """Each array of one tree or the other, of the old one's dtype."""
+    """The arrays of one tree or of the other, in the old one's dtypes."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n.astype(o.dtype), o), new, old)
 
 
+def _gradient_sums(
+    trainer: Trainer, params: Params, frozen: Params, batch: Batch, key: Array
+) -> tuple[Params, Loss]:
+    """(gradients of the total over the whole batch, its Loss).
+
+    The gradients are float32 where micro-batches are added up, else of the parameters' dtype.
+    """
+
+    def of_rows(rows: Batch, key: Array) -> tuple[Params, Loss]:
+        def total(params):
+            loss = trainer.loss(trainer.model_params(params, frozen), rows, key)
+            return loss.total, loss
+
+        return jax.grad(total, has_aux=True)(params)
+
+    n_rows = len(jax.tree.leaves(batch)[0])
+    size = min(trainer.config.micro_batch_size or n_rows, n_rows)
+    if size == n_rows:
+        return of_rows(batch, key)
+    return _accumulate(of_rows, split_rows(batch, size), key)
+
+
 def split_rows(batch: Batch, size: int) -> Batch:
-    """A batch's micro-batches: [rows, …] -> [n, size, …], filled up with rows of zeros."""
+    """Splits a batch into micro-batches: [rows, …] -> [n, size, …], filled up with rows of zeros."""
 
     def split(x):
         missing = -x.shape[0] % size
@@ -359,14 +381,3 @@ def _accumulate(of_rows, batches: Batch, key: Array) -> tuple[Params, Loss]:
         return (summed, carry[1] + loss), None
 
     return jax.lax.scan(add, start, (batches, keys))[0]
-
-
-def document_lengths(batch: Batch) -> np.ndarray:
-    """[documents] float64, how many tokens of each the loss depends on: those up to its last target."""
-    mask = np.asarray(batch["target_mask"])
-    if "segment_ids" not in batch:
-        last = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
-        return np.where(mask.any(axis=1), last, 0).astype(np.float64)
-    segments = np.asarray(batch["segment_ids"])
-    counts = [np.bincount(row)[1:] for row in segments]
-    return np.concatenate(counts).astype(np.float64)

@@ -62,3 +62,21 @@ def check_fits(parts: dict[str, int]) -> None:
             f"out of memory: {listed} are needed and {human(available)} are available; use fewer or "
             "shorter rows, a smaller model or --dtype bfloat16"
         )
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory held so far: by this process on a CPU, else by the fullest local device.
+
+    None if the system does not say. Not `ru_maxrss`: Linux passes it on to child processes.
+    """
+    if jax.default_backend() != "cpu":
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        return max(
+            (s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None
+        )
+    try:
+        with open("/proc/self/status") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

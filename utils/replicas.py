@@ -19,7 +19,7 @@ def check_replicas(tree: Any, specs: Any) -> None:
 
     Args:
         tree: arrays on the context mesh; without one nothing is to be compared.
-        specs: the PartitionSpec of each, as `Trainer.specs` has them.
+        specs: the PartitionSpec of each, as in `Trainer.specs`.
 
     Raises:
         TrainError: two copies differ; the array and the process of the odd one are named.

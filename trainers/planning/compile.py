@@ -21,7 +21,7 @@ from trainers.planning.estimate import estimate_job
 from trainers.planning.hlo_text import Array
 from trainers.planning.job import Job, Program
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from trainers.trainer import Trainer
+from trainers.trainer import Trainer, model_specs
 from utils import sharding
 from utils.cross_entropy import chunk_size
 from utils.kvcache import KVCache, bucket, buffer_spec
@@ -129,9 +129,9 @@ class Compiler:
         state, frozen = jax.eval_shape(
             lambda key: trainer.init(init_params(job.model, key, dtype), key), random_key()
         )
-        frozen_specs = trainer.model_specs(frozen) if frozen else {}
+        frozen_specs = model_specs(trainer.model, frozen) if frozen else {}
         return (
-            self._sharded(state, trainer.state_specs(state)),
+            self._sharded(state, trainer.specs(state)),
             self._sharded(frozen, frozen_specs),
         )
 

@@ -14,9 +14,9 @@ from models.llama.generation import generate, random_key
 from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from sampling import TopP
-from trainers.metrics import Compilations, PhaseClock
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Prompt, Task, reward_rows
+from utils.clock import PhaseClock
 from utils.errors import ConfigError, is_int
 from utils.fields import Config, field, integer, number
 
@@ -139,7 +139,7 @@ def evaluate_task(
     # Of no rows: before anything is sampled it says whether the rewards take these columns.
     pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
-    clock, compilations = PhaseClock(), Compilations()
+    clock = PhaseClock()
     found = _Found(task, config.samples, write)
     size = min(config.batch_size, len(task.prompts))
     try:
@@ -152,9 +152,10 @@ def evaluate_task(
                 done = _sample(model, params, tokenizer, task, config, indices)
             with clock("rewards"):
                 found.add(task.prompts[start : start + size], done, tokenizer, pool)
-        seconds = clock.take() | {"compilation": sum(s for _, s in compilations.take())}
+        lap = clock.take()
+        seconds = lap.seconds | {"compilation": sum(lap.compiling.values())}
     finally:
-        compilations.close()
+        clock.close()
     asked = {"task": task.name, "digest": task.digest, "prompts": len(task.prompts)}
     return asked | dataclasses.asdict(config) | found.summary(config.k, seconds)
 

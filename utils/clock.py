@@ -1,0 +1,67 @@
+"""Seconds by phase, and those of XLA's compilations among them."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+
+class Lap(NamedTuple):
+    """What a PhaseClock saw since the last one.
+
+    Attributes:
+        seconds: by phase.
+        compiling: those of `seconds` in which XLA compiled.
+        compilations: (the function and the shape it was compiled for, seconds).
+    """
+
+    seconds: dict[str, float]
+    compiling: dict[str, float]
+    compilations: list[tuple[str, float]]
+
+
+class PhaseClock:
+    """Seconds by phase, `with clock("step", "tokens [8, 512]"): …`, and XLA's compilations until `close`.
+
+    Phases do not nest. A program from the cache of compilations counts as compiled: its shape was new
+    to the process.
+    """
+
+    def __init__(self):
+        self._now, self._lap = ("", ""), Lap({}, {}, [])
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def close(self) -> None:
+        """Stops listening to compilations."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str, shape: str = "", /) -> Iterator[None]:
+        """Adds the block's seconds to a phase, even if the block raises.
+
+        `shape` names what is compiled within.
+        """
+        self._now, start = (phase, shape), time.monotonic()
+        try:
+            yield
+        finally:
+            _add(self._lap.seconds, phase, time.monotonic() - start)
+            self._now = "", ""
+
+    def take(self) -> Lap:
+        """The Lap since the last call."""
+        taken, self._lap = self._lap, Lap({}, {}, [])
+        return taken
+
+    def _on_event(self, event: str, seconds: float, **about) -> None:
+        if event.startswith("/jax/core/compile/backend_compile"):
+            name = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
+            phase, shape = self._now
+            self._lap.compilations.append((f"{name} {shape}".strip(), seconds))
+            _add(self._lap.compiling, phase, seconds)
+
+
+def _add(totals: dict[str, float], name: str, seconds: float) -> None:
+    totals[name] = totals.get(name, 0.0) + seconds
