@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,9 +116,13 @@ def test_every_kind_of_leaf_comes_back_to_the_bit(tmp_path):
 
 
 def test_the_arrays_are_copied_before_save_returns(tmp_path, monkeypatch):
-    go = threading.Event()
-    write = checkpoint.write_arrays
-    monkeypatch.setattr(checkpoint, "write_arrays", lambda *a: (go.wait(30), write(*a)))
+    go, submit = threading.Event(), ThreadPoolExecutor.submit
+
+    def later(pool, function, *args):
+        """Nothing that is left to another thread is done before `go`."""
+        return submit(pool, lambda: (go.wait(30), function(*args))[1])
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", later)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     state = {"w": jnp.zeros((64, 64)), "n": jnp.int32(0)}
     with Checkpointer(tmp_path) as writer:

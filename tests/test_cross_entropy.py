@@ -95,6 +95,15 @@ def test_a_gradient_is_scaled_by_what_comes_after(chunks_of_32):
     close(grads[1], -2.5 * dhead)
 
 
+@pytest.mark.parametrize("below, correct", [(0, 1), (0.005, 0), (-0.005, 1)])
+def test_a_target_is_correct_where_no_logit_is_larger(chunks_of_32, below, correct):
+    logits = np.linspace(-1, 2, V, dtype=np.float32)
+    logits[7] = 2 - below  # next to id V - 1, which has 2
+    x, head = np.ones((1, 1), np.float32), logits[:, None]
+    sums = cross_entropy(*map(jnp.asarray, (x, head, np.int32([7]), np.float32([3]))))
+    assert sums.correct == 3 * correct
+
+
 @pytest.mark.covers("D4")
 def test_without_a_weight_all_is_zero(chunks_of_32):
     sums, grads = ours(*inputs("zeros"))

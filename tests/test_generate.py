@@ -98,6 +98,25 @@ def test_keys():
     assert rows(run(prompts, SAMPLER, key=keys))[2] == one[0]
 
 
+def test_each_draw_of_a_row_is_another_one():
+    flat = rows(run(PROMPTS[:2], TopP(temperature=1e6), n=2))
+    # 20 draws of 160 ids that are equally likely have about 18.8 different ones.
+    assert min(len(set(row)) for row in flat) > 12
+    # Nor are the draws of one row those of another, or its own a step later.
+    assert all(np.mean(np.equal(a[:19], b[k : 19 + k])) < 0.3 for a, b, k in _pairs(flat))
+
+
+def _pairs(rows):
+    """(a row, a row, how far the second is shifted), but for a row with itself in place."""
+    return [
+        (a, b, k)
+        for i, a in enumerate(rows)
+        for j, b in enumerate(rows)
+        for k in (0, 1)
+        if i != j or k
+    ]
+
+
 def test_streaming_equals_the_batch():
     model, params = load()
     config = GenerationConfig(max_new_tokens=20)
@@ -180,6 +199,15 @@ def test_streamed_text_never_shows_a_part_of_a_stop_string():
     for token in (ord(c) - 97 for c in stop[:2]):
         row.push(token)
     assert row.certain == 0 and row.text == stop[:2]
+
+
+@pytest.mark.parametrize("stops", [("bc", "c"), ("c", "bc"), ("d", "bc", "abcd")])
+def test_of_stop_strings_that_appear_together_the_first_in_the_text_cuts(stops):
+    row = RowText(Letters(), stops)
+    for token in range(3):
+        assert not row.stopped
+        row.push(token)
+    assert row.stopped and row.text == "a" and row.tokens == 3 and row.certain == 1
 
 
 @pytest.mark.covers("C3")
@@ -301,6 +329,29 @@ def test_a_filled_cache_goes_on():
         Generation(model, params, Greedy(), GenerationConfig(n=2, max_new_tokens=1)).start(
             [[5]], cache=second.state.cache
         )
+
+
+def test_rows_that_ended_apart_go_on_apart():
+    """Each at the slot behind its own last token, whichever step its neighbours ran to."""
+    model, params = load()
+    free, prompts = rows(run(PROMPTS[:3])), PROMPTS[:3]
+    first = Generation(
+        model,
+        params,
+        Greedy(),
+        GenerationConfig(max_new_tokens=9, stop_ids=frozenset({free[1][3]})),
+    )
+    first.start(prompts)
+    done = finish(first)
+    assert done.lengths.tolist() == [9, 4, 9] == [len(done.row(i)) for i in range(3)]
+    # The cache holds all of a row but its last token.
+    held = [len(p) + n - 1 for p, n in zip(prompts, done.lengths)]
+    assert first.state.cache.lengths.tolist() == held
+    turn = [5, 9, 2]
+    second = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=9))
+    second.start([done.row(i)[-1:] + turn[: i + 1] for i in range(3)], cache=first.state.cache)
+    fresh = [p + done.row(i) + turn[: i + 1] for i, p in enumerate(prompts)]
+    assert rows(finish(second)) == rows(run(fresh, max_new_tokens=9))
 
 
 def test_buckets():

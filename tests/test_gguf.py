@@ -6,6 +6,7 @@ import dataclasses
 import struct
 
 import gguf
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -207,6 +208,26 @@ def assert_same_params(a, b) -> None:
         else:
             assert a[key].dtype == b[key].dtype
             np.testing.assert_array_equal(np.asarray(a[key]), np.asarray(b[key]), err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("types", "dtype"),
+    [
+        ("F16", "float16"),
+        ("BF16", "bfloat16"),
+        ("F32", "float32"),
+        ("Q8_0", "float32"),
+        ({"*attn_*": "F32", "*": "BF16"}, "bfloat16"),  # most tensors are F32, most numbers BF16
+        ({"*ffn_*": "F32", "*": "F16"}, "float32"),
+    ],
+    ids=str,
+)
+def test_without_a_dtype_a_model_has_that_of_most_of_its_numbers(tmp_path, types, dtype):
+    """And not that of its norms, which a GGUF file always keeps in float32."""
+    _, model = hf_model("gqa")
+    write_gguf(tmp_path / "model.gguf", model.config, model.state_dict(), types)
+    _, params = load_checkpoint(tmp_path / "model.gguf")
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {dtype}
 
 
 def test_quantised_model_is_dequantised_and_reordered(tmp_path):

@@ -302,6 +302,21 @@ def test_empty_completions(kind):
     assert np.isfinite(grads).all() and not (np.asarray(grads) * (1 - mask)).any()
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_width_of_a_batch_changes_nothing(kind):
+    """Least of all dr_grpo's constant: a step's width is that of its longest completion."""
+    values, mask = np.float32([[[3, 5, 0, 0], [1, 0, 0, 0]]]), np.float32(
+        [[[1, 1, 0, 0], [1, 0, 0, 0]]]
+    )
+    found = []
+    for width in (2, 3, 4):
+        given = values[..., :width], mask[..., :width], np.ones((1, 2)), kind, 10
+        total, weight = aggregate(*given)
+        found.append(float(total / weight))
+    expected = {"dapo": 9 / 3, "bnpo": 3, "grpo": (4 + 1) / 2, "dr_grpo": 9 / (2 * 10)}[kind]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.covers("D14")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_completion_that_is_one_stop_token(kind):

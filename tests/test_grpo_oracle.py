@@ -21,7 +21,8 @@ from trainers.grpo_trainer import KLS, LOSSES, RATIO_LEVELS, GRPOConfig, GRPOTra
 MAX_LEN, VOCAB = 6, 7
 # Tokens that count of each completion; None: it has no score. 0: it was cut off, and masked.
 LENGTHS = np.array([[4, 1, 6, 3], [2, None, 5, 6], [0, 6, 1, 0]], object)
-CLIPS = dict(epsilon_low=0.2, epsilon_high=0.28, max_completion_len=MAX_LEN)
+# The longest completion that there may be is longer than any of this batch.
+CLIPS = dict(epsilon_low=0.2, epsilon_high=0.28, max_completion_len=MAX_LEN + 3)
 
 
 class Given(GRPOTrainer):

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: DESIGN in CLAUDE.md says why each is there."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,5 +83,7 @@ def test_importing_has_no_side_effect_and_parsers_need_no_jax():
     code += "import generate, chat, jax\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     code += "assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_x64"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (out.returncode, out.stdout, out.stderr) == (0, "", "")

@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 
 from models.llama.lora import LoRAConfig
-from tests.grpo_rewards import failing, same, sometimes, wrong_type
+from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
+from trainers import on_policy
 from trainers.checkpoint import Checkpointer, CheckpointReader
+from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.loop import Progress, Session, fit
 from trainers.metrics import MetricsLog
-from trainers.on_policy import RolloutBatches, RolloutData, TaskEvaluation, decoding_params
+from trainers.on_policy import (
+    RolloutBatches,
+    RolloutData,
+    Sampler,
+    TaskEvaluation,
+    decoding_params,
+)
 from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards.accuracy import EvaluationConfig
 from trainers.rewards.pool import Reward
-from trainers.rollout import Layout, RolloutConfig, parts
+from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.rollout_file import from_record, to_record
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError, TrainError
@@ -53,7 +61,124 @@ def run(of, folder, *, state=None, checkpointer=None, progress=Progress(), stop=
         )
 
 
+def made(prompts, rewards):
+    """A Rollout with these rewards [B, G], of tokens that tell their place."""
+    shape = B, G, C = *np.shape(rewards), LENGTH
+    lengths = 1 + np.arange(B * G).reshape(B, G) % C
+    inside = np.arange(C) < lengths[..., None]
+    return Rollout(
+        prompts=list(prompts),
+        texts=[["1"] * G] * B,
+        functions=("told",),
+        tokens=np.where(inside, 1 + np.arange(B * G * C).reshape(shape) % 9, 0).astype(np.int32),
+        lengths=lengths,
+        stopped=lengths % 2 == 1,
+        logprobs=np.where(inside, -0.5, 0).astype(np.float32),
+        scores=np.asarray(rewards, float)[..., None],
+        rewards=np.asarray(rewards, float),
+        advantages=np.zeros((B, G), np.float32),
+    )
+
+
+def told(prompt):
+    """A group's four rewards: all equal but for four of the ten prompts, whose spreads differ."""
+    answer = prompt.columns["answer"]
+    return [answer * answer * (answer in (1, 4, 6, 9)) * j for j in (0.0, 0.5, 1.0, 3.0)]
+
+
+class Told(Sampler):
+    """Samples nothing: it gives rollouts with the rewards `told`, and notes what it was asked for."""
+
+    def __init__(self, of, **config):
+        config = RolloutConfig(**dict(prompts_per_step=4, group_size=4) | config)
+        super().__init__(of, config, task(), tokenizer(), None)
+        self.answers, self.keys = [], []
+
+    def __call__(self, policy, prompts, keys, clock):
+        self.answers += [prompt.columns["answer"] for prompt in prompts]
+        self.keys += map(tuple, jax.random.key_data(keys).tolist())
+        return made(prompts, [*map(told, prompts)]).with_advantages(self.config.scale)
+
+
 # What is sampled --------------------------------------------------------------------------------
+
+
+def test_prompts_and_keys_follow_from_the_seed_the_state_and_the_position():
+    of = trainer()
+    state, frozen = start(of)
+
+    def asked(rounds=5, seed=0, state=state, position=0):
+        by = Told(of, seed=seed)
+        batches = RolloutBatches(by, None)
+        batches.set_state({"prompts": position})
+        for _ in range(rounds):
+            batches.sample(state, frozen, PhaseClock())
+            next(batches)
+        assert batches.get_state() == {"prompts": position + 4 * rounds}
+        return by.answers, by.keys
+
+    answers, keys = asked()
+    epochs = answers[:10], answers[10:]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(10)] and epochs[0] != epochs[1]
+    # A prompt that comes again has another key, while the state has the same.
+    assert len(set(keys)) == 20
+    assert asked() == (answers, keys)
+    assert asked(rounds=3, position=8) == (answers[8:], keys[8:])
+    assert asked(seed=1)[0][:10] != epochs[0]
+    other_answers, other_keys = asked(state=state.replace(key=jax.random.key(7)))
+    assert other_answers == answers and not set(other_keys) & set(keys)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_advantages_after_refills_are_those_of_the_groups_that_are_kept(scale):
+    of = trainer()
+    by = Told(of, scale=scale, refills=2)
+    batches = RolloutBatches(by, None)
+    batches.sample(*start(of), PhaseClock())
+    batch, prompts = next(batches), by.task.prompts
+    by_ids = {prompt.ids: prompt for prompt in prompts}
+    assert len(by_ids) == 10
+    kept = [
+        by_ids[tuple(ids[:n].tolist())] for ids, n in zip(batch["prompts"], batch["prompt_lengths"])
+    ]
+    # In the order of their sampling those with something to learn, and of the others the first.
+    varied = [answer for answer in by.answers if answer in (1, 4, 6, 9)]
+    assert 4 < len(by.answers) == batches.get_state()["prompts"]
+    found = [prompt.columns["answer"] for prompt in kept]
+    assert [answer for answer in found if answer in varied] == varied[:4]
+    rewards = np.float32([*map(told, kept)])
+    expected = group_advantages(rewards, np.ones_like(rewards, bool), scale)
+    np.testing.assert_array_equal(batch["advantages"], expected)
+
+
+def test_a_completion_without_a_reward_has_no_part_in_a_batch():
+    rewards = np.array([[1, np.nan, 2, 3], [np.nan] * 4, [0.5, 0.5, np.nan, 1]])
+    rollout = made(task().prompts[:3], rewards).with_advantages("group")
+    valid, known = ~np.isnan(rewards), np.isfinite(rewards)
+    for branches in (4, 2):
+        batch = rollout.batch(Layout(prompt_width=16, width=LENGTH, branches=branches))
+        whole = {
+            name: x.reshape(3, 4, *x.shape[2:])
+            for name, x in batch.items()
+            if x.ndim > 1 and name != "prompts"
+        }
+        assert (whole["counts"] == valid).all()
+        inside = np.arange(LENGTH) < rollout.lengths[..., None]
+        assert (whole["target_mask"] == inside & valid[..., None]).all()
+        assert not whole["advantages"][~valid].any() and np.isfinite(whole["advantages"]).all()
+        for row in (0, 2):
+            of_row = rewards[row][known[row]]
+            np.testing.assert_allclose(
+                whole["advantages"][row][known[row]],
+                (of_row - of_row.mean()) / (of_row.std(ddof=1) + 1e-4),
+                rtol=1e-5,
+            )
+    masked = rollout.batch(Layout(prompt_width=16, width=LENGTH, branches=4), mask_truncated=True)
+    assert (masked["target_mask"].any(-1) == valid & rollout.stopped).all()
+    assert (masked["counts"] == valid).all()
+    said = rollout.metrics()
+    assert said["unscorable"] == 6 / 12 and said["zero_std"] == 1 / 3
+    assert said["reward"] == pytest.approx(np.nanmean(rewards))
 
 
 def test_the_samplers_log_probs_are_the_trainers_and_the_ratio_is_one(tmp_path):
@@ -99,6 +224,29 @@ def test_a_prompt_with_its_completions_is_the_same_whoever_else_is_in_the_batch(
     assert (whole.tokens == turned.tokens[::-1]).all() and whole.texts == turned.texts[::-1]
     np.testing.assert_array_equal(whole.logprobs, turned.logprobs[::-1])
     np.testing.assert_array_equal(whole.advantages, turned.advantages[::-1])
+
+
+def test_scores_are_what_each_function_says_of_each_completion():
+    of, prompts = trainer(), task().prompts[4:8]  # prompt 7 has no second reward
+    keys = jax.vmap(jax.random.key)(np.arange(4))
+    with sampler(of) as by:
+        rollout = by(decoding_params(of, *start(of)), prompts, keys, PhaseClock())
+    ids = [
+        [tokens[:n].tolist() for tokens, n in zip(*group)]
+        for group in zip(rollout.tokens, rollout.lengths)
+    ]
+    answers = [[prompt.columns["answer"]] * 4 for prompt in prompts]
+    expected = np.array(
+        [
+            [ones(texts), even(texts, completion_ids, answer)]
+            for texts, completion_ids, answer in zip(rollout.texts, ids, answers)
+        ],
+        float,
+    ).swapaxes(1, 2)
+    assert rollout.functions == ("ones", "even") and len(np.unique(expected[..., 0])) > 4
+    np.testing.assert_array_equal(rollout.scores, expected)
+    weighted = expected[..., 0] + 0.5 * np.nan_to_num(expected[..., 1])
+    np.testing.assert_allclose(rollout.rewards, weighted)
 
 
 def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
@@ -330,6 +478,18 @@ def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
 
 
 # Evaluations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reward, score", [(0.25, -0.25), (-3.0, 3.0), (None, np.inf)])
+def test_the_best_checkpoint_is_that_of_the_largest_reward(monkeypatch, reward, score):
+    """Of scores the lowest is the best; where nothing was scored it is none."""
+    mean = dict(value=reward, low=0.1, high=0.4)
+    found = dict(total=dict(mean=mean), rewards=dict(ones=dict(mean=mean)), mean_length=5.0)
+    monkeypatch.setattr(on_policy, "evaluate_task", lambda *_: found)
+    of = trainer()
+    evaluation = TaskEvaluation(of, task(), tokenizer(), None, EvaluationConfig())
+    wanted = dict(reward=reward, reward_low=0.1, reward_high=0.4, ones=reward)
+    assert evaluation.evaluate(*start(of)) == wanted | dict(length_mean=5.0, score=score)
 
 
 @pytest.mark.slow

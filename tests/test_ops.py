@@ -162,6 +162,16 @@ def test_attention_softmax_is_float32_for_bfloat16():
     assert (out == 1).all()
 
 
+@pytest.mark.parametrize("slots", [None, jnp.asarray([[0, 1]])], ids=["uncached", "cached"])
+def test_attention_scores_are_float32_for_bfloat16(slots):
+    # Scores of 32 and 32 + 1/16, which bfloat16 would round to 32: the weights are 0.484 and 0.516.
+    q = jnp.full((1, 2, 1, 16), 4, jnp.bfloat16)
+    k = jnp.zeros((1, 16, 2), jnp.bfloat16).at[0, 0].set(32).at[0, 1, 1].set(1 / 16)
+    v = jnp.zeros((1, 2, 16), jnp.bfloat16).at[0, 1].set(1)
+    out = attention(q, k, v, slots_BT=slots)[0, 1, 0].astype(jnp.float32)
+    close(out, 1 / (1 + np.exp(-1 / 16)), 2e-3)
+
+
 def test_gradients_of_several_products_are_added_up_before_they_are_rounded():
     # 1 + 2^-8 is rounded to 1 in bfloat16, and 1 + 2^-7 is a number of it.
     weights = [jnp.full((1, 1), value, jnp.bfloat16) for value in (1, 2**-8, 2**-8)]

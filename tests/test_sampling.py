@@ -15,6 +15,8 @@ from utils.errors import SamplingError
 
 V = 97
 LOGITS = np.random.default_rng(0).standard_normal(V).astype(np.float32) * 2
+# A vocabulary of several blocks of ids (sampling._BLOCK), the last of which is not full.
+MANY_LOGITS = np.random.default_rng(1).standard_normal(700).astype(np.float32) * 2
 
 
 @functools.partial(jax.jit, static_argnames="draws")
@@ -35,12 +37,17 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("numbers", FILTERS, ids=str)
-def test_draws_follow_the_exact_distribution(numbers):
-    n = 20000
-    exact = probabilities(LOGITS, **numbers)
-    tokens, logprobs = draw(traced(TopP(**numbers)), LOGITS, n)
-    counts = np.bincount(tokens, minlength=V)
+@pytest.mark.parametrize(
+    ("numbers", "logits"),
+    [(numbers, LOGITS) for numbers in FILTERS]
+    + [(numbers, MANY_LOGITS) for numbers in (dict(), dict(top_p=0.9, top_k=400))],
+    ids=lambda x: str(x) if isinstance(x, dict) else f"V={len(x)}",
+)
+def test_draws_follow_the_exact_distribution(numbers, logits):
+    n = 20000 if len(logits) == V else 5000
+    exact = probabilities(logits, **numbers)
+    tokens, logprobs = draw(traced(TopP(**numbers)), logits, n)
+    counts = np.bincount(tokens, minlength=len(logits))
     assert (counts[exact == 0] == 0).all()
     # Pearson's chi-square over cells of at least 5 expected draws, the rest as one cell.
     big = exact * n >= 5
@@ -51,7 +58,7 @@ def test_draws_follow_the_exact_distribution(numbers):
     degrees = cells.sum() - 1
     assert chi2 < degrees + 5 * np.sqrt(2 * degrees) + 1e-6
     # The log-prob is of the distribution after temperature and before truncation.
-    full = probabilities(LOGITS, numbers.get("temperature", 1.0))
+    full = probabilities(logits, numbers.get("temperature", 1.0))
     np.testing.assert_allclose(logprobs, np.log(full[np.asarray(tokens)]), atol=1e-4)
 
 
@@ -172,10 +179,16 @@ def test_repetition_penalty_is_transformers_own():
     torch = pytest.importorskip("torch")
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    ids = [3, 50, 50, 96]
+    ids = [3, 50, 50, 96, *np.flatnonzero(LOGITS < 0)[:3].tolist()]
     processor = RepetitionPenaltyLogitsProcessor(1.3)
     theirs = processor(torch.tensor([ids]), torch.from_numpy(LOGITS[None].copy()))
     seen = np.zeros((1, V), bool)
     seen[0, ids] = True
     np.testing.assert_allclose(penalize(LOGITS[None], seen, 1.3), theirs.numpy(), rtol=1e-6)
     np.testing.assert_array_equal(penalize(LOGITS[None], seen, None), LOGITS[None])
+
+
+def test_a_penalty_makes_what_was_seen_less_likely_whatever_its_sign():
+    logits, seen = np.float32([[2, -2, 2, -2, 0]]), np.array([[True, True, False, False, True]])
+    assert penalize(logits, seen, 2.0).tolist() == [[1, -4, 2, -2, 0]]
+    assert penalize(logits, seen, 0.5).tolist() == [[4, -1, 2, -2, 0]]

@@ -205,6 +205,42 @@ def test_metrics_say_what_was_done():
     assert all(np.shape(value) == () for value in first.values())
 
 
+@pytest.mark.parametrize("ratio, factor", [(2, 1), (1.01, 1), (0.5, 0.5), (None, 1)])
+def test_gradients_are_scaled_down_to_the_clip_norm_and_never_up(ratio, factor):
+    grads, _ = gradients(toy(), start(toy()).params, batch())
+    norm = math.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    trainer = toy(clip_norm=None if ratio is None else ratio * norm, optimizer="adamw")
+    state, metrics = trainer.train_step(start(trainer), {}, batch())
+    # The first moments after one step are a tenth of the gradients that the optimizer saw.
+    (mu,) = [m for path, m in jax.tree_util.tree_leaves_with_path(state.opt_state) if _is_mu(path)]
+    np.testing.assert_allclose(mu, 0.1 * factor * grads["embed"], rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def _is_mu(path) -> bool:
+    """Whether it is the first moment of `embed`."""
+    names = jax.tree_util.keystr(path)
+    return ".mu" in names and "embed" in names
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(Trainer):
+    """A loss whose gradient is 1 a row."""
+
+    def loss(self, params, batch, key):
+        rows = jnp.sum(batch["x"])
+        return Loss(total=rows * params["embed"][0].astype(jnp.float32), weight=rows)
+
+
+@pytest.mark.parametrize("size", [1, 100, None])
+def test_gradients_of_bfloat16_parameters_are_added_up_in_float32(size):
+    trainer = Counting(None, TrainConfig(**STEPS, micro_batch_size=size, param_dtype="bfloat16"))
+    params = {"embed": jnp.ones(1, jnp.bfloat16)}
+    # A sum in bfloat16 would stop at 256.
+    grads, _ = gradients(trainer, params, {"x": np.ones(300, np.float32)})
+    assert grads["embed"].dtype == jnp.float32 and grads["embed"][0] == 1
+
+
 def test_evaluation_has_one_denominator_and_no_use_for_the_micro_batch():
     batches = [batch(0, rows=8), batch(1, rows=3), batch(2, rows=3, weight=np.zeros(3))]
     params = jax.tree.map(np.float64, start(toy()).params)
