@@ -171,9 +171,9 @@ def checks(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(folder: str, only: str, meshes: list[str]) -> None:
-    """Runs the checks whose names start with `only` on one device, then on each mesh."""
-    known = {name: f for name, f in checks(Path(folder)).items() if name.startswith(only)}
+def main(folder: str, meshes: list[str]) -> None:
+    """Runs every check on one device, then on each mesh."""
+    known = checks(Path(folder))
     wanted = {name: check() for name, check in known.items()}
     for mesh in meshes:
         with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -188,4 +188,4 @@ def main(folder: str, only: str, meshes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2:])

@@ -1,6 +1,7 @@
 """load_checkpoint: the right numbers in the right place, from every layout, in little memory."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,35 @@ def test_dtype(name, dtype):
         np.testing.assert_array_equal(
             np.asarray(params["layers"]["mlp"]["w_up"][2], np.float32), want
         )
+
+
+# Four devices, of which each reads its part of every tensor.
+SHARED = """
+import sys, jax, numpy as np
+from models.llama.load import load_checkpoint
+from utils.sharding import make_mesh
+for path in sys.argv[1:]:
+    wanted = load_checkpoint(path)[1]
+    with jax.set_mesh(make_mesh("fsdp=2,tensor=2")):
+        found = load_checkpoint(path)[1]
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert all(len(x.sharding.device_set) == 4 for x in jax.tree.leaves(found))
+    assert any(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(found))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+"""
+
+
+def test_a_mesh_loads_what_one_device_does(tmp_path):
+    """From all formats: the rows of wq and wk are in another order in Meta's and in GGUF's."""
+    path, model = tiny.hf_model("gqa")
+    write_gguf(tmp_path / "model.gguf", model.config, model.state_dict(), "BF16")
+    paths = path, tiny.write_meta(tmp_path / "meta", model), tmp_path / "model.gguf"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-c", SHARED, *map(str, paths)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "nonsense", 3])

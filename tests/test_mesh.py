@@ -32,26 +32,15 @@ CHECKS = (
 )
 
 
-def run(folder, only, meshes):
-    """What is wrong, or None, by (mesh, check)."""
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
     env = os.environ | compiling.environment(optimized=False)
     env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-    args = [sys.executable, "-m", "tests.mesh_checks", folder, only, *meshes]
+    args = [sys.executable, "-m", "tests.mesh_checks", tmp_path_factory.mktemp("mesh"), *MESHES]
     done = subprocess.run(args, cwd=cli.ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     found = map(json.loads, done.stdout.splitlines())
     return {(row["mesh"], row["check"]): row["problem"] for row in found}
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("mesh"), "", MESHES)
-
-
-def test_eight_devices_load_what_one_does(tmp_path):
-    """The slow tests' checks of loading alone: each device reads its part of each tensor."""
-    found = run(tmp_path, "load", ("fsdp=8", "tensor=8"))
-    assert len(found) == 6 and set(found.values()) == {None}, found
 
 
 @pytest.mark.slow
