@@ -24,7 +24,7 @@ from trainers.sft_trainer import SFTConfig
 from utils import cli
 from utils.fields import Config, again, field, integer, number, one_of
 
-# Of the prompts that `--eval_size` holds out: a number that is no run's seed by chance.
+# The seed of the prompts that `--eval_size` holds out: no run has it by chance.
 _EVAL_SEED = 1_000_003
 
 

@@ -59,6 +59,7 @@ def sft(model: ModelConfig = MODEL, lora=None, **config: Any) -> list[np.ndarray
     """Losses, gradient norms and parameters of three steps with masks of unequal lengths."""
     # SGD-like: Adam would turn a gradient of about 0 into a step of either sign.
     known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant")
+    known |= dict(micro_batch_size=None)
     trainer = SFTTrainer(LLaMa(model, jnp.float32, "block"), SFTConfig(**known | config), lora)
     state, frozen = trainer.init(params_of(model), jax.random.key(1))
     mask = np.arange(16) < np.arange(3, 11)[:, None]
@@ -86,6 +87,7 @@ def grpo(**config: Any) -> list[np.ndarray]:
         "ref_logprobs": np.full((B, G, C), -5.0, np.float32),
     }
     known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", beta=0.1)
+    known |= dict(micro_batch_size=None)
     trainer = GRPOTrainer(
         LLaMa(MODEL, jnp.float32, "block"), GRPOConfig(max_completion_len=C, **known | config)
     )

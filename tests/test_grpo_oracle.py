@@ -188,7 +188,7 @@ def test_the_gradient_of_every_parameter_is_torchs(name, padding, on_policy, opt
     )
     if not on_policy:  # near the policy, or all of it is clipped
         batch |= near(batch, logprobs)
-    parts = [[0, 1], [2]] if options.micro_batch_size else [[0, 1, 2]]
+    parts = [[0, 1], [2]] if options.micro_batch_size == 2 else [[0, 1, 2]]
     G = LENGTHS.shape[1]
     logprobs = [logprobs[i * G : (i + 1) * G] for i in range(len(PROMPTS))]
     wanted = grpo_torch.step_loss(

@@ -93,7 +93,9 @@ def test_packed_loss_and_every_gradient_are_torchs(name):
     batch = dataset(LENGTHS, 48, packing=True)
     assert batch["segment_ids"].max() > 1 and not batch["segment_ids"][-1].any()
     wanted = loss_and_grads(model, [batch])
-    grads, loss = gradients(SFTTrainer(LLaMa(config), SFTConfig()), params, batch)
+    grads, loss = gradients(
+        SFTTrainer(LLaMa(config), SFTConfig(micro_batch_size=None)), params, batch
+    )
     assert abs(float(loss.means()["loss"]) - wanted.loss) < 1e-5 * wanted.loss
     assert float(loss.weight) == wanted.weight
     compare(grads, wanted.grads)
@@ -169,7 +171,9 @@ def test_accuracy_and_entropy_are_those_of_the_logits():
     entropy = (-(np.exp(logprobs) * logprobs).sum(-1) * weights).sum() / weights.sum()
     accuracy = (logits.argmax(-1) == batch["tokens"][:, 1:])[weights].mean()
     assert 0.2 < accuracy < 0.8
-    found = gradients(SFTTrainer(LLaMa(config), SFTConfig()), params, batch)[1].means()
+    found = gradients(SFTTrainer(LLaMa(config), SFTConfig(micro_batch_size=None)), params, batch)[
+        1
+    ].means()
     np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(found["accuracy"], accuracy, rtol=1e-6)
 
@@ -179,7 +183,7 @@ def test_bfloat16_activations_give_float32_gradients_close_to_those_of_float32()
     model, config, params = variant("biases")
     batch = dataset(LENGTHS, 48, packing=True)
     wanted = loss_and_grads(model, [batch])
-    trainer = SFTTrainer(LLaMa(config, dtype=jnp.bfloat16), SFTConfig())
+    trainer = SFTTrainer(LLaMa(config, dtype=jnp.bfloat16), SFTConfig(micro_batch_size=None))
     grads, loss = gradients(trainer, params, batch)
     assert abs(float(loss.means()["loss"]) - wanted.loss) < 2e-2
     for path, theirs in wanted.grads.items():

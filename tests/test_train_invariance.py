@@ -18,6 +18,9 @@ RTOL = 2e-5
 STEP = dict(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5, schedule="constant")
 
 
+WHOLE = dict(micro_batch_size=None)
+
+
 def padded():
     return dataset(LENGTHS, 48, packing=False)
 
@@ -27,7 +30,7 @@ def packed():
 
 
 def trainer(remat="none", **config):
-    return SFTTrainer(LLaMa(variant("biases")[1], remat=remat), SFTConfig(**config))
+    return SFTTrainer(LLaMa(variant("biases")[1], remat=remat), SFTConfig(**WHOLE | config))
 
 
 @functools.cache
