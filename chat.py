@@ -23,7 +23,7 @@ from rich.markup import escape
 from models.llama.chat_format import ChatFormat, chat_format_for, check_messages
 from models.llama.decoding import GenerationConfig
 from models.llama.generation import Generation, context_length, random_key, stream_text
-from models.llama.loading import DecodingModelFlags, Model, load_model
+from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import decode_utf8
 from sampling import TopP
 from utils import cli, distributed
@@ -370,7 +370,8 @@ def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags)
     """
     signals = cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
-    loaded = load_model(**vars(model))
+    with cli.progress() as report:
+        loaded = load_model(model, progress=report, say=cli.note)
     context = context_length(loaded.llama.config, chat.max_seq_len)
     format = chat_format_for(loaded.tokenizer, chat.chat_format)
     key = random_key(chat.seed)

@@ -17,11 +17,9 @@ from typing import Any
 import rich.console
 import rich.table
 
-from models.llama.hub import DEFAULT_MODEL, resolve
-from models.llama.load import load_checkpoint, load_config
-from models.llama.loading import compute_dtype, use_mesh
+from models.llama.hub import DEFAULT_MODEL
+from models.llama.load import ModelFlags, compute_dtype, open_model
 from models.llama.model import LLaMa
-from models.llama.tokenizer import check_against_model, load_tokenizer
 from trainers.data import DataConfig, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool, load_reward
@@ -85,18 +83,16 @@ def ppl(
         chat_format=chat_format,
     )
     dtype = compute_dtype(dtype)
+    source = ModelFlags(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, mesh=mesh)
     with cli.progress() as report:
-        path = resolve(ckpt_dir, report)
-        tokenizer = load_tokenizer(tokenizer_path or path)
-        use_mesh(mesh, path)
-        context = load_config(path).max_seq_len
+        checkpoint, tokenizer = open_model(source, progress=report, say=cli.note)
+        context = checkpoint.config.max_seq_len
         if seq_len is None:
             config = dataclasses.replace(config, seq_len=min(config.seq_len, context))
         dataset = load_dataset(data, tokenizer, config, skip_bad=skip_bad)
         dataset.check_context(context)
-        model_config, params = load_checkpoint(path, dtype=dtype, progress=report)
-        check_against_model(tokenizer, model_config.vocab_size)
-        trainer = SFTTrainer(LLaMa(model_config), SFTConfig())
+        params = checkpoint.params(dtype, progress=report)
+        trainer = SFTTrainer(LLaMa(checkpoint.config), SFTConfig())
         means = trainer.derive(trainer.evaluate(params, {}, _reported(dataset, report)))
     means["targets"] = int(means.pop("weight"))
     if json:
@@ -190,17 +186,15 @@ def task(
         lambda: processes.from_first(lambda: _writable(out)),
     )
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
+    source = ModelFlags(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, mesh=mesh)
     with cli.progress() as report:
-        path = resolve(ckpt_dir, report)
-        tokenizer = load_tokenizer(tokenizer_path or path)
-        use_mesh(mesh, path)
+        checkpoint, tokenizer = open_model(source, progress=report, say=cli.note)
         if task is not None:
             asked = load_task(task, tokenizer, args=args, size=size, seed=seed, **prompting)
         else:
             asked = load_prompts(data, tokenizer, rewards, skip_bad=skip_bad, **prompting)
-        model_config, params = load_checkpoint(path, dtype=dtype, decoding=True, progress=report)
-        check_against_model(tokenizer, model_config.vocab_size)
-        model, rows = LLaMa(model_config), []
+        params = checkpoint.params(dtype, decoding=True, progress=report)
+        model, rows = LLaMa(checkpoint.config), []
         with RewardPool(asked.rewards, timeout=reward_timeout) as pool:
             found = evaluate_task(
                 model, params, tokenizer, asked, pool, config, report=report, write=rows.append

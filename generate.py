@@ -27,7 +27,7 @@ from models.llama.generation import (
     stream,
     stream_text,
 )
-from models.llama.loading import DecodingModelFlags, Model, load_model
+from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import Tokenizer, decode_utf8
 from sampling import TopP
 from utils import cli, memory
@@ -146,7 +146,8 @@ def main(
     clock, signals = cli.Clock(), cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
     texts, chat = prompts.read()
-    loaded = load_model(**vars(model))
+    with cli.progress() as report:
+        loaded = load_model(model, progress=report, say=cli.note)
     ids = prompts.encode(texts, chat, loaded.tokenizer)
     signals.set()
     run = Generation(loaded.llama, loaded.params, sampler, _complete(generation, loaded, ids))

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from models.llama.loading import ModelFlags
+from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, Dataset, load_dataset

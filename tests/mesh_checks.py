@@ -21,7 +21,7 @@ from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
-from models.llama.save import save_checkpoint
+from models.llama.load import save_checkpoint
 from tests import small_runs
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer

@@ -18,8 +18,7 @@ from chat import Conversation
 from generate import DEFAULT_QUESTION
 from models.llama.chat_format import chat_format_for
 from models.llama.generation import Generation
-from models.llama.load import load_checkpoint
-from models.llama.loading import Model
+from models.llama.load import Model, load_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from tests import cli

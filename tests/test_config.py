@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from llama_models.sku_list import all_registered_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.llama.config import ModelConfig
-from models.llama.presets import PRESETS
+from models.llama.config import PRESETS, ModelConfig
+from models.llama.formats import hf, meta
 from tests import tiny
 from utils.errors import ConfigError
 from utils.files import parse_json, read_json
@@ -38,7 +38,7 @@ LLAMA3 |= dict(original_max_position_embeddings=8192)
 @pytest.mark.parametrize("name", tiny.VARIANTS)
 def test_from_hf_reads_what_transformers_wrote(name):
     path, model = tiny.hf_model(name)
-    ours, theirs = ModelConfig.from_hf(read_json(path / "config.json")), model.config
+    ours, theirs = hf.to_config(read_json(path / "config.json")), model.config
     assert (ours.vocab_size, ours.dim) == (theirs.vocab_size, theirs.hidden_size)
     assert (ours.n_layers, ours.ffn_dim) == (theirs.num_hidden_layers, theirs.intermediate_size)
     assert (ours.n_heads, ours.n_kv_heads) == (
@@ -68,7 +68,7 @@ def test_from_hf_reads_what_transformers_wrote(name):
 def test_from_hf_defaults_are_those_of_transformers():
     given_keys = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
     given_keys |= {"num_attention_heads", "model_type"}
-    ours = ModelConfig.from_hf({k: v for k, v in HF.items() if k in given_keys})
+    ours = hf.to_config({k: v for k, v in HF.items() if k in given_keys})
     theirs = LlamaConfig(num_attention_heads=4, hidden_size=16)
     assert ours.n_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == theirs.head_dim
@@ -108,15 +108,15 @@ _configs = st.builds(
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(_configs)
 def test_to_hf_comes_back(config):
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert hf.to_config(json.loads(json.dumps(hf.from_config(config)))) == config
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(dim=st.integers(1, 2**12).map(lambda n: n * 16), ffn=st.integers(1, 2**18))
 def test_to_meta_comes_back_for_any_width(dim, ffn):
-    hf = HF | dict(hidden_size=dim, num_attention_heads=8, head_dim=dim // 8, intermediate_size=ffn)
-    config = ModelConfig.from_hf(hf)
-    assert ModelConfig.from_meta(config.to_meta(), max_seq_len=64) == config
+    sizes = dict(hidden_size=dim, head_dim=dim // 8, intermediate_size=ffn)
+    config = hf.to_config(HF | sizes | dict(num_attention_heads=8))
+    assert meta.to_config(meta.from_config(config), max_seq_len=64) == config
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("llama-3")])
@@ -125,7 +125,7 @@ def test_presets_agree_with_metas_own_list(name):
     descriptor = name if name.startswith("llama-3-") else name.replace("llama-", "llama")
     model = next(m for m in all_registered_models() if m.descriptor().lower() == descriptor)
     preset = PRESETS[name]
-    ours = ModelConfig.from_meta(dict(model.arch_args), tie_embeddings=preset.tie_embeddings)
+    ours = meta.to_config(dict(model.arch_args), tie_embeddings=preset.tie_embeddings)
     assert ours == preset
 
 
@@ -133,8 +133,8 @@ def test_presets_agree_with_metas_own_list(name):
 def test_n_params_is_what_transformers_builds(name):
     config = PRESETS[name]
     with torch.device("meta"):
-        hf = LlamaConfig(**(config.to_hf() | dict(num_hidden_layers=1)))
-        model = LlamaForCausalLM(hf)
+        theirs = LlamaConfig(**(hf.from_config(config) | dict(num_hidden_layers=1)))
+        model = LlamaForCausalLM(theirs)
     one_layer = sum(p.numel() for p in model.model.layers.parameters())
     rest = sum(p.numel() for p in model.parameters()) - one_layer
     assert config.n_params == one_layer * config.n_layers + rest
@@ -142,15 +142,15 @@ def test_n_params_is_what_transformers_builds(name):
 
 def test_n_params_with_biases():
     _, model = tiny.hf_model("biases")
-    config = ModelConfig.from_hf(model.config.to_dict())
+    config = hf.to_config(model.config.to_dict())
     assert config.n_params == sum(p.numel() for p in model.parameters())
 
 
 def test_from_meta_takes_the_vocabulary_of_old_files_from_the_tensor():
-    config = ModelConfig.from_meta(META | dict(vocab_size=-1), vocab_size=77)
+    config = meta.to_config(META | dict(vocab_size=-1), vocab_size=77)
     assert config.vocab_size == 77
     with pytest.raises(ConfigError, match="vocab_size=-1"):
-        ModelConfig.from_meta(META | dict(vocab_size=-1))
+        meta.to_config(META | dict(vocab_size=-1))
 
 
 ABSURD_HF = [
@@ -175,14 +175,14 @@ ABSURD_HF = [
 @pytest.mark.parametrize("change", ABSURD_HF, ids=repr)
 def test_absurd_hf_config(change):
     with pytest.raises(ConfigError) as e:
-        ModelConfig.from_hf(HF | change)
+        hf.to_config(HF | change)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
 
 
 @pytest.mark.covers("A23")
 def test_a_config_names_all_of_its_problems():
     with pytest.raises(ConfigError) as e:
-        ModelConfig.from_hf(HF | dict(vocab_size=0, rms_norm_eps=-1, num_hidden_layers=10**6))
+        hf.to_config(HF | dict(vocab_size=0, rms_norm_eps=-1, num_hidden_layers=10**6))
     for name in ("vocab_size=0", "norm_eps=-1", "n_layers=1000000"):
         assert name in str(e.value)
 
@@ -210,7 +210,7 @@ def test_a_config_names_all_of_its_problems():
 )
 def test_absurd_meta_params(change):
     with pytest.raises(ConfigError):
-        ModelConfig.from_meta(META | change)
+        meta.to_config(META | change)
 
 
 @pytest.mark.covers("A24")
@@ -237,7 +237,7 @@ def test_absurd_meta_params(change):
 )
 def test_unknown_maths_is_refused_by_name(change, named):
     with pytest.raises(ConfigError, match=named):
-        ModelConfig.from_hf(HF | change)
+        hf.to_config(HF | change)
 
 
 @pytest.mark.covers("A24")
@@ -245,9 +245,9 @@ def test_unknown_maths_is_refused_by_name(change, named):
 def test_keys_that_name_code_are_ignored_with_a_note(key):
     value = {"AutoModelForCausalLM": "modeling_evil.Evil"} if key == "auto_map" else True
     with pytest.warns(UserWarning, match=key):
-        assert ModelConfig.from_hf(HF | {key: value}) == ModelConfig.from_hf(HF)
+        assert hf.to_config(HF | {key: value}) == hf.to_config(HF)
     hidden = HF | dict(_attn_implementation="evil/kernel", _attn_implementation_autoset=True)
-    assert ModelConfig.from_hf(hidden) == ModelConfig.from_hf(HF)
+    assert hf.to_config(hidden) == hf.to_config(HF)
 
 
 @pytest.mark.covers("A25")
@@ -255,7 +255,7 @@ def test_keys_that_name_code_are_ignored_with_a_note(key):
 def test_quantised_hf_config(method):
     for key in ("quantization_config", "compression_config"):
         with pytest.raises(ConfigError, match=f"unsupported quantization '{method}'"):
-            ModelConfig.from_hf(HF | {key: {"quant_method": method}})
+            hf.to_config(HF | {key: {"quant_method": method}})
 
 
 BAD_JSON = {
@@ -308,9 +308,9 @@ _json = st.recursive(
 @given(st.sampled_from(sorted(HF)), st.sampled_from(sorted(META)), _json)
 def test_any_value_of_any_key_is_read_or_refused(hf_key, meta_key, value):
     for read, fields, key in (
-        (ModelConfig.from_hf, HF, hf_key),
-        (ModelConfig.from_hf, HF, "rope_scaling"),
-        (ModelConfig.from_meta, META, meta_key),
+        (hf.to_config, HF, hf_key),
+        (hf.to_config, HF, "rope_scaling"),
+        (meta.to_config, META, meta_key),
     ):
         try:
             config = read(fields | {key: value})
@@ -330,6 +330,6 @@ def test_every_cut_and_flip_of_a_config_is_read_or_refused():
     ]
     for data in bad:
         try:
-            ModelConfig.from_hf(parse_json(data, "config.json"))
+            hf.to_config(parse_json(data, "config.json"))
         except ConfigError:
             pass

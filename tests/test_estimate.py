@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
-from models.llama.presets import PRESETS
+from models.llama.config import PRESETS
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.planning import estimate
 from trainers.planning.estimate import check_memory, estimate_job, grpo_bytes, sft_bytes

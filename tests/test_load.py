@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from models.llama.config import ModelConfig
+from models.llama.formats import hf
 from models.llama.load import load_checkpoint
 from models.llama.model import for_decoding
 from models.llama.stream import count_nonfinite
@@ -90,7 +90,7 @@ def test_meta(tmp_path, name, written):
     path, model = tiny.hf_model(name)
     config, params = load_checkpoint(tiny.write_meta(tmp_path, model, **written))
     assert_holds(params, model)
-    want = ModelConfig.from_hf(model.config.to_dict())
+    want = hf.to_config(model.config.to_dict())
     # Meta's file does not say how long the context is.
     assert config.rope_scaling == want.rope_scaling and config.rope_theta == want.rope_theta
     assert (config.n_params, config.ffn_dim) == (want.n_params, want.ffn_dim)
@@ -127,7 +127,7 @@ def test_gguf(tmp_path, name):
     for path in (tmp_path, tmp_path / "model.gguf"):
         config, params = load_checkpoint(path)
         assert_holds(params, model)
-        want = ModelConfig.from_hf(model.config.to_dict()).rope_scaling
+        want = hf.to_config(model.config.to_dict()).rope_scaling
         assert (config.rope_scaling and config.rope_scaling.kind) == (want and want.kind)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from models.llama.model import cache_shape, init_cache, init_params
-from models.llama.presets import PRESETS
-from models.llama.config import ModelConfig
+from models.llama.config import PRESETS
+from models.llama.formats import hf
 from tests import tiny
 from utils import memory
 from utils.errors import ArtifactError
@@ -17,7 +17,7 @@ from utils.files import read_json
 
 @pytest.fixture
 def config():
-    return ModelConfig.from_hf(read_json(tiny.hf_model("gqa")[0] / "config.json"))
+    return hf.to_config(read_json(tiny.hf_model("gqa")[0] / "config.json"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.llama.formats import meta
 from models.llama.formats.meta import MetaFolder
 from models.llama.load import load_checkpoint
 from tests import tiny
@@ -116,7 +115,6 @@ def payloads(canary: Path) -> dict[str, object]:
         "torch.load": Call(torch.load, str(canary)),
         "numpy": np.arange(3),
         "numpy objects": np.array([Call(eval, touch)], dtype=object),
-        "a file of memory": Call(bytearray, 10**10),
     }
 
 
@@ -141,34 +139,25 @@ def test_the_payloads_are_live(tmp_path):
 
 
 @pytest.mark.covers("A18")
-@pytest.mark.parametrize("guards", ["all", "torch alone"])
-def test_getattr_chain_never_runs(tmp_path, monkeypatch, guards):
-    if guards == "torch alone":
-        monkeypatch.setattr(meta, "_check_pickle", lambda *args: None)
+def test_getattr_chain_never_runs(tmp_path):
     write_pth(tmp_path / NAME, getattr_chain(tmp_path / "canary"))
-    with pytest.raises(ArtifactError, match="more than plain tensors|torch cannot read"):
+    with pytest.raises(ArtifactError, match="torch cannot read"):
         MetaFolder(tmp_path, 2)
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.covers("A18")
-@pytest.mark.parametrize("guards", ["all", "torch alone"])
 @pytest.mark.parametrize("name", payloads(Path()))
-def test_payloads_never_run(tmp_path, monkeypatch, name, guards):
+def test_payloads_never_run(tmp_path, monkeypatch, name):
     canary, loads = tmp_path / "canary", []
     payload = payloads(canary)[name]
-    if guards == "torch alone":
-        if name == "a file of memory":
-            payload = Call(os.system, "true")  # torch allows bytearray: only our check refuses it
-        monkeypatch.setattr(meta, "_check_pickle", lambda *args: None)
     real = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: loads.append(k) or real(*a, **k))
     torch.save({"tok_embeddings.weight": torch.ones(2, 2), "evil": payload}, tmp_path / NAME)
-    with pytest.raises(ArtifactError, match="more than plain tensors|torch cannot read|no tensor"):
+    with pytest.raises(ArtifactError, match="torch cannot read|not a tensor"):
         MetaFolder(tmp_path, 2)
     assert not canary.exists()
-    assert all(kwargs["weights_only"] is True for kwargs in loads)
-    assert len(loads) == (guards == "torch alone")
+    assert [kwargs["weights_only"] for kwargs in loads] == [True]
 
 
 # Pickles that are broken
@@ -212,13 +201,12 @@ def test_the_sound_pickle_loads(tmp_path):
 
 
 BAD_TENSORS = {
-    "numel beyond the record": dict(storage=_Storage(numel=5), size=(5,), stride=(1,)),
+    "numel beyond the file": dict(storage=_Storage(numel=500), size=(500,), stride=(1,)),
     "numel huge": dict(storage=_Storage(numel=2**61), size=(2**61,), stride=(1,)),
     "numel 2^64": dict(storage=_Storage(numel=2**64)),
     "numel negative": dict(storage=_Storage(numel=-4)),
     "numel no number": dict(storage=_Storage(numel="4")),
     "record absent": dict(storage=_Storage(key="7")),
-    "record outside": dict(storage=_Storage(key="../data.pkl")),
     "offset outside": dict(offset=1),
     "offset huge": dict(offset=2**62),
     "offset negative": dict(offset=-1),
@@ -239,7 +227,7 @@ BAD_TENSORS = {
 
 @pytest.mark.covers("A19")
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_tensor_outside_its_record(tmp_path, case):
+def test_tensor_that_its_storage_or_the_file_does_not_hold(tmp_path, case):
     write_pth(tmp_path / NAME, tensor_pickle(**BAD_TENSORS[case]))
     with pytest.raises(ArtifactError, match=NAME) as e:
         MetaFolder(tmp_path, 2)
@@ -296,19 +284,12 @@ def test_broken_pickle(tmp_path, case):
     assert "\n" not in str(e.value) and len(str(e.value)) < 900
 
 
-@pytest.mark.covers("A19")
-def test_a_large_pickle_is_refused_before_it_is_scanned(tmp_path, monkeypatch):
-    monkeypatch.setattr(meta, "_check_pickle", lambda *args: pytest.fail("it was scanned"))
-    write_pth(tmp_path / NAME, b"\x80\x02" + b"N0" * (1 << 18) + tensor_pickle()[2:])
-    with pytest.raises(ArtifactError, match="no data.pkl of 1 to 524288 bytes"):
-        MetaFolder(tmp_path, 2)
-
-
 def refused_or_in_bounds(folder: Path) -> None:
+    size = (folder / NAME).stat().st_size
     try:
         source = MetaFolder(folder, 2)
         for name in source.shapes:
-            assert source.read(name).nbytes <= 16
+            assert source.read(name).nbytes <= size
     except ArtifactError as e:
         assert "\n" not in str(e) and len(str(e)) < 900
 
@@ -358,39 +339,6 @@ def test_compressed_records_and_bombs(tmp_path):
 
 
 @pytest.mark.covers("A20")
-@pytest.mark.parametrize(
-    "name", ["../evil", "archive/../../evil", "/evil", "archive//x", "other/data/0", "archive/"]
-)
-def test_record_elsewhere(tmp_path, name):
-    rezip(tmp_path / NAME, **{name: b"x"})
-    with pytest.raises(ArtifactError, match="is outside 'archive'/"):
-        MetaFolder(tmp_path, 2)
-
-
-@pytest.mark.covers("A20")
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_duplicate_record(tmp_path):
-    rezip(tmp_path / NAME)
-    with zipfile.ZipFile(tmp_path / NAME, "a") as archive:
-        archive.writestr("archive/data/0", bytes(16))
-    with pytest.raises(ArtifactError, match="'archive/data/0' twice"):
-        MetaFolder(tmp_path, 2)
-
-
-@pytest.mark.covers("A20")
-def test_overlapping_records(tmp_path):
-    rezip(tmp_path / NAME, **{"archive/data/1": bytes(16)})
-    data = (tmp_path / NAME).read_bytes()
-    with zipfile.ZipFile(tmp_path / NAME) as archive:
-        first, second = (archive.getinfo(f"archive/data/{i}").header_offset for i in range(2))
-    directory = data.rindex(b"PK\x01\x02")  # of the last record
-    moved = data[: directory + 42] + first.to_bytes(4, "little") + data[directory + 46 :]
-    (tmp_path / NAME).write_bytes(moved)
-    with pytest.raises(ArtifactError, match="overlaps|broken"):
-        MetaFolder(tmp_path, 2)
-
-
-@pytest.mark.covers("A20")
 def test_truncated_and_flipped_zip(tmp_path):
     rezip(tmp_path / NAME)
     good = (tmp_path / NAME).read_bytes()
@@ -408,14 +356,14 @@ def test_truncated_and_flipped_zip(tmp_path):
 def test_old_formats(tmp_path):
     state = {"w": torch.ones(2, 2)}
     torch.save(state, tmp_path / NAME, _use_new_zipfile_serialization=False)
-    with pytest.raises(ArtifactError, match="no zip file.*before 1.6"):
+    with pytest.raises(ArtifactError, match="not a zip file.*before 1.6"):
         MetaFolder(tmp_path, 2)
     (tmp_path / NAME).write_bytes(pickle.dumps(state))
-    with pytest.raises(ArtifactError, match="no zip file"):
+    with pytest.raises(ArtifactError, match="not a zip file"):
         MetaFolder(tmp_path, 2)
     rezip(tmp_path / NAME)
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes().replace(b"data.pkl", b"data.pk1"))
-    with pytest.raises(ArtifactError, match="no data.pkl"):
+    with pytest.raises(ArtifactError, match="torch cannot read"):
         MetaFolder(tmp_path, 2)
 
 

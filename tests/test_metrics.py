@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from jax.interpreters.partial_eval import dce_jaxpr
 from tensorboardX.proto.event_pb2 import Event
 
-from models.llama.config import ModelConfig
+from models.llama.formats.hf import to_config
 from models.llama.model import LLaMa, init_params
 from tests import tiny
 from trainers import metrics
@@ -267,7 +267,7 @@ def dot_flops(jaxpr):
 @pytest.mark.parametrize("name", ["gqa", "tied", "head_dim"])
 def test_flops_are_those_of_the_products_in_the_gradients_program(name):
     _, hf = tiny.hf_model(name)
-    config, T = ModelConfig.from_hf(hf.config.to_dict()), 96
+    config, T = to_config(hf.config.to_dict()), 96
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     tokens = jnp.zeros((2, T), jnp.int32)
 

@@ -9,7 +9,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from models.llama.presets import PRESETS
+from models.llama.config import PRESETS
+from models.llama.formats import hf
 from tests.cli import run
 from trainers.planning.chips import CHIPS, parse_topologies, parse_topology, roofline
 from trainers.planning.compile import Compiler, attention_cost, device_bytes, needed_bytes
@@ -194,7 +195,7 @@ def test_what_xla_says_of_a_program_that_does_not_fit():
 
 
 def test_a_model_may_be_a_preset_a_config_or_a_folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SMOL.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(hf.from_config(SMOL)))
     assert model_config("smollm2-135m") == model_config(str(tmp_path)) == SMOL
     assert model_config(str(tmp_path / "config.json")) == SMOL
     with pytest.raises(ConfigError, match="llama-3.1-405b"):

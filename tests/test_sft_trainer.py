@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from models.llama.config import ModelConfig
+from models.llama.formats import hf
 from models.llama.layout import leaves
 from models.llama.model import LLaMa
 from tests import tiny
@@ -32,7 +32,7 @@ VARIANTS = {
 def variant(name):
     """(torch model, our config, our parameters), with the same weights."""
     model = tiny.random_model(LlamaConfig(**(tiny.BASE | VARIANTS.get(name, {}))))
-    config = ModelConfig.from_hf(model.config.to_dict())
+    config = hf.to_config(model.config.to_dict())
     state, params = model.state_dict(), {}
     for leaf in leaves(config, "hf"):
         arrays = [state[key].numpy() for key in leaf.names]

@@ -111,10 +111,10 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
 
 # A patch: weights that are asked for are a failure.
 NOT_LOADED = """
-import trainers.run as training, evaluate
-def load_checkpoint(*args, **options):
+from models.llama.load import Checkpoint
+def params(*args, **options):
     raise AssertionError("loaded")
-training.load_checkpoint = evaluate.load_checkpoint = load_checkpoint
+Checkpoint.params = params
 """
 
 BAD_DATA = {
@@ -306,6 +306,7 @@ def signals_at(place: str, *signals: str) -> str:
     sent = ", ".join(signals)
     return (
         "import signal, trainers.run, trainers.loop, trainers.checkpoint\n"
+        "from models.llama.load import Checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
 
@@ -348,7 +349,7 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
     programs, files, whole, tmp_path
 ):
     for number, code in CODES.items():
-        patch = signals_at("trainers.run, 'load_checkpoint', 1", number)
+        patch = signals_at("Checkpoint, 'params', 1", number)
         done = programs.run("train.py", "sft", patch=patch, **training(files, tmp_path / "a"))
         assert done.code == code and "stopp" not in done.stderr
         assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))

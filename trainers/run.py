@@ -15,12 +15,10 @@ import jax.numpy as jnp
 import jaxlib
 
 from models.llama.generation import random_key
-from models.llama.hub import resolve
-from models.llama.load import load_checkpoint, load_config, save_checkpoint
-from models.llama.loading import ModelFlags, compute_dtype, use_mesh
+from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model, save_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import REMATS, LLaMa, Params, init_params
-from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
+from models.llama.tokenizer import Tokenizer
 from trainers.checkpoint import Checkpointer
 from trainers.data import DataConfig, tokenizer_digest
 from trainers.grpo_trainer import GRPOConfig
@@ -94,9 +92,9 @@ class RunConfig(Config):
 
 
 class Source(NamedTuple):
-    """The model that a run starts from: its files, its tokenizer, and the dtype of activations."""
+    """The model that a run starts from: its checkpoint, its tokenizer, and the dtype of activations."""
 
-    path: Path
+    checkpoint: Checkpoint
     tokenizer_path: Path
     tokenizer: Tokenizer
     dtype: Any
@@ -105,10 +103,9 @@ class Source(NamedTuple):
 def load_source(flags: ModelFlags) -> Source:
     """Finds or fetches a checkpoint, loads its tokenizer, and shares it over the mesh from here on."""
     with cli.progress() as report:
-        path = resolve(flags.ckpt_dir, report)
-    use_mesh(flags.mesh, path)
-    found = Path(flags.tokenizer_path or path)
-    return Source(path, found, load_tokenizer(found), compute_dtype(flags.dtype))
+        checkpoint, tokenizer = open_model(flags, progress=report, say=cli.note)
+    tokenizer_path = Path(flags.tokenizer_path or checkpoint.path)
+    return Source(checkpoint, tokenizer_path, tokenizer, compute_dtype(flags.dtype))
 
 
 class Run(NamedTuple):
@@ -160,12 +157,11 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
 def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run:
     """Checks that model, recipe and machine fit, and that all processes were started alike."""
     key = random_key(seed)
-    trainer = recipe.trainer(LLaMa(load_config(source.path), source.dtype, config.remat))
-    check_against_model(source.tokenizer, trainer.model.config.vocab_size)
+    trainer = recipe.trainer(LLaMa(source.checkpoint.config, source.dtype, config.remat))
     meta = describe(trainer, source, recipe)
     if processes.several():
         settings = dataclasses.asdict(config) | {"seed": seed}
-        known = {"settings": settings, "checkpoint": files_digest(source.path)}
+        known = {"settings": settings, "checkpoint": files_digest(source.checkpoint.path)}
         processes.check_same(versions() | known | meta)
     check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""))
     like = jax.eval_shape(
@@ -204,7 +200,10 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
         params = load_params(run, frozen=trainer.lora is not None)
         (state, frozen), progress = trainer.init(params, run.key, donate=True), Progress()
     if processes.is_first():
-        paths = {"ckpt_dir": str(run.source.path), "tokenizer": str(run.source.tokenizer_path)}
+        paths = {
+            "ckpt_dir": str(run.source.checkpoint.path),
+            "tokenizer": str(run.source.tokenizer_path),
+        }
         with atomic_file(run.config.folder / "run.json") as file:
             file.write(json.dumps(run.meta | {"source": paths}, indent=1).encode())
     return state, frozen, progress
@@ -235,7 +234,7 @@ def load_params(run: Run, *, frozen: bool) -> Params:
     """The model's parameters; those of a frozen model have the dtype in which it computes."""
     dtype = run.trainer.model.dtype if frozen else run.trainer.config.param_dtype
     with cli.progress() as report:
-        return load_checkpoint(run.source.path, dtype=dtype, progress=report)[1]
+        return run.source.checkpoint.params(dtype, progress=report)
 
 
 def _fit(

@@ -262,6 +262,11 @@ def say(message: str, kind: str = "error: ") -> None:
     stderr.print(kind + " ".join(printable(message).split()), markup=False)
 
 
+def note(message: str) -> None:
+    """Says on stderr, in one line, what a user may want to know."""
+    say(message, "")
+
+
 def write(text: str) -> None:
     """Writes a model's text to stdout at once; a terminal is not given control characters."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)

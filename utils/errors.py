@@ -72,3 +72,9 @@ _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd
 def printable(text: str) -> str:
     """The text with control characters replaced by U+FFFD."""
     return text.translate(_CONTROLS)
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """The first names of a list, quoted, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"{name!r:.200}" for name in names[:most]) + more

@@ -115,7 +115,7 @@ def number(
         words += "" if limit is None else " and" * bool(words) + f" {word} {limit}"
 
     def fits(x: Any) -> bool:
-        if not is_number(x) or not math.isfinite(x):
+        if not is_number(x) or not -math.inf < x < math.inf:  # isfinite refuses long integers
             return False
         inside = (least is None or x >= least) and (most is None or x <= most)
         return inside and (above is None or x > above) and (below is None or x < below)

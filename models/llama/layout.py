@@ -7,10 +7,18 @@ LoRA adapts and the tensors of a checkpoint follow from the rows.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
+
+from utils.errors import ConfigError
+from utils.trees import flatten
+
+# Types that weights may have, in files and in memory.
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES |= {"float16": np.dtype(np.float16)}
 
 Axes = tuple[str | None, ...]
 
@@ -241,9 +249,66 @@ def to_neighbour_pairs(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
+def check_params(params: Mapping[str, Any], parts: list[Leaf]) -> dict[str, Any]:
+    """The arrays of a model by path. Raises one ConfigError that lists all that do not fit it."""
+    arrays = flatten(params)
+    expected = {
+        leaf.path: ((len(leaf.names),) if leaf.stacked else ()) + leaf.shape for leaf in parts
+    }
+    bad = [f"{path} is missing" for path in expected if path not in arrays]
+    for path, array in arrays.items():
+        if path not in expected:
+            bad.append(f"{path} is not a parameter of this config")
+        elif tuple(array.shape) != expected[path]:
+            bad.append(f"{path} is {list(array.shape)}, expected {list(expected[path])}")
+        elif array.dtype.name not in DTYPES:
+            bad.append(f"{path} has dtype {array.dtype.name}, expected {', '.join(DTYPES)}")
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise ConfigError(f"params do not fit the config: {'; '.join(bad[:10])}{more}")
+    return arrays
+
+
+def file_tensors(parts: list[Leaf], arrays: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+    """(tensor's name, its array) of every parameter, as a file has them; on CPU views, not copies."""
+    for leaf in parts:
+        array = np.asarray(arrays[leaf.path])
+        for name, layer in zip(leaf.names, array if leaf.stacked else (array,)):
+            if leaf.heads:
+                layer = to_neighbour_pairs(layer, leaf.heads).reshape(layer.shape)
+            yield name, layer
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two contiguous arrays are equal to the bit (NaN too, and -0 is not 0)."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     bits = f"u{a.itemsize}"
     return np.array_equal(a.reshape(-1).view(bits), b.reshape(-1).view(bits))
+
+
+class TensorSource(Protocol):
+    """The tensors of a file, as the reader of its format gives them. Threads may call it at once.
+
+    A source that can read a part of a tensor alone also has `read_part(name, slices)`.
+
+    Attributes:
+        description: the file or folder, for messages.
+        shapes: by tensor name, as numpy has them.
+        dtypes: by tensor name: what `read` returns (float32 for quantised tensors).
+    """
+
+    description: str
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype]
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor in a new array, dequantised where needed."""
+
+
+def same_tensor(source: TensorSource, a: str, b: str) -> bool:
+    """Whether a file has two tensors that are equal to the bit."""
+    if not {a, b} <= source.shapes.keys():
+        return False
+    alike = (source.shapes[a], source.dtypes[a]) == (source.shapes[b], source.dtypes[b])
+    return alike and same_bits(source.read(a), source.read(b))

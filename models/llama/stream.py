@@ -1,40 +1,44 @@
-"""From the tensors of a file to the arrays of the model, one parameter at a time."""
+"""The one reader of tensors: from a file to the arrays of the model, one array at a time.
+
+Where there is a context mesh, each process reads the parts of its own devices; without one, a single
+device gets each array whole.
+"""
 
 import collections
 import concurrent.futures
 import math
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from models.llama.layout import Leaf, decoding_groups, fused_path, to_half_split
+from models.llama.layout import PARAM_AXES, Leaf, TensorSource, decoding_axes, decoding_groups
+from models.llama.layout import fused_path, to_half_split
+from utils import sharding
 
 Params = dict[str, Any]
 Progress = Callable[[str, int, int], None]
+Part = tuple[slice, ...]
 
 _BLOCK = 1 << 16  # elements checked together: they stay in the processor's cache
+_THREADS = min(4, os.cpu_count() or 1)
 
 
-class TensorSource(Protocol):
-    """What the reader of a file format gives. `read` may be called from several threads.
-
-    One that can read a part of a tensor alone has `read_part(name, slices)` too.
+class _Array(NamedTuple):
+    """An array to be made.
 
     Attributes:
-        description: the file or folder, for messages.
-        shapes: by tensor name, as numpy has them.
-        dtypes: by tensor name: what `read` returns (float32 for quantised tensors).
+        path: in the params, "layers/attn/wq", or "layers/0/attn/wqkv" for decoding.
+        shape: the whole array's.
+        tensors: (its leaf, its name, the layer or rows of the array that it fills) of each tensor.
     """
 
-    description: str
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, np.dtype]
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in a new array, dequantised where needed."""
+    path: str
+    shape: tuple[int, ...]
+    tensors: list[tuple[Leaf, str, Any]]
 
 
 def read_params(
@@ -47,71 +51,130 @@ def read_params(
 ) -> tuple[Params, dict[str, int]]:
     """Reads, casts and places every parameter.
 
-    Tensors are read by a few threads (numpy and the system calls release the interpreter). A
-    parameter is begun before the one before it is done, so that a big tensor alone in its parameter
-    keeps no thread waiting; never more than two, so that host memory stays bounded where the
-    arrays go to another device.
+    A few threads read tensors (numpy and the system calls release the interpreter). An array is begun
+    before the one before it is done, so that a big tensor that is an array of its own keeps no thread
+    waiting; host memory stays bounded where the arrays go to another device.
 
     Args:
         source: the file.
-        parts: what to read.
+        parts: the parameters to read, in this order.
         dtype: of all parameters.
-        decoding: whether in the layout of `models.llama.model.for_decoding`.
+        decoding: use the layout of `models.llama.model.for_decoding`.
         progress: called with (what, bytes done, bytes in all).
 
     Returns:
-        (params, broken): broken has the number of NaN and infinities by tensor name, where any.
+        (params, broken): broken counts NaN and infinities by tensor name, of what this process read.
+
+    Raises:
+        ConfigError: the mesh does not divide a parameter; before anything is read.
     """
+    todo = collections.deque(_arrays(parts, decoding))
+    places = _shardings(todo, dtype, decoding)
     total = sum(math.prod(leaf.shape) * len(leaf.names) for leaf in parts) * dtype.itemsize
     done, params, broken = 0, {}, {}
-    groups = decoding_groups(parts) if decoding else [[leaf] for leaf in parts]
     pending: collections.deque = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=_THREADS)
     try:
-        for i in range(len(groups) + 1):
-            if i < len(groups):
-                pending.append(_begin(pool, source, groups[i], dtype, decoding))
-            if len(pending) < 2 and i < len(groups):
+        while todo or pending:
+            reading = sum(len(fills) for _, _, fills in pending)
+            if todo and (len(pending) < 2 or reading < 2 * _THREADS):
+                array = todo.popleft()
+                pending.append(_begin(pool, source, array, dtype, places[array.path]))
                 continue
-            group, arrays, fills = pending.popleft()
-            for name, n_bytes, fill in fills:
+            array, host, fills = pending.popleft()
+            for (leaf, name, _), fill in zip(array.tensors, fills, strict=True):
                 if bad := fill.result():
                     broken[name] = bad
-                done += n_bytes
+                done += math.prod(leaf.shape) * dtype.itemsize
                 if progress is not None:
                     progress("loading weights", done, total)
-            _insert(params, group[0], arrays, decoding)
+            _insert(params, array.path, _place(host, array.shape, places[array.path]))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    if decoding:
+        params["layers"] = tuple(params["layers"].values())
     return params, broken
 
 
-def _begin(pool, source: TensorSource, group: list[Leaf], dtype: np.dtype, decoding: bool):
-    """(group, its arrays, what fills them: (tensor's name, bytes, a future) each).
+def _arrays(parts: list[Leaf], decoding: bool) -> Iterator[_Array]:
+    """The arrays that parameters become: one each, or one per layer for decoding.
 
-    The arrays are one with a layer axis, or for decoding one a layer, in which the parameters of the
-    group are rows below each other.
+    On a single device the matrices that decoding multiplies as one are rows below each other.
     """
-    rows, layers = sum(leaf.shape[0] for leaf in group), len(group[0].names)
-    shape = (rows, *group[0].shape[1:])
+    if not decoding:
+        for leaf in parts:
+            if leaf.stacked:
+                tensors = [(leaf, name, i) for i, name in enumerate(leaf.names)]
+                yield _Array(leaf.path, (len(leaf.names), *leaf.shape), tensors)
+            else:
+                yield _Array(leaf.path, leaf.shape, [(leaf, leaf.names[0], ...)])
+        return
+    fused = sharding.current_mesh() is None
+    for group in decoding_groups(parts) if fused else [[leaf] for leaf in parts]:
+        ends = np.cumsum([leaf.shape[0] for leaf in group])
+        rows = [slice(int(end) - leaf.shape[0], int(end)) for leaf, end in zip(group, ends)]
+        rows = rows if len(group) > 1 else [...]
+        path = fused_path(group[0].path) if fused else group[0].path
+        for i in range(len(group[0].names)):
+            yield _Array(
+                path.replace("layers/", f"layers/{i}/"),
+                (int(ends[-1]), *group[0].shape[1:]),
+                [(leaf, leaf.names[i], where) for leaf, where in zip(group, rows)],
+            )
+
+
+def _shardings(
+    arrays: collections.deque[_Array], dtype: np.dtype, decoding: bool
+) -> dict[str, NamedSharding | None]:
+    """Where each array goes on the context mesh, by its path; None without a mesh."""
+    if sharding.current_mesh() is None:
+        return dict.fromkeys(array.path for array in arrays)
+    shapes = {array.path: jax.ShapeDtypeStruct(array.shape, dtype) for array in arrays}
+    rules, table = sharding.TRAINING, PARAM_AXES
     if decoding:
-        arrays = [_aligned_empty(shape, dtype) for _ in range(layers)]
-    else:
-        arrays = _aligned_empty((layers, *shape), dtype)
-    fills, start = [], 0
-    for leaf in group:
-        for name, array in zip(leaf.names, arrays):
-            out = array[start : start + leaf.shape[0]]
-            fills.append((name, out.nbytes, pool.submit(_fill, source, leaf, name, out)))
-        start += leaf.shape[0]
-    return group, arrays, fills
+        rules, table = sharding.DECODING, decoding_axes(PARAM_AXES)
+    specs = sharding.specs(shapes, lambda: table, rules, all_rows=False)
+    return {path: NamedSharding(jax.sharding.get_mesh(), spec) for path, spec in specs.items()}
 
 
-def _fill(source: TensorSource, leaf: Leaf, name: str, out: np.ndarray) -> int:
-    """Reads one tensor into `out`; returns the number of NaN and infinities."""
-    x = source.read(name)
-    if leaf.heads:
-        x = to_half_split(x, leaf.heads)
+def _begin(pool, source: TensorSource, array: _Array, dtype: np.dtype, place):
+    """(array, this process's box of it, a future per tensor that fills the box)."""
+    box = _box(array.shape, place)
+    host = _aligned_empty(tuple(s.stop - s.start for s in box), dtype)
+    fills = []
+    for leaf, name, where in array.tensors:
+        part = box[len(box) - len(leaf.shape) :]
+        if isinstance(where, slice):  # rows of a fused matrix, on a single device: all of it
+            part = (slice(0, leaf.shape[0]), *part[1:])
+        fills.append(pool.submit(_fill, source, leaf, name, part, host[where]))
+    return array, host, fills
+
+
+def _box(shape: tuple[int, ...], place: NamedSharding | None) -> Part:
+    """The part of an array that holds the parts of all devices of this process.
+
+    They are neighbours: what several of them need is read once.
+    """
+    wanted = [(slice(None),) * len(shape)]
+    if place is not None:
+        wanted = place.addressable_devices_indices_map(shape).values()
+    spans = [[s.indices(n)[:2] for s, n in zip(index, shape)] for index in wanted]
+    return tuple(
+        slice(min(start for start, _ in axis), max(stop for _, stop in axis))
+        for axis in zip(*spans)
+    )
+
+
+def _fill(source: TensorSource, leaf: Leaf, name: str, part: Part, out: np.ndarray) -> int:
+    """Reads a part of one tensor into `out`; returns the number of NaN and infinities."""
+    if out.shape != leaf.shape and hasattr(source, "read_part") and not leaf.heads:
+        x = source.read_part(name, part)
+    else:  # a quantised or reordered tensor is read whole, one at a time
+        x = source.read(name)
+        if leaf.heads:
+            x = to_half_split(x, leaf.heads)
+        if out.shape != leaf.shape:
+            x = x.reshape(leaf.shape)[part]
     with np.errstate(over="ignore", invalid="ignore"):  # counted below
         np.copyto(out.reshape(x.shape), x, casting="unsafe")
     return count_nonfinite(out)
@@ -134,17 +197,21 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _insert(params: Params, leaf: Leaf, arrays: Sequence[np.ndarray], decoding: bool) -> None:
-    """Hands the arrays of a group, `leaf` its first, to JAX. On CPU that copies nothing."""
-    *parents, name = (fused_path(leaf.path) if decoding else leaf.path).split("/")
-    if not leaf.stacked:
-        params[name] = jax.device_put(arrays[0])
-        return
-    if not decoding:
-        nodes, arrays = [params.setdefault("layers", {})], [arrays]
-    else:
-        nodes = params.setdefault("layers", tuple({} for _ in arrays))
-    for node, array in zip(nodes, arrays):
-        for key in parents[1:]:
-            node = node.setdefault(key, {})
-        node[name] = jax.device_put(array)
+def _place(host: np.ndarray, shape: tuple[int, ...], place: NamedSharding | None) -> jax.Array:
+    """Hands this process's box of an array to JAX. On a single CPU device that copies nothing."""
+    if place is None:
+        return jax.device_put(host)
+    box = _box(shape, place)
+    pieces = []
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        spans = [s.indices(n)[:2] for s, n in zip(index, shape)]
+        inside = (slice(lo - b.start, hi - b.start) for (lo, hi), b in zip(spans, box))
+        pieces.append(jax.device_put(np.ascontiguousarray(host[tuple(inside)]), device))
+    return jax.make_array_from_single_device_arrays(shape, place, pieces)
+
+
+def _insert(params: Params, path: str, x: jax.Array) -> None:
+    *parents, name = path.split("/")
+    for key in parents:
+        params = params.setdefault(key, {})
+    params[name] = x

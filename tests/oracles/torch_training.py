@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from models.llama.config import ModelConfig
+from models.llama.formats import hf
 from models.llama.layout import leaves
 
 Batch = Mapping[str, np.ndarray]
@@ -122,7 +122,7 @@ def _documents(batch: Batch) -> Iterator[Batch]:
 
 
 def _by_path(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    config = ModelConfig.from_hf(model.config.to_dict())
+    config = hf.to_config(model.config.to_dict())
     grads = {name: p.grad.float().numpy() for name, p in model.named_parameters()}
     out = {}
     for leaf in leaves(config, "hf"):

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.llama.config import ModelConfig
+from models.llama.config import PRESETS, ModelConfig
+from models.llama.formats import hf
 from models.llama.load import load_config
 from models.llama.lora import TARGETS
 from models.llama.model import REMATS
-from models.llama.presets import PRESETS
 from trainers.optimizer import DTYPES, OPTIMIZERS
 from trainers.planning.hlo import Cost, KernelCost, analyse
 from trainers.rollout import rows_at_once
@@ -28,7 +28,7 @@ def model_config(name: str) -> ModelConfig:
     if path.is_dir() and (path / "config.json").is_file():
         path = path / "config.json"
     if path.is_file() and path.suffix == ".json":
-        return ModelConfig.from_hf(parse_json(path.read_bytes(), str(path), ConfigError))
+        return hf.to_config(parse_json(path.read_bytes(), str(path), ConfigError))
     if path.exists():
         return load_config(path)
     known = ", ".join(PRESETS)

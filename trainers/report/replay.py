@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models.llama.load import load_checkpoint, load_config
+from models.llama.load import open_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
 from trainers.checkpoint import CheckpointReader
@@ -50,16 +50,16 @@ def read_run(folder: Path, step: int) -> SavedRun:
     settings = read_json(folder / "run.json", error=DataError)
     if "loss" not in settings.get("train", {}):
         raise ConfigError(f"{folder} is not a run of `train.py grpo`: run.json has no loss")
-    train, source = settings["train"], Path(settings["source"]["ckpt_dir"])
+    train, source = settings["train"], open_checkpoint(settings["source"]["ckpt_dir"])
 
     def saved(cls: type) -> Any:
         return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls) if f.name in train})
 
-    model = LLaMa(load_config(source), jnp.dtype(train["dtype"]), train["remat"])
+    model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     trainer = GRPOTrainer(model, saved(GRPOConfig), lora, train["vocab_limit"])
     dtype = model.dtype if lora is not None else trainer.config.param_dtype
-    params = load_checkpoint(source, dtype=dtype)[1]
+    params = source.params(dtype)
     state, frozen = trainer.init(params, jax.random.key(train["seed"]))
     reader = CheckpointReader(folder / "checkpoints")
     if earlier := [n for n in reader.steps if n < step]:

@@ -1,4 +1,4 @@
-"""GGUF files: the header parsed once and bounded by the file's size, tensors read one at a time.
+"""GGUF, in: the header parsed once and bounded by the file's size, tensors read one at a time.
 
 The layout is that of ggml's docs/gguf.md. The `gguf` package supplies the sizes of quantised blocks
 and their dequantizers; its reader is not used, because it loops as often as a hostile length says.
@@ -8,22 +8,25 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from utils.errors import ArtifactError
+from models.llama.config import ModelConfig, divide, llama3_scaling, require
+from models.llama.layout import DTYPES
+from utils.errors import ArtifactError, ConfigError, is_int, is_number
 from utils.files import InputFile
+from utils.rope import RopeScaling, llama3_factors
 
-_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
-_DTYPES = {GGMLQuantizationType[name]: np.dtype(dtype) for name, dtype in _FLOATS.items()}
-_DTYPES |= {GGMLQuantizationType[name]: np.dtype(np.float32) for name in _QUANTISED}
+_DTYPES = {GGMLQuantizationType[name]: DTYPES[dtype] for name, dtype in _FLOATS.items()}
+_DTYPES |= {GGMLQuantizationType[name]: DTYPES["float32"] for name in _QUANTISED}
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _U64 = struct.Struct("<Q")
+_FREQS = "rope_freqs.weight"
 
 # Many times what any Llama has (the largest header known takes 8 MB, 540,000 array elements and
 # 1,200 tensors), so that a hostile header of a big file cannot fill the memory with Python objects.
@@ -35,9 +38,101 @@ _MAX_NAME = 256
 # name length, one byte of name, rank, one extent, type, offset.
 _MIN_PAIR, _MIN_TENSOR = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8
 
-# Values dequantised at once: 256 KB of float32 stay in the second-level cache, and numpy holds no
-# lock meanwhile, so that threads which read different tensors run side by side.
+# Values dequantised at once: 256 KB of float32 stay in the second-level cache, and numpy releases the
+# interpreter, so that threads which read different tensors run side by side.
 _CHUNK = 1 << 16
+
+
+def to_config(source: "GGUFFile", tie: bool | None = None) -> ModelConfig:
+    """The ModelConfig of an opened file; a tied model's head is left out of the file's tensors.
+
+    Args:
+        source: the file.
+        tie: as for `models.llama.load.open_checkpoint`.
+    """
+    metadata = source.metadata
+    tied = "output.weight" not in source.shapes if tie is None else tie
+    if tied:
+        source.shapes.pop("output.weight", None)
+    arch = metadata.get("general.architecture")
+    if arch != "llama":
+        raise ConfigError(f"GGUF general.architecture is {arch!r:.80}, expected 'llama'")
+    if metadata.get("llama.expert_count", 0):
+        raise ConfigError("GGUF llama.expert_count is not 0: only dense Llama is supported")
+    keys = dict(
+        dim="embedding_length",
+        n_layers="block_count",
+        n_heads="attention.head_count",
+        ffn_dim="feed_forward_length",
+        norm_eps="attention.layer_norm_rms_epsilon",
+        max_seq_len="context_length",
+    )
+    keys = {ours: f"llama.{theirs}" for ours, theirs in keys.items()}
+    require(metadata, tuple(keys.values()), "GGUF metadata")
+    fields = {ours: metadata[theirs] for ours, theirs in keys.items()}
+    heads = fields["n_heads"]
+    head_dim = metadata.get("llama.attention.key_length")
+    if head_dim is None:
+        head_dim = divide(fields["dim"], heads, keys["dim"], keys["n_heads"])
+    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+        if metadata.get(key, head_dim) != head_dim:
+            raise ConfigError(f"GGUF {key}={metadata[key]!r:.80}, expected head_dim={head_dim}")
+    vocab = metadata.get("llama.vocab_size")
+    if vocab is None:
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        vocab = len(tokens) if isinstance(tokens, list) else None
+    fields["norm_eps"] = _shortest(fields["norm_eps"])
+    return ModelConfig(
+        **fields,
+        vocab_size=vocab,
+        n_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
+        rope_scaling=_rope(source, head_dim),
+        tie_embeddings=tied,
+        activation="silu",
+        # No key says it.
+        attention_bias="blk.0.attn_q.bias" in source.shapes,
+        mlp_bias="blk.0.ffn_gate.bias" in source.shapes,
+    )
+
+
+def _shortest(x: Any) -> Any:
+    """GGUF stores float32: the shortest decimal is the number that was meant."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, and is refused
+        return float(str(np.float32(x))) if isinstance(x, float) else x
+
+
+def _rope(source: "GGUFFile", head_dim: Any) -> RopeScaling | None:
+    """The scaling of a GGUF file, from its keys or its tensor `rope_freqs.weight`."""
+    metadata = source.metadata
+    # llama.cpp: without a type, a factor is linear scaling; 0 means none.
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
+    if kind not in ("none", "linear"):
+        raise ConfigError(
+            f"GGUF llama.rope.scaling.type {kind!r:.80} is not supported (none, linear)"
+        )
+    linear = kind == "linear" and factor not in (0.0, 1.0)
+    if _FREQS not in source.shapes:
+        return RopeScaling(kind="linear", factor=_shortest(factor)) if linear else None
+    if linear:
+        raise ConfigError("GGUF has both rope_freqs.weight and linear RoPE scaling")
+    shape = source.shapes[_FREQS]
+    if not is_int(head_dim) or shape != (head_dim // 2,):
+        raise ConfigError(f"GGUF {_FREQS} is {list(shape)}, head_dim={head_dim!r:.80}")
+    factors = source.read(_FREQS)
+    if not np.isfinite(factors).all():
+        raise ConfigError(f"GGUF {_FREQS} has NaN or infinity")
+    if np.all(factors == 1):
+        return None
+    # llama.cpp's converter writes the factors and drops the rule; Llama 3.1 and 3.2 have this one.
+    theta = metadata.get("llama.rope.freq_base", 10000.0)
+    if np.max(factors) > 0 and is_number(theta) and theta > 0:
+        guess = llama3_scaling(float(np.max(factors)))
+        if np.allclose(llama3_factors(head_dim, theta, guess), factors, rtol=1e-5):
+            return guess
+    return RopeScaling(kind="factors", factors=tuple(float(f) for f in factors))
 
 
 class _Tensor(NamedTuple):
@@ -53,7 +148,7 @@ class GGUFFile:
     Attributes:
         metadata: the key-value part as plain Python values, arrays as lists.
         shapes: by tensor name, in numpy's order (the reverse of the file's).
-        dtypes: by tensor name, what `read` returns: quantised tensors come as float32.
+        dtypes: by tensor name, of the array that `read` returns: quantised tensors come as float32.
         description: the path, for messages.
     """
 
@@ -80,7 +175,7 @@ class GGUFFile:
         blocks = raw.reshape(-1, bytes_in_block)
         out = np.empty((len(blocks), values_in_block), np.float32)
         step = _CHUNK // values_in_block
-        with np.errstate(all="ignore"):  # infinite scales are the business of the finite check
+        with np.errstate(all="ignore"):  # the check for finite weights reports infinite scales
             for i in range(0, len(blocks), step):
                 rows = blocks[i : i + step].reshape(1, -1)
                 out[i : i + step] = dequantize(rows, tensor.kind).reshape(-1, values_in_block)
@@ -212,7 +307,9 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, _Tensor]]:
     if version and version & 0xFFFF == 0:
         cursor.fail("the GGUF file is big-endian; convert it without --bigendian")
     if version not in (2, 3):
-        cursor.fail(f"GGUF version {version} is not supported, expected 2 or 3; convert it anew")
+        cursor.fail(
+            f"GGUF version {version} is not supported, expected 2 or 3; convert the model again"
+        )
     n_tensors = cursor.count("the number of tensors", _MIN_TENSOR, _MAX_ENTRIES)
     n_pairs = cursor.count("the number of keys", _MIN_PAIR, _MAX_ENTRIES)
     metadata: dict[str, Any] = {}
@@ -267,7 +364,7 @@ def _tensor(cursor: _Cursor, name: str) -> _Tensor:
         size *= extent
     if extents[0] % values:
         cursor.fail(
-            f"tensor {name!r}: rows of {extents[0]} are no multiple of {kind.name}'s {values}"
+            f"tensor {name!r}: rows of {extents[0]} are not a multiple of {kind.name}'s {values}"
         )
     return _Tensor(shape, kind, offset, size // values)
 
@@ -278,7 +375,7 @@ def _place(cursor: _Cursor, tensors: dict[str, _Tensor], alignment: int) -> dict
     end, before = start, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset % alignment:
-            cursor.fail(f"tensor {name!r} is at {tensor.offset}, no multiple of {alignment}")
+            cursor.fail(f"tensor {name!r} is at {tensor.offset}, not a multiple of {alignment}")
         tensor = tensors[name] = tensor._replace(offset=start + tensor.offset)
         if tensor.offset < end:
             cursor.fail(f"tensor {name!r} at byte {tensor.offset} overlaps {before!r}, up to {end}")
@@ -289,3 +386,9 @@ def _place(cursor: _Cursor, tensors: dict[str, _Tensor], alignment: int) -> dict
                 f"but the file has {cursor.file_size}: an unfinished download?"
             )
     return tensors
+
+
+def load_gguf(path: Path, tie: bool | None) -> tuple[ModelConfig, GGUFFile]:
+    """Config and tensors of a file; `tie` as for `models.llama.load.open_checkpoint`."""
+    source = open_gguf(path)
+    return to_config(source, tie), source

@@ -1,34 +1,156 @@
-"""Hugging Face safetensors, one file or an index with shards, read strictly. No JAX here.
+"""Hugging Face's format, in and out: config.json, and safetensors in one file or in shards. No JAX here.
 
 The header is parsed here and not by the `safetensors` package, which is quiet about duplicate
 keys and maps the file into memory: a file that shrinks meanwhile would kill the process.
 Source: the format's README, https://github.com/huggingface/safetensors#format
 """
 
+import dataclasses
+import json
 import math
 import re
 import struct
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
-from utils.errors import ArtifactError, is_int
+from models.llama.config import ModelConfig, divide, llama3_scaling, require
+from models.llama.layout import DTYPES, same_tensor
+from utils.errors import ArtifactError, ConfigError, is_int, listed
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
+from utils.rope import RopeScaling
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Llama 3.1 405B has 1,138 tensors, 170 kB of header in one file. The bound keeps a hostile header
 # from taking more memory and time than the file itself.
 _MAX_HEADER = 8 << 20
 _SHARD_NAME = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+
+
+# (ours, config.json's, what transformers' LlamaConfig takes where the key is absent) of each setting
+# that both have as it is.
+_SETTINGS = (
+    ("vocab_size", "vocab_size", None),
+    ("dim", "hidden_size", None),
+    ("n_layers", "num_hidden_layers", None),
+    ("n_heads", "num_attention_heads", None),
+    ("n_kv_heads", "num_key_value_heads", None),
+    ("head_dim", "head_dim", None),
+    ("ffn_dim", "intermediate_size", None),
+    ("norm_eps", "rms_norm_eps", 1e-6),
+    ("max_seq_len", "max_position_embeddings", 2048),
+    ("tie_embeddings", "tie_word_embeddings", False),
+    ("attention_bias", "attention_bias", False),
+    ("mlp_bias", "mlp_bias", False),
+)
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_ACTIVATIONS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+_ROPE_KEYS |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def to_config(config: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a `config.json`, in either dialect (`rope_theta` + `rope_scaling`, or
+    transformers 5's `rope_parameters`).
+
+    Raises ConfigError that lists every problem at once.
+    """
+    _check_is_llama(config)
+    require(config, (*_REQUIRED, "intermediate_size"), "config.json")
+    fields = {ours: config.get(theirs, default) for ours, theirs, default in _SETTINGS}
+    if fields["head_dim"] is None:
+        names = "hidden_size", "num_attention_heads"
+        fields["head_dim"] = divide(fields["dim"], fields["n_heads"], *names)
+    if fields["n_kv_heads"] is None:
+        fields["n_kv_heads"] = fields["n_heads"]
+    activation = config.get("hidden_act", "silu")
+    if isinstance(activation, str):
+        activation = _ACTIVATIONS.get(activation, activation)
+    theta, scaling = _rope(config)
+    return ModelConfig(**fields, activation=activation, rope_theta=theta, rope_scaling=scaling)
+
+
+def from_config(config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` that transformers (4 and 5) reads back as this config."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "factors":
+        raise ConfigError(
+            "config.json cannot say this model's RoPE factors, which follow no rule; "
+            "use the GGUF file itself"
+        )
+    rope = None if scaling is None else {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_len,
+        }
+    activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(config, ours) for ours, theirs, _ in _SETTINGS},
+        "hidden_act": activation,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+    }
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+    """(theta, scaling) from either dialect; anything that would be ignored is refused by name."""
+    parameters, old = config.get("rope_parameters"), config.get("rope_scaling")
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", old)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"config.json {name}={value!r:.80}, expected an object")
+    old, parameters = old or {}, parameters or {}
+    rope = {**old, **parameters}
+    if differ := sorted(key for key in old if rope[key] != old[key]):
+        raise ConfigError(f"config.json rope_parameters and rope_scaling differ in {differ[0]}")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ConfigError("config.json partial_rotary_factor is not 1: partial RoPE is unsupported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise ConfigError(
+            f"config.json RoPE scaling type {kind!r:.80} is not supported (default, linear, llama3)"
+        )
+    if unknown := sorted(rope.keys() - _ROPE_KEYS):
+        raise ConfigError(f"config.json RoPE scaling has {unknown[0]!r:.80}, which is unsupported")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        require(rope, ("factor",), "config.json RoPE scaling")
+        return theta, RopeScaling(kind="linear", factor=rope["factor"])
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    require(rope, keys, "config.json RoPE scaling")
+    return theta, llama3_scaling(*(rope[key] for key in keys))
+
+
+def _check_is_llama(config: Mapping[str, Any]) -> None:
+    code = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
+    if code:
+        message = f"config.json names code ({', '.join(code)}): ignored, the built-in Llama is used"
+        warnings.warn(message, stacklevel=3)
+    kind, archs = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or archs != ["LlamaForCausalLM"]:
+        raise ConfigError(
+            f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; "
+            "expected 'llama' and ['LlamaForCausalLM']"
+        )
+    method = config.get("quantization_config") or config.get("compression_config")
+    if method is not None:
+        method = method.get("quant_method") if isinstance(method, Mapping) else method
+        raise ConfigError(
+            f"unsupported quantization {method!r:.80} in config.json; "
+            "use the unquantized checkpoint, or a GGUF file"
+        )
 
 
 class SafetensorsFile:
@@ -121,9 +243,9 @@ def _parse_entry(where: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, tup
     if not isinstance(entry, dict) or set(entry) != keys:
         raise ArtifactError(f"{where}: expected an object with exactly {', '.join(sorted(keys))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in _CODES:
         raise ArtifactError(
-            f"{where} has dtype {dtype!r:.40}, expected {', '.join(DTYPES)}; integers and 8-bit "
+            f"{where} has dtype {dtype!r:.40}, expected {', '.join(_CODES)}; integers and 8-bit "
             "floats mean an unsupported quantization: use the unquantized checkpoint or a GGUF file"
         )
     for key, value in (("shape", shape), ("data_offsets", offsets)):
@@ -131,13 +253,14 @@ def _parse_entry(where: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, tup
             raise ArtifactError(f"{where}: {key}={value!r:.80}, expected a list of integers ≥ 0")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ArtifactError(f"{where}: data_offsets={offsets!r:.80}, expected [start, end]")
-    need = math.prod(shape) * DTYPES[dtype].itemsize if len(shape) <= 8 else -1
+    stored = DTYPES[_CODES[dtype]]
+    need = math.prod(shape) * stored.itemsize if len(shape) <= 8 else -1
     if need != offsets[1] - offsets[0]:
         raise ArtifactError(
             f"{where}: shape {shape!r:.80} of {dtype} needs {need} bytes, "
             f"data_offsets give {offsets[1] - offsets[0]}"
         )
-    return tuple(shape), DTYPES[dtype], (offsets[0], offsets[1])
+    return tuple(shape), stored, (offsets[0], offsets[1])
 
 
 class SafetensorsFolder:
@@ -181,22 +304,22 @@ def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]
     paths = {shard: member_path(folder, shard) for shard in by_shard}
     missing = sorted(shard for shard in by_shard if shard not in present)
     if missing:
-        raise ArtifactError(f"{folder} lacks {len(missing)} shards of its index: {_some(missing)}")
+        raise ArtifactError(f"{folder} lacks {len(missing)} shards of its index: {listed(missing)}")
     stray = [name for name in present if _SHARD_NAME.fullmatch(name) and name not in by_shard]
     if stray:
-        raise ArtifactError(f"{folder} has shards that its index does not list: {_some(stray)}")
+        raise ArtifactError(f"{folder} has shards that its index does not list: {listed(stray)}")
     files: dict[str, SafetensorsFile] = {}
-    for shard, listed in sorted(by_shard.items()):
+    for shard, expected in sorted(by_shard.items()):
         file = SafetensorsFile(paths[shard])
         held = set(file.shapes)
         if twice := sorted(name for name in held if name in files):
             other = files[twice[0]].description
-            raise ArtifactError(f"{_some(twice)}: both in {other} and in {paths[shard]}")
-        if absent := sorted(listed - held):
-            raise ArtifactError(f"{paths[shard]} lacks tensors of the index: {_some(absent)}")
+            raise ArtifactError(f"{listed(twice)}: both in {other} and in {paths[shard]}")
+        if absent := sorted(expected - held):
+            raise ArtifactError(f"{paths[shard]} lacks tensors of the index: {listed(absent)}")
         # A tensor listed for another shard is caught there, as held twice.
         if extra := sorted(name for name in held if name not in weight_map):
-            raise ArtifactError(f"{paths[shard]} has tensors not in the index: {_some(extra)}")
+            raise ArtifactError(f"{paths[shard]} has tensors not in the index: {listed(extra)}")
         files |= dict.fromkeys(held, file)
     return files
 
@@ -214,6 +337,57 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(f"{name!r:.200}" for name in names[:10]) + more
+def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, SafetensorsFolder]:
+    """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
+    config = to_config(read_json(member_path(path, "config.json")))
+    source = SafetensorsFolder(path)
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if tie is not None:
+        config = dataclasses.replace(config, tie_embeddings=tie)
+    elif config.tie_embeddings and head in source.shapes and not same_tensor(source, embed, head):
+        raise ArtifactError(
+            f"{path}: config.json says tie_word_embeddings, but {head} differs from {embed}; pass "
+            "tie=True (--tie) to follow the config, tie=False (--notie) to keep the file's head"
+        )
+    if config.tie_embeddings:
+        source.shapes.pop(head, None)
+    return config, source
+
+
+def write_hf(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_shard_bytes: int,
+) -> None:
+    """Writes config.json, and the tensors to one file or to shards with an index."""
+    write_json(folder / "config.json", settings)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = total = 0
+    for name, array in tensors:
+        if shards[-1] and size + array.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    if len(shards) == 1:
+        _write_shard(folder / SINGLE, shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, shard: dict[str, np.ndarray]) -> None:
+    # The package writes from the arrays' memory as it lies, whatever their strides.
+    contiguous = {name: np.ascontiguousarray(array) for name, array in shard.items()}
+    # transformers refuses a file that does not say this.
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

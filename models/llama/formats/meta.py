@@ -1,39 +1,128 @@
-"""Meta's consolidated.*.pth, with the shards of several model-parallel ranks merged. No JAX here.
+"""Meta's format, in and out: params.json, and consolidated.*.pth. No JAX here.
 
-torch unpickles with `weights_only=True`, and only names, shapes and places of the tensors: fake
-tensors hold no data, and record where in the file it is. The bytes are then read from there, so that
-nothing is mapped into memory or held twice.
+torch unpickles with `weights_only=True`, under fake tensors: they hold no data, and record where in the
+file it is. The bytes are then read from there, so that nothing is mapped into memory or held twice. The
+shards of several model-parallel ranks are merged.
 """
 
+import dataclasses
 import math
-import pickletools
 import re
-import struct
 import warnings
 import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from models.llama.layout import same_bits
-from utils.errors import ArtifactError, ConfigError
-from utils.files import InputFile, list_folder, member_path
+from models.llama.config import ModelConfig, divide, llama3_scaling, require
+from models.llama.formats.hf import write_json
+from models.llama.layout import DTYPES, same_bits, same_tensor
+from utils.errors import ArtifactError, ConfigError, is_int, is_number
+from utils.files import InputFile, list_folder, member_path, read_json
 
-_DTYPES = {
-    "torch.float32": np.dtype(np.float32),
-    "torch.float16": np.dtype(np.float16),
-    "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 _SHARD_NAME = re.compile(r"consolidated\.(\d{2})\.pth")
 
-# What a file of plain tensors refers to. torch's own list is longer, and has `bytearray`, with which
-# a pickle of 100 bytes fills the memory.
-_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-_GLOBALS |= {f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16")}
-# Llama 3.1 405B has 1,138 tensors a shard: 150 kB of pickle and 1,150 zip entries.
-_MAX_PICKLE, _MAX_RECORDS = 1 << 19, 1 << 14
+# Settings that both have as they are.
+_SAME = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta")
+_KEYS = {*_SAME, "head_dim", "multiple_of", "ffn_dim_multiplier", "use_scaled_rope"}
+_KEYS |= {"rope_scaling_factor", "rope_high_freq_factor", "max_seq_len", "max_batch_size"}
+
+
+def to_config(
+    params: Mapping[str, Any],
+    *,
+    vocab_size: int | None = None,
+    tie_embeddings: bool = False,
+    max_seq_len: int | None = None,
+) -> ModelConfig:
+    """The ModelConfig of a `params.json`.
+
+    It does not say how long the context is, so each generation's own is taken: 4096 tokens (Llama 2),
+    8192 (Llama 3), 131072 (`use_scaled_rope`, Llama 3.1 and later).
+
+    Args:
+        params: the parsed file.
+        vocab_size: rows of `tok_embeddings.weight`, for files that say -1.
+        tie_embeddings: true where the checkpoint has no `output.weight`.
+        max_seq_len: overrides the generation's own context length.
+    """
+    require(params, ("dim", "n_layers", "n_heads", "norm_eps", "multiple_of"), "params.json")
+    # Vision, experts, quantisation and LoRA each bring keys of their own.
+    if unknown := sorted(key for key in params if key not in _KEYS and params[key]):
+        raise ConfigError(
+            f"params.json has {', '.join(unknown):.200}: only dense text Llama is supported"
+        )
+    fields = {"vocab_size": -1, "rope_theta": 10000.0} | {
+        k: params[k] for k in _SAME if k in params
+    }
+    if fields["vocab_size"] == -1 and vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    if fields.get("n_kv_heads") is None:
+        fields["n_kv_heads"] = fields["n_heads"]
+    dim, heads = fields["dim"], fields["n_heads"]
+    scaled = params.get("use_scaled_rope", False)
+    if not isinstance(scaled, bool):
+        raise ConfigError(f"params.json use_scaled_rope={scaled!r:.80}, expected true or false")
+    context = 131072 if scaled else 8192 if fields["rope_theta"] == 500000.0 else 4096
+    scaling = None
+    if scaled:
+        is_3_2 = (dim, params["n_layers"]) in ((2048, 16), (3072, 28))
+        factor = params.get("rope_scaling_factor", 32.0 if is_3_2 else 8.0)
+        scaling = llama3_scaling(factor, high=params.get("rope_high_freq_factor", 4.0))
+    return ModelConfig(
+        **fields,
+        head_dim=params.get("head_dim") or divide(dim, heads, "dim", "n_heads"),
+        ffn_dim=_ffn_dim(params),
+        rope_scaling=scaling,
+        max_seq_len=max_seq_len or params.get("max_seq_len") or context,
+        tie_embeddings=tie_embeddings,
+        activation="silu",
+        attention_bias=False,
+        mlp_bias=False,
+    )
+
+
+def _ffn_dim(params: Mapping[str, Any]) -> int:
+    """The width that Meta's FeedForward computes: 2/3 of 4 · dim, scaled, rounded up."""
+    dim, multiple = params["dim"], params["multiple_of"]
+    for key, value in dict(dim=dim, multiple_of=multiple).items():
+        if not is_int(value) or not 1 <= value <= 2**20:
+            raise ConfigError(f"params.json {key}={value!r:.80}, expected a positive integer")
+    ffn = int(2 * (4 * dim) / 3)
+    multiplier = params.get("ffn_dim_multiplier")
+    if multiplier is not None:
+        if not is_number(multiplier) or not 0 < multiplier < 1e3:
+            raise ConfigError(f"params.json ffn_dim_multiplier={multiplier!r:.80}, expected > 0")
+        ffn = int(multiplier * ffn)
+    return multiple * ((ffn + multiple - 1) // multiple)
+
+
+def from_config(config: ModelConfig) -> dict[str, Any]:
+    """The `params.json` of this config. Raises ConfigError where Meta's layout cannot say it."""
+    if config.attention_bias or config.mlp_bias or config.activation != "silu":
+        raise ConfigError("Meta's layout has no biases and only SiLU; export with format='hf'")
+    # ffn_dim = multiple_of·⌈…⌉ with multiple_of = ffn_dim gives back ffn_dim exactly.
+    base = int(2 * (4 * config.dim) / 3)
+    out = {name: getattr(config, name) for name in _SAME} | {"multiple_of": config.ffn_dim}
+    if base > config.ffn_dim:
+        # Half a unit more, so that truncation gives ffn_dim and not one less.
+        out["ffn_dim_multiplier"] = (config.ffn_dim + 0.5) / base
+    if config.head_dim * config.n_heads != config.dim:
+        raise ConfigError("Meta's layout has head_dim = dim / n_heads; export with format='hf'")
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        if dataclasses.replace(s, factor=8.0, high_freq_factor=4.0) != llama3_scaling(8.0):
+            raise ConfigError(
+                f"Meta's layout has only llama3 RoPE scaling, this model has {s.kind}; "
+                "export with format='hf'"
+            )
+        out |= {"use_scaled_rope": True, "rope_scaling_factor": s.factor}
+        out |= {"rope_high_freq_factor": s.high_freq_factor}
+    if to_config(out, tie_embeddings=config.tie_embeddings).ffn_dim != config.ffn_dim:
+        raise ConfigError(f"Meta's layout cannot say ffn_dim={config.ffn_dim}; use format='hf'")
+    return out
 
 
 class MetaFolder:
@@ -117,10 +206,11 @@ class _Shard:
 
     def __init__(self, path: Path):
         self.path, self._file = path, InputFile(path)
-        records = _records(path, self._file)
-        self.tensors: dict[str, tuple[tuple[int, ...], np.dtype, int]] = {}
-        for name, tensor in _unpickle(path).items():
-            self.tensors[name] = _locate(f"{path}: tensor {name!r:.200}", tensor, records)
+        _check_zip(path)
+        self.tensors = {
+            name: _locate(f"{path}: tensor {name!r:.200}", x, self._file.size)
+            for name, x in _unpickle(path).items()
+        }
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Fills `out`, which may be any view of the tensor's shape and dtype."""
@@ -131,73 +221,23 @@ class _Shard:
             out[...] = whole
 
 
-def _records(path: Path, file: InputFile) -> dict[int, int]:
-    """Where each stored record of the zip file starts, and its size in bytes.
-
-    Refuses what torch.save never writes: compression, duplicates, overlaps, other paths, and a
-    pickle that is large or refers to more than tensors.
-    """
-    if bytes(file.read(0, min(4, file.size))) != b"PK\x03\x04":
-        raise ArtifactError(
-            f"{path} is no zip file: truncated, or in torch's format of before 1.6; load it with "
-            "torch and save it again"
-        )
+def _check_zip(path: Path) -> None:
+    """Refuses files whose bytes torch would take for numbers as they are, though they are not."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-            _check_entries(path, entries)
-            pickle_name = next(e.filename for e in entries if e.filename.endswith("/data.pkl"))
-            _check_pickle(path, archive.read(pickle_name))
-            order = pickle_name.replace("data.pkl", "byteorder")
-            if order in archive.namelist() and archive.read(order) != b"little":
-                raise ArtifactError(f"{path} has big-endian numbers; save it again on this machine")
-    except ArtifactError:
-        raise
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError, RuntimeError, EOFError) as e:
-        raise ArtifactError(f"{path} is broken: {str(e):.200}") from e
-    out, end = {}, 0
-    for entry in entries:
-        name_len, extra_len = struct.unpack("<HH", file.read(entry.header_offset + 26, 4))
-        start = entry.header_offset + 30 + name_len + extra_len
-        if entry.header_offset < end or start + entry.file_size > file.size:
-            raise ArtifactError(
-                f"{path}: record {entry.filename!r:.200} overlaps another, or is cut"
-            )
-        end = start + entry.file_size
-        out[start] = entry.file_size
-    return out
-
-
-def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    names = [entry.filename for entry in entries]
-    if len(names) > _MAX_RECORDS:
-        raise ArtifactError(f"{path} has {len(names)} records, expected at most {_MAX_RECORDS}")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ArtifactError(f"{path} has record {twice!r:.200} twice")
-    root = names[0].partition("/")[0] if names else ""
-    for entry in entries:
-        parts = entry.filename.split("/")
-        if parts[0] != root or not root or ".." in parts or "" in parts:
-            raise ArtifactError(f"{path}: record {entry.filename!r:.200} is outside {root!r:.200}/")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ArtifactError(f"{path}: record {entry.filename!r:.200} is compressed")
-    sizes = {entry.filename: entry.file_size for entry in entries}
-    if not 0 < sizes.get(f"{root}/data.pkl", 0) <= _MAX_PICKLE:
-        raise ArtifactError(f"{path} has no data.pkl of 1 to {_MAX_PICKLE} bytes: no torch file")
-
-
-def _check_pickle(path: Path, data: bytes) -> None:
-    for op, arg, _ in pickletools.genops(data):
-        if isinstance(arg, int) and arg < 0:
-            raise ArtifactError(f"{path} has the number {arg}: no size of a tensor is negative")
-        is_global = op.name in ("GLOBAL", "INST")
-        if (is_global and arg not in _GLOBALS) or op.name == "STACK_GLOBAL":
-            what = repr(arg) if is_global else "a computed name"
-            raise ArtifactError(
-                f"{path} refers to {what:.200}: it holds more than plain tensors of float32, "
-                "float16 and bfloat16"
-            )
+            entries = archive.infolist()
+            packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+            orders = [e for e in entries if e.filename.endswith("/byteorder")]
+            swapped = any(archive.read(e) != b"little" for e in orders if e.file_size < 16)
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError) as e:
+        raise ArtifactError(
+            f"{path} is not a zip file of torch ({str(e):.200}): truncated, or in its format of before "
+            "1.6; load it with torch and save it again"
+        ) from e
+    if packed:
+        raise ArtifactError(f"{path}: record {packed[0]!r:.200} is compressed")
+    if swapped:
+        raise ArtifactError(f"{path} has big-endian numbers; save it again on this machine")
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
@@ -212,10 +252,10 @@ def _unpickle(path: Path) -> dict[str, Any]:
         reason = " ".join(str(e).split())
         raise ArtifactError(f"torch cannot read {path}: {type(e).__name__} {reason:.200}") from e
     if not isinstance(out, dict) or not out:
-        raise ArtifactError(f"{path} holds no dict of tensors")
+        raise ArtifactError(f"{path} does not hold a dict of tensors")
     for name, tensor in out.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ArtifactError(f"{path} holds {name!r:.200}, which is no tensor")
+            raise ArtifactError(f"{path} holds {name!r:.200}, which is not a tensor")
     return out
 
 
@@ -231,15 +271,54 @@ def import_torch():
     return torch, FakeTensorMode
 
 
-def _locate(where: str, tensor, records: dict[int, int]) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, offset in the file) of a fake tensor, checked against its record."""
-    dtype = _DTYPES[str(tensor.dtype)]  # _GLOBALS allows no other storage
-    shape = tuple(tensor.shape)
+def _locate(where: str, tensor, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, offset in the file) of a fake tensor."""
+    dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise ArtifactError(f"{where} is {tensor.dtype}, expected {', '.join(DTYPES)}")
     if not tensor.is_contiguous():
         raise ArtifactError(f"{where} has strides {tuple(tensor.stride())}, expected contiguous")
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    first = tensor.storage_offset() * dtype.itemsize
-    need, have = first + math.prod(shape) * dtype.itemsize, records.get(start, -1)
-    if first < 0 or need > have:
-        raise ArtifactError(f"{where} needs {need} bytes of its record, which has {have}")
-    return shape, dtype, start + first
+    shape, start = tuple(tensor.shape), getattr(
+        tensor.untyped_storage(), "_checkpoint_offset", None
+    )
+    if start is None:
+        raise ArtifactError(f"{where} has no numbers in the file")
+    start += tensor.storage_offset() * dtype.itemsize
+    if start + math.prod(shape) * dtype.itemsize > file_size:
+        raise ArtifactError(
+            f"{where} of shape {list(shape)} ends behind the file's {file_size} bytes"
+        )
+    return shape, dtype, start
+
+
+def open_meta(path: Path, tie: bool | None) -> tuple[ModelConfig, MetaFolder]:
+    """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
+    params = read_json(member_path(path, "params.json"))
+    source = MetaFolder(path, params.get("dim"))
+    embed, head = "tok_embeddings.weight", "output.weight"
+    if tie is None:
+        # Meta's files of tied models hold the embedding a second time, as the head.
+        tie = head not in source.shapes or same_tensor(source, embed, head)
+    if tie:
+        source.shapes.pop(head, None)
+    vocab_size = (*source.shapes.get(embed, ()), None)[0]
+    return to_config(params, vocab_size=vocab_size, tie_embeddings=tie), source
+
+
+def write_meta(
+    folder: Path, settings: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes params.json, and the tensors to consolidated.00.pth."""
+    write_json(folder / "params.json", settings)
+    torch, _ = import_torch()
+    state = {}
+    with warnings.catch_warnings():
+        # JAX's memory is read-only; torch.save only reads.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, array in tensors:
+            # torch does not know numpy's bfloat16.
+            bits = torch.from_numpy(np.ascontiguousarray(array).view(f"i{array.itemsize}"))
+            state[name] = bits.view(getattr(torch, array.dtype.name))
+    # Meta's code always loads a head; its own files of tied models hold the embedding twice.
+    state.setdefault("output.weight", state["tok_embeddings.weight"])
+    torch.save(state, folder / "consolidated.00.pth")
