@@ -1,4 +1,4 @@
-"""What fits where, before it is rented: `python plan.py --model llama-3.1-8b --topology v5e:4x8 …`."""
+"""Plans what fits where, before it is rented: `python plan.py --model llama-3.1-8b --topology v5e:4x8 …`."""
 
 import signal
 
@@ -66,7 +66,7 @@ class PlanFlags(Config):
     json: bool = field(False, "print one JSON object instead of tables")
 
     def problems(self) -> list[str]:
-        """All that is wrong with the values."""
+        """Problems with the values, one text each."""
         bad = super().problems()
         if not bad and not self.search and len(self.topology) > 1:
             kind = self.topology[0].kind
@@ -89,7 +89,7 @@ def main(job: Job, plan: PlanFlags) -> None:
     if job.batch is None:  # one prompt or row per device; a search goes further
         rows = where.n_chips * job.samples_a_prompt * (64 if plan.search else 1)
         job = dataclasses.replace(job, batch=rows)
-    compiles = where.chip.tpu and not plan.estimate
+    compiles = where.is_tpu and not plan.estimate
     compiles = compiles and importlib.util.find_spec("libtpu") is not None
 
     def programs_of(job: Job, where: Topology, sizes: dict[str, int]) -> list[Program]:
@@ -120,7 +120,7 @@ def main(job: Job, plan: PlanFlags) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was found about a job; bytes, FLOPs and seconds are per device and step."""
+    """Findings about a job; bytes, FLOPs and seconds are per device and step."""
 
     job: Job
     topology: Topology

@@ -1,6 +1,6 @@
-"""What fits where, compiled for TPUs that need not be there: `python benchmarks/scale.py`.
+"""Memory and speed limits of real steps, compiled for TPUs that need not be there: `python benchmarks/scale.py`.
 
-Each line is a real step of this code, compiled ahead of time by `plan.py`, next to what it is to reach;
+Each line is a real step of this code, compiled ahead of time by `plan.py`, next to the goal;
 google-tunix 0.1.7's figures are its compiled step of the same shape. No line is a measured speed.
 `--docs` writes the tables of docs/scale.md anew instead.
 """
@@ -18,7 +18,7 @@ GIB = 2**30
 
 SFT = "--job sft --remat block --param_dtype bfloat16 --state_dtype bfloat16"
 ONE_B = f"--model llama-3.2-1b --topology v5e:2x2 {SFT}"
-# Shape: tunix's temporaries, GiB a device, as XLA reserves them.
+# Shape: tunix's temporaries as XLA reserves them, GiB per device.
 TUNIX = {(4, 2048): 3.47, (4, 4096): 5.73, (8, 4096): 8.11}
 MODELS = "llama-3.2-1b llama-3.1-8b llama-3.1-70b llama-3.1-405b".split()
 MARKS = "<!-- tables: python benchmarks/scale.py --docs -->", "<!-- end of tables -->"
@@ -34,7 +34,7 @@ def plan(flags: str) -> dict:
 
 
 def numbers() -> None:
-    """Prints what is to be reached, and what is."""
+    """Prints each goal and what was found."""
     print("| what | found | to reach |\n|---|---|---|")
     for (batch, seq), theirs in TUNIX.items():
         found = plan(f"{ONE_B} --exact --batch {batch} --seq {seq}")
@@ -65,7 +65,7 @@ def numbers() -> None:
 
 
 def bound_flops(batch: int, seq: int, devices: int = 4) -> float:
-    """6 a parameter and token, attention, and one forward pass again; a device's share."""
+    """One device's FLOPs: 6 per parameter and token, attention, and one more forward pass."""
     layers, head, dim, depth = 973_146_112, 262_668_288, 2048, 16
     tokens = batch * seq
     attention = 2 * tokens * seq * dim * depth  # half of all pairs, two products
@@ -73,7 +73,7 @@ def bound_flops(batch: int, seq: int, devices: int = 4) -> float:
 
 
 def docs() -> None:
-    """Writes the smallest slices that hold each job into docs/scale.md; takes about an hour."""
+    """Writes the smallest slice that holds each job into docs/scale.md; takes about an hour."""
     lines = []
     for job in ("sft", "lora", "grpo"):
         lines += [f"\n### {job}\n", "| model | slice | mesh | rows | remat | a device | at least |"]
@@ -115,7 +115,7 @@ def _two(x: float) -> str:
 
 
 def main() -> None:
-    """Chooses."""
+    """Prints the goals, or writes the tables."""
     parser = argparse.ArgumentParser(description=re.sub(r"\s+", " ", __doc__))
     parser.add_argument("--docs", action="store_true")
     docs() if parser.parse_args().docs else numbers()

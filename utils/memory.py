@@ -1,4 +1,4 @@
-"""How many bytes things take: arrays, and a model's weights and cache before they are loaded."""
+"""Bytes of arrays, and of a model's weights and cache before they are loaded."""
 
 import math
 import os

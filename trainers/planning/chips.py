@@ -1,9 +1,8 @@
 """Published numbers of accelerators, and the least time that a program can take on one."""
 
-import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -11,47 +10,22 @@ from jax.experimental import topologies
 from utils.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
+class Chip(NamedTuple):
     """One accelerator, as its maker describes it.
 
     Attributes:
-        flops: bfloat16 matrix products at peak, FLOP/s.
-        memory_bytes: of main memory.
-        bandwidth: of main memory, bytes/s.
-        links: what it can send to others within a slice, all links together, bytes/s.
-        price: list price, on demand, $ an hour; None: not listed by the chip.
-        tpu: whether programs are compiled for it by libtpu.
+        tflops: bfloat16 matrix products at peak, TFLOP/s.
+        memory_bytes: size of the main memory.
+        gb_per_s: bandwidth of the main memory, GB/s.
+        links_gb_per_s: what it can send to others within a slice, all links together, GB/s.
+        price: list price on demand, $ per hour; None: not listed per chip, as for GPUs.
     """
 
-    flops: float
+    tflops: float
     memory_bytes: float
-    bandwidth: float
-    links: float
-    price: float | None
-    tpu: bool
-
-
-def _tpu(tflops: float, gib: float, gb_per_s: float, gbit_per_s: float, price: float) -> Chip:
-    return Chip(
-        flops=tflops * 1e12,
-        memory_bytes=gib * 2**30,
-        bandwidth=gb_per_s * 1e9,
-        links=gbit_per_s * 1e9 / 8,
-        price=price,
-        tpu=True,
-    )
-
-
-def _gpu(tflops: float, gb: float, gb_per_s: float, links_gb_per_s: float) -> Chip:
-    return Chip(
-        flops=tflops * 1e12,
-        memory_bytes=gb * 1e9,
-        bandwidth=gb_per_s * 1e9,
-        links=links_gb_per_s * 1e9,
-        price=None,
-        tpu=False,
-    )
+    gb_per_s: float
+    links_gb_per_s: float
+    price: float | None = None
 
 
 # TPUs: cloud.google.com/tpu/docs/{v4, v5e, v5p, v6e}: peak bf16, HBM, its bandwidth, "interchip
@@ -60,18 +34,17 @@ def _gpu(tflops: float, gb: float, gb_per_s: float, links_gb_per_s: float) -> Ch
 # demand in US regions, as published in 2025.
 # GPUs: NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM: dense bf16; half of NVLink's total.
 CHIPS = {
-    "v4": _tpu(275, 32, 1228, 2400, 3.22),
-    "v5e": _tpu(197, 15.75, 819, 1600, 1.20),
-    "v5p": _tpu(459, 95.74, 2765, 4800, 4.20),
-    "v6e": _tpu(918, 31.25, 1640, 3584, 2.70),
-    "a100": _gpu(312, 80, 2039, 300),
-    "h100": _gpu(989, 80, 3350, 450),
+    "v4": Chip(275, 32 * 2**30, 1228, 2400 / 8, 3.22),
+    "v5e": Chip(197, 15.75 * 2**30, 819, 1600 / 8, 1.20),
+    "v5p": Chip(459, 95.74 * 2**30, 2765, 4800 / 8, 4.20),
+    "v6e": Chip(918, 31.25 * 2**30, 1640, 3584 / 8, 2.70),
+    "a100": Chip(312, 80e9, 2039, 300),
+    "h100": Chip(989, 80e9, 3350, 450),
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Topology:
-    """So many chips of one kind, for TPUs in a grid.
+class Topology(NamedTuple):
+    """Chips of one kind; TPUs form a grid.
 
     Attributes:
         name: as given, v5e:4x8.
@@ -85,12 +58,17 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """Its numbers."""
+        """The numbers of one of its chips."""
         return CHIPS[self.kind]
 
     @property
+    def is_tpu(self) -> bool:
+        """Whether libtpu compiles programs for it."""
+        return self.kind.startswith("v")
+
+    @property
     def n_chips(self) -> int:
-        """All chips; a program sees each as one device."""
+        """The number of chips; a program sees each as one device."""
         return math.prod(self.grid)
 
     def tpu_devices(self) -> list[jax.Device]:
@@ -133,26 +111,26 @@ def parse_topology(text: str) -> Topology:
             f"topology {text!r:.40}, expected a chip ({', '.join(CHIPS)}) and how many, as v5e:4x8, "
             "v5p:4x4x4 or h100:8"
         )
-    grid = tuple(map(int, sides.split("x")))
+    topology = Topology(text, kind, tuple(map(int, sides.split("x"))))
     n_sides = SLICES[kind].split()[0].count("x") + 1
-    if CHIPS[kind].tpu and len(grid) != n_sides:
+    if topology.is_tpu and len(topology.grid) != n_sides:
         raise ConfigError(f"topology {text!r:.40}: {kind} is a grid of {n_sides} sides")
-    return Topology(name=text, kind=kind, grid=grid)
+    return topology
 
 
 def roofline(
     chip: Chip, flops: float, bytes_accessed: float, collective_bytes: float
 ) -> dict[str, float]:
-    """Seconds that each of a program's demands takes at the chip's peak; the largest is a lower bound.
+    """Seconds that each demand of a program takes at the chip's peak; the largest is a lower bound.
 
     Args:
-        flops, bytes_accessed, collective_bytes: of one device, see `utils.hlo.Cost`.
+        flops, bytes_accessed, collective_bytes: per device, see `trainers.planning.hlo.Cost`.
 
     Returns:
         {"compute", "memory", "links"}: seconds.
     """
     return {
-        "compute": flops / chip.flops,
-        "memory": bytes_accessed / chip.bandwidth,
-        "links": collective_bytes / chip.links,
+        "compute": flops / (chip.tflops * 1e12),
+        "memory": bytes_accessed / (chip.gb_per_s * 1e9),
+        "links": collective_bytes / (chip.links_gb_per_s * 1e9),
     }

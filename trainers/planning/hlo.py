@@ -1,7 +1,7 @@
-"""What a compiled program costs on one device, read off its HLO text.
+"""Cost of a compiled program on one device, read off its HLO text.
 
 XLA's own `cost_analysis()` counts the body of a loop once and a Pallas kernel not at all. Here a loop's
-body counts as often as it runs, and kernels by their own estimate or the caller's.
+body counts once per round, and kernels count by their own estimate or the caller's.
 """
 
 import collections
@@ -18,10 +18,10 @@ from trainers.planning.hlo_text import Array, Computation, Instruction, parse
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COLLECTIVES += ("ragged-all-to-all",)
 
-# They name what is there already, or their cost is that of what they call.
+# These name existing arrays, or cost what they call costs.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency", "get-dimension-size"}
-# Of their first operand they read as much as they return.
+# These read only as much of their first operand as they return.
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 _UNDER_WAY = "under way"
@@ -31,16 +31,16 @@ _WINDOW = {"size": 1, "stride": 1, "pad": "0_0", "lhs_dilate": 1, "rhs_dilate": 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of a program, a device.
+    """Cost of one run of a program on one device.
 
     Attributes:
-        flops: of matrix products, convolutions and kernels, two a multiply-add.
-        bytes_accessed: read from and written to the device's main memory: what the instructions
-            that are not fused into others take and return.
-        collectives: bytes that a device sends, by kind, with rings: (n - 1) / n of the gathered,
-            exchanged or scattered array for a group of n, twice that to reduce it everywhere.
-        kernels: calls of kernels by name.
-        open_loops: names of the loops whose number of rounds is not in the program.
+        flops: FLOPs of matrix products, convolutions and kernels, two per multiply-add.
+        bytes_accessed: bytes read from and written to the device's main memory by instructions that
+            are not fused into others.
+        collectives: bytes that a device sends, by kind. In a ring of n devices it sends (n - 1) / n of
+            the array that is gathered, exchanged or scattered, and twice that to reduce it everywhere.
+        kernels: calls per kernel name.
+        open_loops: names of loops whose number of rounds the program does not state.
     """
 
     flops: float
@@ -51,7 +51,7 @@ class Cost:
 
     @property
     def collective_bytes(self) -> float:
-        """Bytes that a device sends in all."""
+        """Bytes that a device sends, of all kinds."""
         return sum(self.collectives.values())
 
 
@@ -64,13 +64,13 @@ def analyse(
     kernel: KernelCost | None = None,
     rounds: Callable[[str], float] = lambda loop: 1,
 ) -> Cost:
-    """The cost of a compiled program.
+    """Adds up the cost of a compiled program.
 
     Args:
-        text: of `jax.jit(f).lower(…).compile().as_text()`.
+        text: `jax.jit(f).lower(…).compile().as_text()`.
         kernel: the cost of a kernel that brings no estimate; default: its operands and results are
             read and written, and it computes nothing.
-        rounds: of a loop, by its name, if the program does not say it.
+        rounds: the rounds of a loop, by its name, where the program does not state them.
     """
     program = _Program(text, kernel, rounds)
     named = collections.defaultdict(dict)
@@ -97,7 +97,7 @@ class _Program:
         self._sort_collectives()
 
     def _sort_collectives(self) -> None:
-        """Puts right what fused collectives of XLA for TPU are called, and how often they are there."""
+        """Renames fused collectives of XLA for TPU by what they do, and counts each of them once."""
         for computation in list(self._computations.values()):
             seen = set()
             for fusion in filter(_fused, computation.values()):
@@ -106,7 +106,7 @@ class _Program:
                     if fusion.called.startswith("all-reduce-scatter"):  # whole; channels are reused
                         inside[i.name] = i._replace(opcode="reduce-scatter")
                         continue
-                    # One that runs beside others' work is in all fusions from its start to its end.
+                    # A collective that overlaps with other work is in every fusion from start to end.
                     channel = i.attribute("channel_id") or i.name
                     for name in [i.name, *inside.users[i.name]] if channel in seen else []:
                         if (j := inside[name]).opcode in (*COLLECTIVES, "custom-call"):
@@ -114,7 +114,7 @@ class _Program:
                     seen.add(channel)
 
     def cost(self, name: str) -> collections.Counter:
-        """Of a computation that is not fused."""
+        """The cost of a computation that is not fused."""
         if name not in self._costs:
             computation, total = self._computations[name], collections.Counter()
             for instruction in computation.values():
@@ -147,7 +147,7 @@ class _Program:
         return collections.Counter({key: n * count for key, n in total.items()})
 
     def _known_rounds(self, i: Instruction) -> int | None:
-        """As XLA knows them, else of a counter that goes from 0 up to a constant."""
+        """Rounds that XLA states, else those of a counter that goes from 0 up to a constant."""
         if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest):
             return int(found[1])
         condition = self._computations[i.attribute("condition")[1:]]
@@ -162,7 +162,7 @@ class _Program:
         return -(-int(bounds[0].operands[0]) // (step or 1))
 
     def _added(self, i: Instruction, within: Computation) -> int:
-        """What a round adds to its counter: XLA unrolls some loops, and leaves their bound as it is."""
+        """What one round adds to its counter: XLA unrolls some loops without changing their bound."""
         if i.opcode == "constant":
             return int(i.operands[0])
         operands = [within[name] for name in i.operands if name in within]
@@ -195,7 +195,7 @@ class _Program:
         return total
 
     def _share(self, i: Instruction, kind: str) -> float:
-        """How much of its operands' size a device sends."""
+        """The fraction of its operands' size that a device sends in a collective."""
         n = i.group_size or self._devices
         part = (n - 1) / n
         shares = {"all-gather": n - 1, "all-reduce": 2 * part, "collective-permute": 1}
@@ -238,7 +238,7 @@ class _Program:
         return sum(o.bytes for o in operands) + i.bytes
 
     def _read(self, i: Instruction, within: Computation) -> float:
-        """Bytes of an array that a fused computation reads, wherever it is."""
+        """Bytes of an array that a fused computation reads, in main memory or on the chip."""
         whole, total = sum(array.size for array in i.arrays), 0.0
         for user in (within[name] for name in within.users[i.name]):
             first = user.operands[0] == i.name
@@ -260,7 +260,7 @@ class _Program:
         return min(whole, total)
 
     def _written(self, root: Instruction, within: Computation) -> float:
-        """Bytes that a fused computation writes, wherever they go."""
+        """Bytes that a fused computation writes, to main memory or on the chip."""
         if root.opcode in (_UNDER_WAY, "parameter"):
             return 0
         if root.opcode == "bitcast":
@@ -278,7 +278,7 @@ def _fused(i: Instruction) -> bool:
 
 
 def _names(root: Instruction, i: Instruction, within: Computation) -> bool:
-    """Whether a computation gives back an array of its own as it is, and reads nothing of it."""
+    """Whether a computation returns its array `i` as it is, without reading it."""
     while root.opcode == "bitcast":
         root = within[root.operands[0]]
     return root.name == i.name
@@ -290,14 +290,14 @@ def _dot_flops(i: Instruction, lhs: tuple[int, ...]) -> float:
 
 
 def _convolution_flops(i: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
-    """As which XLA for TPU has matrix products; batch axes are spatial ones with holes."""
+    """XLA for TPU lowers matrix products to convolutions, with batch axes as dilated spatial axes."""
     in_labels, kernel_labels, out_labels = re.split(r"_|->", i.attribute("dim_labels"))
     window = dict(_WINDOW) | dict(re.findall(r"(\w+)=([\dx_-]+)", i.attribute("window")))
     out = i.arrays[0].dims
     total = 2.0 * rhs[kernel_labels.index("i")] * out[out_labels.index("f")]
     total *= out[out_labels.index("b")]
     for axis in filter(str.isdigit, out_labels):
-        taps = 0  # that fall onto the input, and not into its padding or holes
+        taps = 0  # taps on the input itself, not on its padding or holes
         option = {k: (str(v).split("x") * 9)[int(axis)] for k, v in window.items()}
         low = int(option["pad"].split("_")[0])
         stride, base, step = (int(option[k]) for k in ("stride", "lhs_dilate", "rhs_dilate"))

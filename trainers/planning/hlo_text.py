@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)")
 
 
 class Array(NamedTuple):
-    """One array of a shape: kind f and bits 32 is f32. What is not in memory space 0 is on the chip."""
+    """One array of a shape: kind f with 32 bits is f32. Only memory space 0 is not on the chip."""
 
     dims: tuple[int, ...]
     kind: str
@@ -22,12 +22,12 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """In main memory."""
+        """Its bytes in main memory."""
         return 0 if self.on_chip else self.size
 
     @property
     def size(self) -> float:
-        """Wherever it is, bytes."""
+        """Its bytes, in main memory or on the chip."""
         return math.prod(self.dims) * self.bits / 8
 
 
@@ -42,23 +42,23 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Of its results, in main memory."""
+        """Bytes of its results in main memory."""
         return sum(array.bytes for array in self.arrays)
 
     def attribute(self, name: str) -> str:
-        """What stands behind `name=`, up to a comma, a space or the end; empty if nothing does."""
+        """The text after `name=`, up to a comma, a space or the end; empty without one."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]*)", self.rest)
         return found[1] if found else ""
 
     @property
     def called(self) -> str:
-        """The computation that it calls."""
+        """Name of the computation that it calls."""
         return (self.attribute("calls") or self.attribute("to_apply")).removeprefix("%")
 
     @property
     def group_size(self) -> int | None:
-        """Devices of a collective's group; None: all. The three forms are {{0,1},{2,3}}, [2,2]<=[4] (so
-        many groups of so many) and mesh['x'=2,'y'=2] {'x'}.
+        """Devices per group of a collective; None: all. The three forms are {{0,1},{2,3}}, [2,2]<=[4]
+        (groups, devices per group) and mesh['x'=2,'y'=2] {'x'}.
         """
         groups = self.rest.partition("replica_groups=")[2]
         if found := re.match(r"\{\{([\d,]+)\}", groups):
@@ -73,7 +73,7 @@ class Instruction(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The name that JAX gave it."""
+        """Its name in JAX."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else self.name
 
@@ -85,18 +85,18 @@ class Computation(dict[str, Instruction]):
 
     @property
     def root(self) -> Instruction:
-        """Whose result is the computation's."""
+        """The instruction whose result the computation returns."""
         return self[self.root_name]
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In order."""
+        """The computation's parameters, in order."""
         found = [i for i in self.values() if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.operands[0]))
 
     @functools.cached_property
     def users(self) -> dict[str, list[str]]:
-        """Names of those that read each."""
+        """Names of the instructions that read each instruction's result."""
         users = collections.defaultdict(list)
         for instruction in self.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -105,7 +105,7 @@ class Computation(dict[str, Instruction]):
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """(the entry's name, all computations by name) of a module."""
+    """Parses a module. Returns (the entry's name, all computations by name)."""
     entry, computations = "", {}
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -119,7 +119,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """`f32[2]{0} add(%a, %b), metadata={…}`."""
+    """Parses `f32[2]{0} add(%a, %b), metadata={…}`."""
     end = _closing(text, 0) if text[0] == "(" else text.index(" ")
     opening = text.index("(", end)
     close = _closing(text, opening)

@@ -39,7 +39,7 @@ def model_config(name: str) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(Config):
-    """What is planned: a step of training, of GRPO or of generation, on any machine.
+    """Settings of a planned job: a step of training, of GRPO or of generation.
 
     `lora` is `sft` with adapters; lora_rank makes `grpo` train adapters too.
     """
@@ -80,7 +80,7 @@ class Job(Config):
             object.__setattr__(self, "prompt_len", max(self.seq // 4, 1))
 
     def problems(self) -> list[str]:
-        """All that is wrong with the values; a micro-batch of less than a group computes its prompt again."""
+        """Problems with the values, one text each."""
         bad = super().problems()
         if bad:
             return bad
@@ -113,7 +113,9 @@ class Job(Config):
 
     @property
     def branches(self) -> int:
-        """Completions in a row of a training step, which share the computation of their prompt."""
+        """Completions per row of a training step. A prompt is computed once per row, so a micro-batch of
+        less than a group computes it again.
+        """
         return self._at_once[1] or self.samples_a_prompt
 
     @property
@@ -175,7 +177,7 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        """All bytes in memory while it runs."""
+        """Bytes in memory while it runs."""
         return sum(self.parts.values())
 
     def compiled(

@@ -4,11 +4,11 @@ A training step has four phases, wherever it runs: the loss, the backward pass t
 embedding's gradient and the update. The fullest makes the peak. Bytes of each part are terms of a back
 end, since XLA for CPU and for accelerators keep other arrays:
 
-- Accelerators: activations stay in their dtype, attention keeps no scores, and gradients come to be as
-  the backward pass goes on. Compared with 25 jobs of 0.1 to 70 billion parameters compiled for TPUs,
+- Accelerators: activations stay in their dtype, attention keeps no scores, and gradients appear layer by
+  layer. Compared with 25 jobs of 0.1 to 70 billion parameters compiled for TPUs,
   arguments are the same, peaks within 6 % and a training step's temporaries within 10 %, except for a
   job that XLA refused (10.4 %) and a model of 135 million (10.1 %), whose arrays fill no registers.
-- CPU: all is computed in float32, attention keeps its scores, and all gradients are there throughout.
+- CPU: everything is computed in float32, attention keeps its scores, and gradients take memory throughout.
   All devices share the machine's memory, so that a mesh changes nothing. Peaks are within 10 % of the
   compiled steps of tests/test_phases.py.
 """
@@ -39,12 +39,12 @@ class Phase(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 class Work(NamedTuple):
-    """What an update does beyond one pass over the parameters: bytes held, FLOPs and bytes sent."""
+    """Cost of an update beyond one pass over the parameters: bytes held, FLOPs and bytes sent."""
 
     held: int = 0
     flops: float = 0.0
@@ -153,7 +153,7 @@ class Step(Sizes):
         return min(numbers, self.adapters) if rank else numbers
 
     def phases(self) -> list[Phase]:
-        """The phases of the step; micro-batches' sums of gradients are there in all of them."""
+        """The phases of the step; all of them hold the micro-batches' sums of gradients."""
         sums = {"sums of gradients": self.trained * F32} if self.micro > 1 else {}
         saved = sums | {"activations": self.model.n_layers * self.saved(self.job.remat)}
         after = sums | {"gradients": self.trained * self.param_size}
@@ -181,7 +181,7 @@ class Step(Sizes):
 
     @property
     def _padded(self) -> int:
-        """All query heads' dims where each head fills registers."""
+        """Dimensions of all query heads, each padded to whole registers."""
         return self.model.n_heads * -(-self.model.head_dim // LANES) * LANES
 
     def _stream(self) -> dict[str, int]:
@@ -258,7 +258,7 @@ class StepOnCPU(Step):
         super().__init__(job, ONE_DEVICE)
 
     def saved(self, remat: str) -> int:
-        """All in float32: XLA widens bfloat16 activations in one go before the loop over layers."""
+        """Float32 for all: XLA widens bfloat16 activations in one go before the loop over layers."""
         model, numbers = self.model, self.model.dim
         if remat == "dots":  # and q, k, v, o, gate, up; the result of down is only added
             numbers += model.dim + self.q_dim + 2 * self.kv_dim + 2 * model.ffn_dim
@@ -311,7 +311,7 @@ class StepOnCPU(Step):
         return self._everywhere() | {"logits": (chunk + max(product, chunk)) * F32 + narrow}
 
     def _layers(self) -> dict[str, int]:
-        """A block that is computed again is whole for a moment."""
+        """Parts of the backward pass: a block that is computed again is whole for a moment."""
         return self._everywhere() | {"one layer": self.saved("none")}
 
     def _embedding(self) -> int:
@@ -320,7 +320,7 @@ class StepOnCPU(Step):
         return both * self.head * self.param_size
 
     def _update(self) -> int:
-        """In place, a fused loop per array, except for two optimizers."""
+        """Bytes of the update, which is in place except for two optimizers."""
         # Adafactor's updates wait for their root mean square; Muon has the new moment, its normed copy
         # and the iteration's result.
         numbers = {"adafactor": self.trained, "muon": 3 * self.trained_matrices}
@@ -366,12 +366,12 @@ class Sampling(Sizes):
         return [Phase("sampling", {"logits": 4 * self.logits(self.rows)})]
 
     def logits(self, rows: int) -> int:
-        """Bytes of the rows that a device samples: of as many devices as divide them."""
+        """Bytes of logits of the rows that a device samples: devices share rows if their number divides them."""
         sharers = next(n for n in (self.parts, self.fsdp, 1) if rows % n == 0)
         return rows // sharers * self.model.vocab_size * F32
 
     def cache(self, rows: int) -> int:
-        """Bytes of the keys and values of a data axis' rows."""
+        """Bytes of the keys and values of one data group's rows."""
         model, heads = self.model, self.model.n_kv_heads
         if heads % self.parts == 0:
             heads //= self.parts

@@ -1,4 +1,4 @@
-"""The cheapest mesh, batch and rematerialisation of a job that fit on a topology, or the least of many."""
+"""Search for the cheapest mesh, batch and rematerialisation with which a job fits on a topology."""
 
 import dataclasses
 import itertools
@@ -22,11 +22,11 @@ _COMPILES = 4
 
 
 class Candidate(NamedTuple):
-    """One way to run a job, by its estimate."""
+    """One way to run a job, with its estimate."""
 
     job: Job
     mesh: dict[str, int]
-    seconds_a_token: float
+    seconds_per_token: float
     peak_bytes: int
 
 
@@ -36,14 +36,13 @@ ProgramsOf = Callable[[Job, Topology, dict[str, int]], list[Program]]
 def search_job(
     job: Job, topologies: Sequence[Topology], programs_of: ProgramsOf
 ) -> tuple[Job, Topology, dict[str, int], list[Program]]:
-    """(the job, where, its mesh, its programs) of the first topology that it fits, in the cheapest way.
+    """(job, topology, mesh, programs) of the first topology that the job fits on, in the cheapest way.
 
-    All ways are estimated; those of the fewest seconds a token are compiled, until one fits. Of those that
-    cost the same it is the one of the most rows.
+    All ways are estimated; those with the fewest seconds per token are compiled until one fits.
 
     Args:
-        job: its batch is the most rows that are tried.
-        topologies: where it may run.
+        job: its batch is the largest that is tried.
+        topologies: where it may run, in order.
         programs_of: compiles, or estimates where it cannot.
 
     Raises:
@@ -60,7 +59,7 @@ def search_job(
             peak = max(program.peak_bytes for program in programs)
             if peak <= limit:
                 return way.job, topology, way.mesh, programs
-            wrong = max(peak, limit * 1.05) / way.peak_bytes  # so far off are the estimates
+            wrong = max(peak, limit * 1.05) / way.peak_bytes  # how far off the estimates are
     names = ", ".join(topology.name for topology in topologies)
     raise ConfigError(
         f"--search: no mesh, batch and remat of {job.kind} fits {names}; pass a larger topology, "
@@ -69,9 +68,11 @@ def search_job(
 
 
 def _cost(way: Candidate) -> tuple[int, bool, int]:
-    """What is sorted by: time a token, to a percent; then most rows, of those in micro-batches fewest."""
+    """Sort key: seconds per token, rounded to 1 %; ties go to the largest batch or, among jobs with
+    micro-batches, to the smallest.
+    """
     cut = way.job.micro_batch_size is not None
-    steps = round(math.log(way.seconds_a_token) / math.log(1.01))
+    steps = round(math.log(way.seconds_per_token) / math.log(1.01))
     return steps, cut, way.job.batch if cut else -way.job.batch
 
 
@@ -91,7 +92,7 @@ def _candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
 
 
 def _ways(job: Job) -> tuple[Sequence[str], Sequence[int | None]]:
-    """(rematerialisations, micro-batches: all, or as little as a row of each device)."""
+    """(rematerialisations, micro-batch sizes) to try; None computes the whole batch at once."""
     if not job.trains:
         return (job.remat,), (None,)
     if job.micro_batch_size is not None:
@@ -101,20 +102,19 @@ def _ways(job: Job) -> tuple[Sequence[str], Sequence[int | None]]:
 
 
 def _seconds(program: Program, chip: Chip) -> float:
-    """Of a run. Gathering parameters goes on beside the work; adding up results is waited for."""
+    """Lower bound on one run's seconds. All-gathers overlap with compute; all-reduces do not."""
     cost, reduced = program.cost, program.cost.collectives.get("all-reduce", 0)
     gathered = cost.collective_bytes - reduced
     bounds = roofline(chip, cost.flops, cost.bytes_accessed, gathered)
-    return max(bounds.values()) + reduced / chip.links
+    return max(bounds.values()) + reduced / (chip.links_gb_per_s * 1e9)
 
 
 def _meshes(job: Job, n_chips: int) -> Iterator[dict[str, int]]:
-    """All that divide the model's parameters."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(lambda key: init_params(job.model, key, jnp.bfloat16), key)
+    """All meshes that divide the model's parameters."""
+    params = jax.eval_shape(lambda: init_params(job.model, jax.random.key(0), jnp.bfloat16))
     rules = [sharding.TRAINING] * job.trains + [sharding.DECODING] * job.samples
     sides = [n for n in range(1, n_chips + 1) if n_chips % n == 0]
-    # The first of those that cost the same is taken: rows are cut only where it helps.
+    # The first of several that cost the same is taken: rows are cut only where it helps.
     for context, fsdp, tensor in itertools.product(sides, repeat=3):
         data, rest = divmod(n_chips, fsdp * context * tensor)
         if rest or context > 1 and not _meets(job, context, tensor):
@@ -130,7 +130,7 @@ def _meshes(job: Job, n_chips: int) -> Iterator[dict[str, int]]:
 
 
 def _meets(job: Job, context: int, tensor: int) -> bool:
-    """Whether a training step's tokens and heads can be shared so."""
-    lengths = (job.prompt_len, job.seq - job.prompt_len) if job.samples else (job.seq,)
+    """Whether a training step's tokens and heads can be shared by these axes."""
+    lengths = (job.prompt_len, job.length) if job.samples else (job.seq,)
     whole = all(length % context == 0 for length in lengths)
     return job.trains and whole and job.model.n_heads % (context * tensor) == 0
