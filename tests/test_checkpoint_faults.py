@@ -160,7 +160,7 @@ def kill_at_each(saver: Saver, what: str, name: str, stride: int) -> int:
     "name,stride,least",
     [
         ("mkdir", 1, 2),
-        ("write", 1, 3),
+        ("write", 1, 2),
         ("fsync", 2, 30),
         ("rename", 1, 3),
         ("unlinkat", 1, 10),
@@ -189,7 +189,7 @@ def test_killed_at_each_call_of_orbax(saver, name):
         # The first mkdir is of the folder, which is there.
         ("writer", "mkdir", (2,)),
         ("writer", "openat", (2, 30)),
-        ("writer", "write", (1, 3)),
+        ("writer", "write", (1, 2)),
         ("writer", "fsync", (1, 9)),
         ("writer", "rename", (1, 2)),
         ("process", "mkdir", (2,)),

@@ -309,7 +309,7 @@ def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair
 @pytest.mark.covers("E7")
 def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
     error = "OSError(errno.ENOSPC, 'No space left on device', 'part')"
-    patch = before("trainers.checkpoint, 'write_part', 3", f"raise {error}")
+    patch = before("trainers.checkpoint, 'write_arrays', 3", f"raise {error}")
     done = group.run(2, "train.py", "sft", patches={1: patch}, **shared(files, tmp_path))
     assert codes(done) == [6, 6], done
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")

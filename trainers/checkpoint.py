@@ -10,40 +10,32 @@ write their own parts of the arrays at once, into a folder that all of them see;
 
 import concurrent.futures
 import contextlib
-import dataclasses
+import functools
 import json
 import math
 import os
+import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.arrays import describe, finish_parts, read_arrays, to_host, write_arrays, write_part
-from trainers.checkpoint_files import LEFTOVER, LOCK, explaining, hide, reason, sweep, try_out
-from trainers.manifest import Manifest, check_digests, read_manifest, write_manifest
+from trainers.manifest import (Manifest, Restored, check_digests, describe,
+                               finish_arrays, read_arrays, read_manifest,
+                               to_host, write_arrays, write_manifest)
 from utils import processes
-from utils.errors import CheckpointError, is_int, raise_all
-from utils.files import FolderLock, atomic_directory, fsync_tree, read_json, reading_folder
+from utils.errors import CheckpointError, is_int, raise_all, reason
+from utils.fields import integer
+from utils.files import (FolderLock, atomic_directory, fsync_tree,
+                         hide_folders, read_json, reading_folder, try_writing)
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Restored:
-    """A checkpoint that was read.
-
-    Attributes:
-        step: its number.
-        state: the tree of arrays, in the shape of `like`.
-        meta: what was saved beside them.
-    """
-
-    step: int
-    state: Any
-    meta: dict[str, Any]
+# What is being written, or was taken out of sight.
+LEFTOVER, LOCK = re.compile(r"\.step-\d+\.(tmp|old)-[0-9a-f]+"), ".lock"
 
 
 class CheckpointReader:
@@ -109,10 +101,7 @@ class CheckpointReader:
             CheckpointError: there is none, or that step is broken.
         """
 
-        def check(folder: Path, manifest: Manifest) -> None:
-            check_digests(folder, manifest, [_META])
-
-        with self._find(step, check) as (folder, _):
+        with self._find(step, functools.partial(check_digests, names=[_META])) as (folder, _):
             return read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
 
     @contextlib.contextmanager
@@ -201,21 +190,20 @@ class Checkpointer(CheckpointReader):
             ConfigError: keep or need_bytes is no such number.
             CheckpointError: the folder is another writer's, or cannot be written.
         """
-        least = {"keep": (keep, 1), "need_bytes": (need_bytes, 0)}
-        raise_all(
-            "Checkpointer",
-            [
-                f"{name}={value!r}, expected a whole number of at least {low}"
-                for name, (value, low) in least.items()
-                if not is_int(value) or value < low
-            ],
-        )
+        whole = {"keep": integer(1), "need_bytes": integer(0)}
+        given = {"keep": keep, "need_bytes": need_bytes}
+        bad = [
+            f"{k}={given[k]!r}, expected {r.expected}"
+            for k, r in whole.items()
+            if not r.fits(given[k])
+        ]
+        raise_all("Checkpointer", bad)
         super().__init__(folder)
         self._keep, self._keep_best, self._clock = keep, keep_best, clock
         self._lock: FolderLock | None = None
         try:
             locked = processes.from_first(self._take)
-            processes.together(lambda: try_out(self.folder, locked, need_bytes))
+            processes.together(lambda: self._try_out(locked, need_bytes))
             # The step that the run goes on from. None: there is something, and nothing was restored.
             self._base = None if self._names() else -1
         except BaseException:
@@ -281,7 +269,7 @@ class Checkpointer(CheckpointReader):
             "arrays": describe(state),
         }
         if processes.several():
-            self._write_together(known, state, text)
+            self._write(known, state, text)
         else:
             self._pending = self._thread.submit(self._write, known, to_host(state), text)
 
@@ -310,6 +298,25 @@ class Checkpointer(CheckpointReader):
         except OSError as e:
             raise CheckpointError(f"cannot write into {self.folder}: {reason(e)}") from e
 
+    def _try_out(self, locked: str, need_bytes: int) -> None:
+        """Raises CheckpointError if this process could not write here; `locked` is what `_take` returned."""
+        lock = self.folder / LOCK
+        if not lock.is_file() or lock.read_text() != locked:
+            raise CheckpointError(
+                f"{self.folder} is not the folder that process 0 sees; all processes need one that "
+                "they share"
+            )
+        free = shutil.disk_usage(self.folder).free
+        if free < need_bytes:
+            raise CheckpointError(
+                f"{self.folder} has {free} bytes free, a checkpoint needs {need_bytes}; free some, "
+                "or choose another folder"
+            )
+        try:
+            try_writing(self.folder)
+        except OSError as e:
+            raise CheckpointError(f"cannot write into {self.folder}: {reason(e)}") from e
+
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.release()
@@ -323,39 +330,29 @@ class Checkpointer(CheckpointReader):
             warnings.warn(f"the next save removes the newer steps {newer}", stacklevel=2)
         return restored
 
-    def _write(self, known: dict[str, Any], arrays: dict[str, Any], meta: bytes) -> None:
-        with explaining(self.folder, known["step"]):
-            self._sweep()
-            with atomic_directory(self._path(known["step"])) as folder:
-                (folder / _META).write_bytes(meta)
-                write_arrays(folder / _STATE, arrays)
-                self._describe(folder, known)
-            self._base = known["step"]
-            self._retain()
-
-    def _write_together(self, known: dict[str, Any], state: Any, meta: bytes) -> None:
-        """As `_write`, of all processes; returns when it is done. One that fails fails for all."""
+    def _write(self, known: dict[str, Any], state: Any, meta: bytes) -> None:
+        """Writes a checkpoint; of several processes one that fails fails for all."""
         step, stack = known["step"], contextlib.ExitStack()
 
+        @explaining(self.folder, step)
         def begin() -> str:
-            with explaining(self.folder, step):
-                self._sweep()
-                folder = stack.enter_context(atomic_directory(self._path(step)))
-                (folder / _META).write_bytes(meta)
-                (folder / _STATE).mkdir()
-                return folder.name
+            self._sweep()
+            folder = stack.enter_context(atomic_directory(self._path(step)))
+            (folder / _META).write_bytes(meta)
+            (folder / _STATE).mkdir()
+            return folder.name
 
+        @explaining(self.folder, step)
         def write() -> None:
-            with explaining(self.folder, step):
-                write_part(folder / _STATE, state)
+            write_arrays(folder / _STATE, state)
 
+        @explaining(self.folder, step)
         def finish() -> None:
-            with explaining(self.folder, step):
-                finish_parts(folder / _STATE)
-                self._describe(folder, known)
-                stack.close()
-                self._base = step
-                self._retain()
+            finish_arrays(folder / _STATE)
+            self._describe(folder, known)
+            stack.close()
+            self._base = step
+            self._retain()
 
         with stack:
             folder = self.folder / processes.from_first(begin)
@@ -380,8 +377,21 @@ class Checkpointer(CheckpointReader):
         self._sweep()
 
     def _hide(self, steps: Iterable[int], *, even_if_read: bool = False) -> None:
-        hide([self._path(step) for step in steps], even_if_read=even_if_read)
+        hide_folders([self._path(step) for step in steps], even_if_read=even_if_read)
 
     def _sweep(self) -> None:
         """Removes what is hidden, or was left behind by a save that was killed."""
-        sweep(self.folder / name for name in self._names() if LEFTOVER.fullmatch(name))
+        for path in [self.folder / name for name in self._names() if LEFTOVER.fullmatch(name)]:
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def explaining(folder: Path, step: int) -> Iterator[None]:
+    """Turns whatever is raised into a CheckpointError of that step."""
+    try:
+        yield
+    # Orbax and TensorStore raise whatever they like.
+    except Exception as e:
+        raise CheckpointError(
+            f"cannot save step {step} in {folder}: {reason(e)}; earlier checkpoints are untouched"
+        ) from e

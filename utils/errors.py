@@ -78,3 +78,11 @@ def listed(names: list[str], most: int = 10) -> str:
     """The first names of a list, quoted, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name!r:.200}" for name in names[:most]) + more
+
+
+def reason(e: BaseException) -> str:
+    """One line of why something failed, without the type's name where the system has words."""
+    text = str(e) or type(e).__name__
+    if isinstance(e, OSError) and e.strerror:
+        text = f"{e.strerror.lower()}: {e.filename}" if e.filename else e.strerror.lower()
+    return " ".join(text.split())[:500]

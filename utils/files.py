@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -292,7 +292,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def reading_folder(path: str | Path) -> Iterator[None]:
-    """While the block runs, `hide_folder` leaves this folder where it is.
+    """While the block runs, `hide_folders` leaves this folder where it is.
 
     Raises FileNotFoundError if it is not there any more.
     """
@@ -307,17 +307,42 @@ def reading_folder(path: str | Path) -> Iterator[None]:
         os.close(fd)
 
 
-def hide_folder(path: str | Path, new: str | Path) -> bool:
-    """Renames a folder, unless somebody is reading it: then False."""
+def hide_folders(paths: Sequence[Path], *, even_if_read: bool = False) -> None:
+    """Renames folders of one parent to dotted names, each in one go: nobody sees half of one.
+
+    A folder that somebody is reading is left for the next time, unless `even_if_read`.
+    """
+    for path in paths:
+        new = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+        if even_if_read or not path.is_dir():
+            os.rename(path, new)
+        else:
+            _hide_unread(path, new)
+    if paths:
+        fsync(paths[0].parent)
+
+
+def _hide_unread(path: Path, new: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(path, new)
     except BlockingIOError:
-        return False
+        pass  # reading_folder holds it
     finally:
         os.close(fd)
-    return True
+
+
+def try_writing(folder: Path) -> None:
+    """Writes a small file there and removes it. Raises OSError if that is not possible."""
+    probe = folder / f".probe-{secrets.token_hex(8)}"
+    try:
+        with open(probe, "xb") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _identity() -> dict[str, Any]:
