@@ -26,7 +26,8 @@ from trainers.rewards.pool import RewardPool, load_reward
 from trainers.rewards.tasks import load_prompts, load_task
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch
-from utils import cli, processes
+from utils import cli
+from utils.distributed import from_first, is_first
 from utils.errors import ConfigError
 from utils.files import atomic_file, parse_json
 
@@ -183,7 +184,7 @@ def task(
         lambda: compute_dtype(dtype),
         lambda: task_args_of(task, data, task_args),
         lambda: rewards_of(data, reward),
-        lambda: processes.from_first(lambda: _writable(out)),
+        lambda: from_first(lambda: _writable(out)),
     )
     prompting = dict(chat=chat, system=system, chat_format=chat_format)
     source = ModelFlags(ckpt_dir=ckpt_dir, tokenizer_path=tokenizer_path, mesh=mesh)
@@ -207,7 +208,7 @@ def task(
         cli.write(jsonlib.dumps(found) + "\n")
     else:
         _show(found)
-    if out is not None and processes.is_first():
+    if out is not None and is_first():
         with atomic_file(out) as file:
             file.writelines(jsonlib.dumps(row).encode() + b"\n" for row in rows)
 

@@ -15,7 +15,7 @@ from tests import small_runs
 from trainers.checkpoint import Checkpointer
 from utils import sharding
 from utils.errors import TrainError
-from utils.replicas import check_replicas
+from utils.distributed import check_replicas
 
 
 def state_on(mesh):

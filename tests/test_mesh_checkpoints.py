@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests import cli, small_runs
 from trainers.checkpoint import Checkpointer, CheckpointReader
-from utils.distributed import Launch, read_launch
+from utils.distributed import Launch, read_launch, start
 from utils.errors import CheckpointError, ConfigError
 
 
@@ -68,13 +69,24 @@ def test_how_a_process_is_started():
     "flag, message",
     [
         ("coordinator=a:1,processes=2,process=2", "process=2, expected one of 0..1"),
-        ("coordinator=a,processes=0,process=0", "coordinator='a', expected host:port; processes=0"),
+        (
+            "coordinator=a,processes=0,process=0",
+            "coordinator='a', expected host:port.*; processes=0",
+        ),
         ("coordinator=a:99999", "expected host:port"),
         ("processes=two", "processes='two', expected a number"),
         ("hosts=2", "hosts='2', expected one of"),
-        ("coordinator=a:1,timeout=0", "timeout=0, expected seconds from 1"),
+        ("coordinator=a:1,timeout=0", "timeout=0, expected an integer of at least 1"),
     ],
 )
 def test_a_wrong_start_is_refused(flag, message):
     with pytest.raises(ConfigError, match=f"--distributed: .*{message}"):
         read_launch(flag, {})
+
+
+@pytest.mark.covers("E3")
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="port .* of the coordinator is taken"):
+            start(Launch(coordinator=address, processes=2, process=0), print)

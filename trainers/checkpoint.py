@@ -22,14 +22,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.manifest import (Manifest, Restored, check_digests, describe,
-                               finish_arrays, read_arrays, read_manifest,
-                               to_host, write_arrays, write_manifest)
-from utils import processes
+from trainers.manifest import Manifest, Restored, check_digests, describe, finish_arrays
+from trainers.manifest import read_arrays, read_manifest, to_host, write_arrays, write_manifest
+from utils import distributed
 from utils.errors import CheckpointError, is_int, raise_all, reason
 from utils.fields import integer
-from utils.files import (FolderLock, atomic_directory, fsync_tree,
-                         hide_folders, read_json, reading_folder, try_writing)
+from utils.files import FolderLock, atomic_directory, fsync_tree, hide_folders
+from utils.files import read_json, reading_folder, try_writing
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
@@ -79,8 +78,8 @@ class CheckpointReader:
             CheckpointError: there is none, that step is broken, or it holds other arrays.
         """
         check = check_digests
-        if processes.several():  # the first reads every byte, for all
-            step, check = processes.from_first(lambda: self._whole(step)), lambda *_: None
+        if distributed.several():  # the first reads every byte, for all
+            step, check = distributed.from_first(lambda: self._whole(step)), lambda *_: None
         with self._find(step, check) as (folder, manifest):
             meta = read_json(folder / _META, max_bytes=_META_MAX_BYTES, error=CheckpointError)
             state = read_arrays(folder / _STATE, like, manifest.arrays)
@@ -202,8 +201,8 @@ class Checkpointer(CheckpointReader):
         self._keep, self._keep_best, self._clock = keep, keep_best, clock
         self._lock: FolderLock | None = None
         try:
-            locked = processes.from_first(self._take)
-            processes.together(lambda: self._try_out(locked, need_bytes))
+            locked = distributed.from_first(self._take)
+            distributed.together(lambda: self._try_out(locked, need_bytes))
             # The step that the run goes on from. None: there is something, and nothing was restored.
             self._base = None if self._names() else -1
         except BaseException:
@@ -268,7 +267,7 @@ class Checkpointer(CheckpointReader):
             "score": float(score) if score is not None and math.isfinite(score) else None,
             "arrays": describe(state),
         }
-        if processes.several():
+        if distributed.several():
             self._write(known, state, text)
         else:
             self._pending = self._thread.submit(self._write, known, to_host(state), text)
@@ -355,9 +354,9 @@ class Checkpointer(CheckpointReader):
             self._retain()
 
         with stack:
-            folder = self.folder / processes.from_first(begin)
-            processes.together(write)
-            processes.from_first(finish)
+            folder = self.folder / distributed.from_first(begin)
+            distributed.together(write)
+            distributed.from_first(finish)
         self._base = step
 
     def _describe(self, folder: Path, known: dict[str, Any]) -> None:

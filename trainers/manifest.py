@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from utils import processes
+from utils import distributed
 from utils.errors import CheckpointError
 from utils.files import InputFile, fsync, read_json
 
@@ -212,7 +212,7 @@ def read_arrays(folder: Path, like: Any, described: Mapping[str, tuple[list[int]
         sharding = here if _is_key(leaf) and not sharding.is_fully_replicated else sharding
         plain[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
     try:
-        arrays = processes.together(
+        arrays = distributed.together(
             lambda: _handler().restore(epath.Path(folder), args=ocp.args.StandardRestore(plain))
         )
     # Orbax and TensorStore raise whatever they like.

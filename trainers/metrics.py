@@ -23,7 +23,7 @@ import rich.progress
 
 from models.llama.config import ModelConfig
 from trainers.trainer import Trainer, Work
-from utils import processes
+from utils import distributed
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file
@@ -69,7 +69,7 @@ class MetricsLog:
         self._sinks: list[Sink] = []
         if tensorboard:
             _import_tensorboard()
-        if not processes.is_first():
+        if not distributed.is_first():
             return
         openers = {_JsonLines: folder / name}
         openers |= {_TensorBoard: folder / "tensorboard"} if tensorboard else {}

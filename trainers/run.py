@@ -29,7 +29,7 @@ from trainers.recipes import Recipe
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig
 from trainers.trainer import Trainer, TrainState
-from utils import cli, processes, sharding
+from utils import cli, distributed, sharding
 from utils.errors import ArtifactError, CheckpointError, ConfigError
 from utils.fields import (
     ALWAYS,
@@ -44,7 +44,7 @@ from utils.fields import (
     setting,
 )
 from utils.files import InputFile, atomic_file, list_folder
-from utils.replicas import check_replicas
+from utils.distributed import check_replicas
 from utils.trees import flatten
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
@@ -145,7 +145,7 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
         state, frozen, progress = restore_or_init(run, checkpointer)
         state = _fit(run, state, frozen, progress, checkpointer, stop, stack)
     stop.set(leave_at=1)  # nothing is left to finish: the export is written whole or not at all
-    step, code = int(state.step), processes.agree(stop.code or 0)
+    step, code = int(state.step), distributed.agree(stop.code or 0)
     if code and (config.export or step < run.trainer.config.max_steps):
         cli.say(f"stopped; step {step} is saved, continue with --resume", "")
         return code
@@ -159,10 +159,10 @@ def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run
     key = random_key(seed)
     trainer = recipe.trainer(LLaMa(source.checkpoint.config, source.dtype, config.remat))
     meta = describe(trainer, source, recipe)
-    if processes.several():
+    if distributed.several():
         settings = dataclasses.asdict(config) | {"seed": seed}
         known = {"settings": settings, "checkpoint": files_digest(source.checkpoint.path)}
-        processes.check_same(versions() | known | meta)
+        distributed.check_same(versions() | known | meta)
     check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""))
     like = jax.eval_shape(
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
@@ -199,7 +199,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
     else:
         params = load_params(run, frozen=trainer.lora is not None)
         (state, frozen), progress = trainer.init(params, run.key, donate=True), Progress()
-    if processes.is_first():
+    if distributed.is_first():
         paths = {
             "ckpt_dir": str(run.source.checkpoint.path),
             "tokenizer": str(run.source.tokenizer_path),
@@ -258,7 +258,7 @@ def _fit(
         meta=run.meta,
         should_stop=lambda: stop.code is not None,
         check=functools.partial(_check_copies, run),
-        agree=processes.agree,
+        agree=distributed.agree,
     )
     stop.set(leave_at=2, notice=_STOPPING)
     state, _ = fit(
@@ -288,8 +288,8 @@ def export(run: Run, state: TrainState, frozen: Params) -> None:
         save_checkpoint, format="hf", tokenizer=run.source.tokenizer_path, overwrite=True
     )
     with cli.busy("exporting"):
-        params = processes.to_first(run.trainer.export_params(state, frozen))
-        processes.from_first(lambda: save(folder, run.trainer.model.config, params))
+        params = distributed.to_first(run.trainer.export_params(state, frozen))
+        distributed.from_first(lambda: save(folder, run.trainer.model.config, params))
     cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
 
 

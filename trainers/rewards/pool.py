@@ -17,7 +17,7 @@ import numpy as np
 
 from trainers.rewards.functions import READY_MADE
 from trainers.rewards.process import RewardProcess
-from utils import processes
+from utils import distributed
 from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
 
 # So many prompts in a row time out, and a function is not asked about the rest of the batch.
@@ -206,7 +206,7 @@ class RewardPool:
             scores = self._call(rows, columns, group_size)
             return scores.values.tolist(), scores.failed.tolist(), self.failures
 
-        values, failed, self.failures = processes.from_first(score)
+        values, failed, self.failures = distributed.from_first(score)
         return Scores(values=np.asarray(values, np.float64), failed=np.asarray(failed, bool))
 
     def _call(self, batch: dict[str, list], columns: dict[str, list], group_size: int) -> Scores:
