@@ -1,27 +1,30 @@
 """Llama as Flax modules: they declare parameters and call the ops, nothing else.
 
-One code path trains, prefills and decodes. Parameters (L layers stacked on a leading axis, matrices
-[out, in] as in checkpoints):
+Parameters (L layers stacked on a leading axis, matrices [out, in] as in checkpoints):
 
     embed [V, D]   layers/attn/{wq, wk, wv, wo}   layers/mlp/{w_gate, w_up, w_down}
     layers/{attn_norm, ffn_norm} [L, D]   final_norm [D]   lm_head [V, D] (absent when tied)
 
-`layers` may also be a tuple of L dicts, one a layer (`for_decoding`).
+`layers` may also be a tuple of L dicts, one per layer (`for_decoding`). The same blocks train, prefill
+and decode: training scans over stacked layers, since compile time then does not grow with depth, and
+decoding unrolls them, since a scan would copy each layer's weights and cache in every step.
 Dimension key: B batch, T new tokens, L layers, D model dim, N query heads, K kv heads, H head dim,
 F ffn dim, V vocab.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig
-from models.llama.layout import FUSED, PARAM_AXES, decoding_axes
+from models.llama.layout import PARAM_AXES, decoding_axes, fused_path
 from utils import detours, ops, sharding
 from utils.attention import attend
 from utils.kernels import LANES, RESIDUALS
@@ -105,12 +108,12 @@ class LLaMa(nn.Module):
     """The whole model: `LLaMa(config).apply({"params": params}, tokens_BT) -> (logits_BTV, None)`.
 
     Attributes:
-        config: the model.
-        dtype: of activations and products; default: the parameters' own. Parameters are cast where
-            they are used.
-        remat: what a training step computes again in its backward pass: "none", "dots" (all but the
-            results of matrix products and of attention kernels) or "block" (all but each block's
-            input).
+        config: sizes and constants of the model.
+        dtype: dtype of activations and products; default: the parameters' own. Parameters are cast
+            where they are used.
+        remat: how much a training step computes again in its backward pass: "none", "dots"
+            (everything except the results of matrix products and of attention kernels) or "block"
+            (everything except each block's input).
     """
 
     config: ModelConfig
@@ -138,13 +141,13 @@ class LLaMa(nn.Module):
             segment_ids_BT: [B, T] int32, packed documents; attention stays inside one. No cache.
             key_mask_BS: [B, S] bool, False hides a key, for example left padding. S is T, or the
                 cache's capacity where it already holds tokens.
-            branches: ([B, P] bool, [B, G, C] bool) where T = P + G · C: a prefix and G ways to go on
-                from it, see `utils.attention`; positions must be given. No cache.
-            cache: a row's T new tokens take the slots after its `lengths`, which must fit
+            branches: ([B, P] bool, [B, A, C] bool) where T = P + A · C: a prefix and A branches of
+                it, see `utils.attention`; needs positions. No cache.
+            cache: a row's T new tokens take the slots after its `lengths`. They must fit
                 (`kvcache.check_capacity`); the new cache's lengths count all T.
             logits_at_BM: [B, M] int32, the tokens whose logits are wanted; default: all T.
-            hidden: return what the output head would multiply (`head_matrix`): losses do that in
-                chunks.
+            hidden: return the head's input instead of logits: losses multiply it with `head_matrix`
+                in chunks.
 
         Returns:
             logits [B, T or M, V] float32, or hidden states [B, T or M, D]; and the new cache (None
@@ -179,7 +182,8 @@ class LLaMa(nn.Module):
         if hidden:
             return x_BTD, cache
         logits_BTV = ops.project(x_BTD, head_VD.astype(x_BTD.dtype))
-        if cache is not None:  # computed where the head is; each device samples from whole rows
+        if cache is not None:
+            # Computed where the head is; then each device samples from whole rows.
             logits_BTV = share_rows(constrain(logits_BTV, DECODING, "batch", None, "vocab"))
         return logits_BTV, cache
 
@@ -207,7 +211,7 @@ class LLaMa(nn.Module):
         return x_BTD, cache and cache.appended(new, x_BTD.shape[1])
 
 
-# Names of the matrix products' results and a kernel's, which `remat="dots"` keeps.
+# Names of the results that `remat="dots"` keeps: those of matrix products and of a kernel.
 _DOTS = ("q", "k", "v", "o", "_gate", "_up", "_down", RESIDUALS)
 _REMAT = {
     "none": None,
@@ -239,63 +243,63 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, in
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, dtype, platform: str | None = None
 ) -> KVCache:
-    """An empty KVCache for `batch` rows of `capacity` slots, as suits a platform; default: JAX's own."""
+    """An empty KVCache for `batch` rows of `capacity` slots, laid out for a platform; default: JAX's."""
     shape, rules = cache_shape(config, batch, capacity), layout(batch, config.n_kv_heads)
     narrow = (platform or jax.default_backend()) == "tpu" and config.head_dim % LANES > 0
     return KVCache.create(shape, config.n_layers, dtype, rules, values_axis=2 if narrow else 1)
 
 
 def for_decoding(params: Params, *, donate: bool = False) -> Params:
-    """The same parameters laid out for decoding.
+    """The same parameters in the layout for decoding. Copies the layers' weights.
 
-    `layers` becomes a tuple of one dict a layer, since a decode step on stacked layers would copy
-    every weight out of the stack first; q, k, v and gate, up become one matrix each (fewer and
-    larger products). On a mesh they stay apart, and lie as `utils.sharding.DECODING` says. Copies
-    the layers' weights.
+    `layers` becomes a tuple of one dict per layer, since a decode step on stacked layers would copy
+    every weight out of the stack first. q, k, v become one matrix, and so do gate, up: fewer and
+    larger products. On a mesh they stay apart, sharded by `utils.sharding.DECODING`.
 
     Args:
-        params: stacked; what is laid out already comes back as it is.
-        donate: free each stacked array when it is taken apart, so that two whole models are never
-            held; `params` cannot be used afterwards.
+        params: stacked; parameters in the layout for decoding are returned as they are.
+        donate: free each stacked array once it is split, so that two whole models are never held;
+            `params` cannot be used afterwards.
     """
     if isinstance(params["layers"], tuple):
         return params
-    depth = len(params["layers"]["attn_norm"])
-    layers: tuple[dict, ...] = tuple({"attn": {}, "mlp": {}} for _ in range(depth))
-
-    def take(leaves: list[Array], *path: str) -> None:
+    stacked = traverse_util.flatten_dict(params["layers"], sep="/")
+    layers: list[dict[str, Array]] = [{} for _ in range(len(stacked["attn_norm"]))]
+    for path, sources in _decoding_sources(stacked).items():
         for i, layer in enumerate(layers):
-            x = leaves[0][i] if len(leaves) == 1 else jnp.concatenate([x[i] for x in leaves])
-            *parents, name = path
-            target = layer[parents[0]] if parents else layer
-            target[name] = _placed_for_decoding("/".join(("layers", "0", *path)), x)
+            parts = [stacked[source][i] for source in sources]
+            x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+            layer[path] = _place_for_decoding(f"layers/{i}/{path}", x)
         jax.block_until_ready(layers)
-        for leaf in leaves if donate else ():
-            leaf.delete()
-
-    for name in ("attn_norm", "ffn_norm"):
-        take([params["layers"][name]], name)
-    for part, groups in FUSED.items():
-        stacked = dict(params["layers"][part])
-        for fused, names in groups.items() if sharding.current_mesh() is None else ():
-            for kind in "wb":
-                if kind + names[0] in stacked:
-                    take([stacked.pop(kind + name) for name in names], part, kind + fused)
-        for name, leaf in stacked.items():
-            take([leaf], part, name)
-    rest = {name: _placed_for_decoding(name, x) for name, x in params.items() if name != "layers"}
-    return {**rest, "layers": layers}
+        for source in sources if donate else ():
+            stacked[source].delete()
+    rest = {name: _place_for_decoding(name, x) for name, x in params.items() if name != "layers"}
+    return {**rest, "layers": tuple(traverse_util.unflatten_dict(x, sep="/") for x in layers)}
 
 
-def _placed_for_decoding(path: str, x: Array) -> Array:
-    """x where the context mesh wants that parameter while decoding."""
-    table = lambda: decoding_axes(PARAM_AXES)
-    specs = sharding.specs({path: x}, table, sharding.DECODING, all_rows=False)
+def _decoding_sources(stacked: Mapping[str, Array]) -> dict[str, list[str]]:
+    """A layer's paths in the layout for decoding, each with the stacked paths that it is fused from."""
+    if sharding.current_mesh() is not None:
+        return {path: [path] for path in stacked}
+    # In the table's order, q before k before v: JAX sorts dicts by their keys.
+    rank = {path.removeprefix("layers/"): i for i, path in enumerate(PARAM_AXES)}
+    sources: dict[str, list[str]] = {}
+    for path in sorted(stacked, key=lambda path: rank.get(path, len(rank))):
+        fused = fused_path(f"layers/{path}").removeprefix("layers/")
+        sources.setdefault(fused, []).append(path)
+    return sources
+
+
+def _place_for_decoding(path: str, x: Array) -> Array:
+    """Puts a parameter where the context mesh has it in decoding."""
+    specs = sharding.specs(
+        {path: x}, lambda: decoding_axes(PARAM_AXES), sharding.DECODING, all_rows=False
+    )
     return sharding.place({path: x}, specs)[path]
 
 
 def _embed(table_VD: Array, tokens_BT: Array, dtype: Any, rules: ShardingRules) -> Array:
-    """The tokens' rows of the embedding, in dtype."""
+    """Looks up the tokens' rows of the embedding, in dtype."""
     if rules is TRAINING:
         tokens_BT = constrain(tokens_BT, LOOKUP, "batch", "tokens")
     x_BTD = ops.embed(table_VD, tokens_BT)
@@ -314,7 +318,7 @@ def _block(config, layer, x_BTD, rope, masks, cache):
 
 
 def _layers(layers):
-    """One dict a layer, from a tuple of them or from a stack."""
+    """One dict per layer, from a tuple of them or from a stack."""
     if isinstance(layers, tuple):
         return layers
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -322,9 +326,9 @@ def _layers(layers):
 
 
 def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, depth: int = 0):
-    """Declares matrix `w{name}` and, if asked, vector `b{name}`; depth scales a residual output.
+    """Declares matrix `w{name}` and, with `bias`, vector `b{name}`; depth scales a residual output.
 
-    Returns (weight, bias or None, (a, b) or None): LoRA's matrices where the tree has them
+    Returns (weight, bias or None, (a, b) or None): LoRA's matrices if the tree has them
     (models/llama/lora.py).
     """
     std = 0.02 / (2 * depth) ** 0.5 if depth else 0.02
@@ -337,14 +341,14 @@ def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, dep
 
 
 def _linear(name: str, x_BTD: Array, dense) -> Array:
-    """x through what `_dense` declared, in x's dtype; the result is named for `remat`."""
+    """Applies a declared `_dense` to x; the result, of x's dtype, is named for `remat`."""
     return checkpoint_name(ops.linear(x_BTD, *dense), name)
 
 
 def _project_all(
     module: nn.Module, x_BTD: Array, fused: str, sizes: dict[str, int], bias: bool
 ) -> list[Array]:
-    """x through the matrix of each name in `sizes`, or through the fused one of `for_decoding`."""
+    """Applies the matrix of each name in `sizes` to x, or the fused matrix of `for_decoding`."""
     if module.has_variable("params", f"w{fused}"):
         weight = module.get_variable("params", f"w{fused}")
         y = ops.linear(x_BTD, weight, module.get_variable("params", f"b{fused}") if bias else None)
