@@ -1,10 +1,11 @@
 """Cross-entropy and log-probs of an output head without the logits of all tokens at once.
 
 On a mesh each device holds a part of the vocabulary and of the tokens. A chunk's tokens are gathered
-from those that share a model, multiplied with each part of the head where it lies, and only sums over
-the vocabulary travel: no device needs the whole head, nor its gradient (Megatron-LM, 1909.08053).
-Dimension key: N tokens (of one axis, or of rows and their tokens: [B, T]), C tokens of a chunk, D model
-dim, V vocab.
+from the devices that share a model and multiplied with each part of the head where it is stored. Only
+sums over the vocabulary travel: no device needs the whole head, nor its gradient (Megatron-LM,
+1909.08053).
+Dimension key: T tokens (one axis, or rows and their tokens: [B, T]), C tokens of a chunk, D model dim,
+V vocab.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class TokenSums:
     Attributes:
         nll: negative log-likelihood of the targets, nats. The only one with a gradient.
         entropy: of the predicted distributions, nats.
-        correct: how many targets are the most probable token.
+        correct: number of targets that are the most probable token.
     """
 
     nll: Array
@@ -42,83 +43,88 @@ class TokenSums:
     correct: Array
 
 
-def cross_entropy(x_ND: Array, head_VD: Array, targets_N: Array, weights_N: Array) -> TokenSums:
+def cross_entropy(x_TD: Array, head_VD: Array, targets_T: Array, weights_T: Array) -> TokenSums:
     """Sums of the tokens' losses, computed a chunk of tokens at a time.
 
-    A chunk's logits give its gradients too while they are there: they are neither kept nor computed
-    twice, as weights are known before the backward pass. Tokens of weight 0 cost nothing.
+    >>> x_TD, head_VD = jnp.eye(3, 4), jnp.eye(5, 4)
+    >>> sums = cross_entropy(x_TD, head_VD, jnp.arange(3), jnp.asarray([1.0, 1.0, 0.0]))
+    >>> round(float(sums.nll), 4), int(sums.correct)
+    (1.8097, 2)
+
+    A chunk's gradients are computed together with its loss, since weights are known before the
+    backward pass: logits are neither kept nor computed twice. Tokens of weight 0 cost nothing.
 
     Args:
-        x_ND: [N, D] what the head multiplies.
+        x_TD: [T, D] the head's input.
         head_VD: [V, D], cast to x's dtype.
-        targets_N: [N] int32.
-        weights_N: [N] float32.
+        targets_T: [T] int32.
+        weights_T: [T] float32.
     """
-    return _cross_entropy(x_ND, head_VD, targets_N, weights_N)
+    return _cross_entropy(x_TD, head_VD, targets_T, weights_T)
 
 
 def token_logprobs(
-    x_ND: Array, head_VD: Array, targets_N: Array, wanted_N: Array, temperature: float
+    x_TD: Array, head_VD: Array, targets_T: Array, wanted_T: Array, temperature: float
 ) -> tuple[Array, Array]:
     """log softmax(logits / temperature) at each token's target, computed a chunk of tokens at a time.
 
-    What each log-prob's gradient is worth is known only in the backward pass, which computes a
+    The weight of each log-prob's gradient is known only in the backward pass, which computes a
     chunk's logits again. Tokens that are not wanted cost nothing.
 
     Args:
-        x_ND: [N, D] what the head multiplies.
+        x_TD: [T, D] the head's input.
         head_VD: [V, D], cast to x's dtype.
-        targets_N: [N] int32.
-        wanted_N: [N] bool.
+        targets_T: [T] int32.
+        wanted_T: [T] bool.
         temperature: divides the logits, as it did in sampling.
 
     Returns:
-        (log-probs [N] float32, the predicted distributions' entropies [N] float32 in nats), 0 where
+        (log-probs [T] float32, entropies of the predicted distributions [T] float32 in nats), 0 where
         not wanted. Only log-probs have a gradient.
     """
-    return _token_logprobs(float(temperature), x_ND, head_VD, targets_N, wanted_N)
+    return _token_logprobs(float(temperature), x_TD, head_VD, targets_T, wanted_T)
 
 
 def chunk_size(n_tokens: int, vocab_size: int) -> int:
-    """Tokens of a chunk."""
+    """Tokens per chunk."""
     fit = max(_CHUNK_LOGITS // vocab_size, 32)
     return min(1 << (fit.bit_length() - 1), _LARGEST_CHUNK, n_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """How tokens and vocabulary lie on the mesh; all empty without one.
+    """Mesh axes over which tokens and vocabulary are sharded; all empty without a mesh.
 
     Attributes:
-        lead: mesh axes that share each of the tokens' axes.
-        vocab: mesh axes that share the vocabulary.
+        lead: mesh axes of each of the tokens' axes.
+        vocab: mesh axes of the vocabulary.
     """
 
     lead: tuple[tuple[str, ...], ...]
     vocab: tuple[str, ...]
 
     @classmethod
-    def of(cls, targets_N: Array, head_VD: Array) -> "_Parts":
+    def of(cls, targets_T: Array, head_VD: Array) -> "_Parts":
         if sharding.current_mesh() is None:
-            return cls(((),) * targets_N.ndim, ())
-        axes = zip((sharding.TRAINING.batch, sharding.TRAINING.tokens), targets_N.shape)
+            return cls(((),) * targets_T.ndim, ())
+        axes = zip((sharding.TRAINING.batch, sharding.TRAINING.tokens), targets_T.shape)
         vocab = sharding.fitting(sharding.DECODING.vocab, len(head_VD))
         return cls(tuple(sharding.fitting(*axis) for axis in axes), vocab)
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Axes that share the tokens."""
+        """Mesh axes over which tokens are sharded."""
         return sum(self.lead, ())
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """Axes that share both: each device has other tokens, and all need all of its vocabulary."""
+        """Mesh axes over which both are sharded: a device's tokens need other devices' vocabulary."""
         return tuple(axis for axis in self.tokens if axis in self.vocab)
 
     def run(self, function: Callable, arguments: tuple, out_names: tuple) -> tuple:
         """function(x, head, …) on each device's part, whose tokens are one axis.
 
-        `out_names` say where results lie: "tokens", "head" or "all".
+        `out_names` say how each result is sharded: like "tokens", like "head", or whole on "all".
         """
         spec = {"tokens": PartitionSpec(*(axes or None for axes in self.lead))}
         spec |= {"all": PartitionSpec(), "head": PartitionSpec(self.vocab or None)}
@@ -126,12 +132,11 @@ class _Parts:
 
         def local(x, head, *others):
             lead = others[0].shape
-            flat = lambda array: array.reshape(-1, *array.shape[len(lead) :])
-            results = function(flat(x), head, *map(flat, others))
-            apart = lambda array: array.reshape(*lead, *array.shape[1:])
+            x, *others = (y.reshape(-1, *y.shape[len(lead) :]) for y in (x, *others))
+            results = function(x, head, *others)
             return tuple(
-                apart(result) if name == "tokens" and result is not None else result
-                for name, result in zip(out_names, results, strict=True)
+                y.reshape(*lead, *y.shape[1:]) if name == "tokens" and y is not None else y
+                for name, y in zip(out_names, results, strict=True)
             )
 
         run = sharding.per_device(
@@ -140,7 +145,7 @@ class _Parts:
         return run(*arguments)
 
     def gather(self, x_C: Array) -> Array:
-        """A chunk's rows of all devices that share it."""
+        """A chunk's rows from all devices that share it."""
         if not self.gathered:
             return x_C
         return jax.lax.all_gather(x_C, self.gathered, axis=0, tiled=True)
@@ -153,7 +158,7 @@ class _Parts:
         return jax.lax.dynamic_slice_in_dim(x_C, at, size)
 
     def sum_own(self, x_C: Array) -> Array:
-        """Adds up what each part of the vocabulary gives to gathered rows; this device's rows of it."""
+        """Sums a gathered chunk over the parts of the vocabulary; returns this device's rows."""
         if self.gathered:
             x_C = jax.lax.psum_scatter(x_C, self.gathered, scatter_dimension=0, tiled=True)
         return _over(jax.lax.psum, x_C, set(self.vocab) - set(self.gathered))
@@ -163,7 +168,7 @@ class _Parts:
         return _over(reduce, x, self.vocab)
 
     def over_copies(self, x: Array) -> Array:
-        """The sum over devices with other tokens and the same vocabulary."""
+        """Sums over devices with other tokens and the same vocabulary."""
         return _over(jax.lax.psum, x, set(self.tokens) - set(self.gathered))
 
 
@@ -175,38 +180,42 @@ def _over(reduce: Callable, x: Array, axes) -> Array:
 class _Chunks:
     """The tokens that count, a chunk at a time; the loop ends with the last of them."""
 
-    def __init__(self, counts_N: Array, head_VD: Array, parts: _Parts):
-        n_tokens, sharers = counts_N.shape[0], 1
+    def __init__(self, counts_T: Array, head_VD: Array, parts: _Parts):
+        n_tokens, sharers = counts_T.shape[0], 1
         if parts.gathered:
             sharers = jax.lax.axis_size(parts.gathered)
         self.size = chunk_size(n_tokens * sharers, len(head_VD)) // sharers or 1
-        order_N = jnp.argsort(~counts_N, stable=True)
-        self._order_N = jnp.pad(order_N, (0, -n_tokens % self.size), constant_values=n_tokens)
-        # As many on each device as the one with most of them needs: they exchange rows.
-        self._number = _over(jax.lax.pmax, -(-jnp.sum(counts_N) // self.size), parts.gathered)
+        order_T = jnp.argsort(~counts_T, stable=True)
+        self._order_T = jnp.pad(order_T, (0, -n_tokens % self.size), constant_values=n_tokens)
+        # The same number on each device, since they exchange rows: that of the device with most.
+        self._number = _over(jax.lax.pmax, -(-jnp.sum(counts_T) // self.size), parts.gathered)
 
     def loop(self, body, start):
         """body(take, put, carry) -> carry; `take` reads a chunk's rows of an array, `put` writes."""
 
         def chunk(i, carry):
-            at_C = jax.lax.dynamic_slice(self._order_N, (i * self.size,), (self.size,))
-            take = lambda array: jnp.asarray(array).at[at_C].get(mode="fill", fill_value=0)
-            put = lambda array, rows: array.at[at_C].set(
-                rows.astype(array.dtype), mode="drop", unique_indices=True
-            )
+            at_C = jax.lax.dynamic_slice(self._order_T, (i * self.size,), (self.size,))
+
+            def take(array):
+                return jnp.asarray(array).at[at_C].get(mode="fill", fill_value=0)
+
+            def put(array, rows):
+                rows = rows.astype(array.dtype)
+                return array.at[at_C].set(rows, mode="drop", unique_indices=True)
+
             return body(take, put, carry)
 
         return jax.lax.fori_loop(0, self._number, chunk, start)
 
 
 class _Softmax:
-    """Of a chunk's logits [C, V]: all that the losses need, in float32."""
+    """Softmax of a chunk's logits [C, V], with everything that the losses need, in float32."""
 
     def __init__(
         self, x_CD: Array, head_VD: Array, targets_C: Array, parts: _Parts, scale: float = 1.0
     ):
         logits_CV = matmul(x_CD, head_VD, 1, 1) * np.float32(scale)
-        total = lambda x: parts.over_vocab(jax.lax.psum, x)
+        total = functools.partial(parts.over_vocab, jax.lax.psum)
         self.top_C = parts.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
         self._exp_CV = jnp.exp(logits_CV - self.top_C[:, None])
         self._total_C = total(jnp.sum(self._exp_CV, axis=-1))
@@ -218,7 +227,7 @@ class _Softmax:
         at_C1 = jnp.where(inside_C, targets_C, 0)[:, None]
         logit_C = jnp.take_along_axis(logits_CV, at_C1, axis=1)[:, 0]
         self.target_logit_C = total(jnp.where(inside_C, logit_C, 0))
-        self._targets_C, self._scale = targets_C, np.float32(scale)
+        self._targets_C, self._scale, self.parts = targets_C, np.float32(scale), parts
         self.nll_C, self.entropy_C = lse_C - self.target_logit_C, lse_C - mean_logit_C
 
     def dlogits(self, weights_C: Array) -> Array:
@@ -229,144 +238,140 @@ class _Softmax:
 
 
 @jax.custom_vjp
-def _cross_entropy(x_ND, head_VD, targets_N, weights_N):
-    return _sums(x_ND, head_VD, targets_N, weights_N, False, False)[0]
+def _cross_entropy(x_TD, head_VD, targets_T, weights_T):
+    return _sums(x_TD, head_VD, targets_T, weights_T, False, False)[0]
 
 
-def _forward(x_ND, head_VD, targets_N, weights_N):
-    wanted = x_ND.perturbed, head_VD.perturbed  # a frozen head needs no gradient
-    values = (x.value for x in (x_ND, head_VD, targets_N, weights_N))
+def _forward(x_TD, head_VD, targets_T, weights_T):
+    wanted = x_TD.perturbed, head_VD.perturbed  # a frozen head needs no gradient
+    values = (x.value for x in (x_TD, head_VD, targets_T, weights_T))
     return _sums(*values, *wanted)
 
 
 def _backward(gradients, cotangents):
     nll = cotangents.nll
-    scale = lambda g: None if g is None else (g * nll.astype(g.dtype))
-    return (*map(scale, gradients), None, None)
+    return *(g if g is None else g * nll.astype(g.dtype) for g in gradients), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _sums(x_ND, head_VD, targets_N, weights_N, want_dx: bool, want_dhead: bool):
+def _sums(x_TD, head_VD, targets_T, weights_T, want_dx: bool, want_dhead: bool):
     """(TokenSums, (gradient by x, gradient by head)); a gradient is None where it is not wanted."""
-    parts = _Parts.of(targets_N, head_VD)
+    parts = _Parts.of(targets_T, head_VD)
     local = functools.partial(_local_sums, parts, want_dx, want_dhead)
-    values = (x_ND, head_VD, targets_N, weights_N)
+    values = (x_TD, head_VD, targets_T, weights_T)
     sums, *gradients = parts.run(local, values, ("all", "tokens", "head"))
     return sums, gradients
 
 
-def _local_sums(parts, want_dx, want_dhead, x_ND, head_VD, targets_N, weights_N):
-    head = head_VD.astype(x_ND.dtype)
-    chunks = _Chunks(weights_N != 0, head, parts)
+def _local_sums(parts, want_dx, want_dhead, x_TD, head_VD, targets_T, weights_T):
+    head = head_VD.astype(x_TD.dtype)
+    chunks = _Chunks(weights_T != 0, head, parts)
 
     def chunk(take, put, carry):
         sums, gradients = carry
-        x_CD, weights_C = parts.gather(take(x_ND)), parts.gather(take(weights_N))
-        softmax = _Softmax(x_CD, head, parts.gather(take(targets_N)), parts)
+        x_CD, weights_C = parts.gather(take(x_TD)), parts.gather(take(weights_T))
+        softmax = _Softmax(x_CD, head, parts.gather(take(targets_T)), parts)
         values = TokenSums(
             nll=softmax.nll_C,
             entropy=softmax.entropy_C,
             correct=softmax.target_logit_C >= softmax.top_C,
         )
         sums = jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
-        put_own = lambda array, rows: put(array, parts.sum_own(rows))
-        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put_own)
+        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
 
     zero = jnp.zeros((), jnp.float32)
-    start = TokenSums(zero, zero, zero), _no_gradients(x_ND, head_VD, want_dx, want_dhead)
+    start = TokenSums(zero, zero, zero), _no_gradients(x_TD, head_VD, want_dx, want_dhead)
     sums, gradients = chunks.loop(chunk, start)
     sums = jax.tree.map(parts.over_copies, sums)
     return sums, *_whole_gradients(gradients, head_VD, parts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logprobs(temperature, x_ND, head_VD, targets_N, wanted_N):
-    parts = _Parts.of(targets_N, head_VD)
+def _token_logprobs(temperature, x_TD, head_VD, targets_T, wanted_T):
+    parts = _Parts.of(targets_T, head_VD)
     local = functools.partial(_local_logprobs, parts, temperature)
-    return parts.run(local, (x_ND, head_VD, targets_N, wanted_N), ("tokens", "tokens"))
+    return parts.run(local, (x_TD, head_VD, targets_T, wanted_T), ("tokens", "tokens"))
 
 
-def _local_logprobs(parts, temperature, x_ND, head_VD, targets_N, wanted_N):
-    head = head_VD.astype(x_ND.dtype)
-    chunks = _Chunks(wanted_N, head, parts)
+def _local_logprobs(parts, temperature, x_TD, head_VD, targets_T, wanted_T):
+    head = head_VD.astype(x_TD.dtype)
+    chunks = _Chunks(wanted_T, head, parts)
 
     def chunk(take, put, carry):
-        logprobs_N, entropy_N = carry
-        x_CD, targets_C = parts.gather(take(x_ND)), parts.gather(take(targets_N))
+        logprobs_T, entropy_T = carry
+        x_CD, targets_C = parts.gather(take(x_TD)), parts.gather(take(targets_T))
         softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
-        own = lambda values_C: parts.own(values_C, chunks.size)
-        return put(logprobs_N, own(-softmax.nll_C)), put(entropy_N, own(softmax.entropy_C))
+        logprobs_T = put(logprobs_T, parts.own(-softmax.nll_C, chunks.size))
+        return logprobs_T, put(entropy_T, parts.own(softmax.entropy_C, chunks.size))
 
-    zeros_N = jnp.zeros(targets_N.shape, jnp.float32)
-    logprobs_N, entropy_N = chunks.loop(chunk, (zeros_N, zeros_N))
+    zeros_T = jnp.zeros(targets_T.shape, jnp.float32)
     # The last chunk may be filled up with tokens that are not wanted.
-    only = lambda values_N: jnp.where(wanted_N, values_N, 0)
-    return only(logprobs_N), only(entropy_N)
+    both = chunks.loop(chunk, (zeros_T, zeros_T))
+    return tuple(jnp.where(wanted_T, values_T, 0) for values_T in both)
 
 
-def _logprobs_forward(temperature, x_ND, head_VD, targets_N, wanted_N):
-    perturbed = x_ND.perturbed, head_VD.perturbed
-    values = tuple(x.value for x in (x_ND, head_VD, targets_N, wanted_N))
-    # Flags as shapes: what is saved for the backward pass has to be arrays.
+def _logprobs_forward(temperature, x_TD, head_VD, targets_T, wanted_T):
+    perturbed = x_TD.perturbed, head_VD.perturbed
+    values = tuple(x.value for x in (x_TD, head_VD, targets_T, wanted_T))
+    # Flags as shapes, since only arrays can be saved for the backward pass.
     flags = tuple(jnp.zeros((int(flag), 0)) for flag in perturbed)
     return _token_logprobs(temperature, *values), (values, flags)
 
 
 def _logprobs_backward(temperature, saved, cotangents):
-    (x_ND, head_VD, targets_N, wanted_N), flags = saved
+    (x_TD, head_VD, targets_T, wanted_T), flags = saved
     if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
-    weights_N = jnp.where(wanted_N, -cotangents[0], 0)
-    parts = _Parts.of(targets_N, head_VD)
+    weights_T = jnp.where(wanted_T, -cotangents[0], 0)
+    parts = _Parts.of(targets_T, head_VD)
     wanted = tuple(len(flag) > 0 for flag in flags)
     local = functools.partial(_local_logprob_gradients, parts, temperature, wanted)
-    gradients = parts.run(local, (x_ND, head_VD, targets_N, weights_N), ("tokens", "head"))
+    gradients = parts.run(local, (x_TD, head_VD, targets_T, weights_T), ("tokens", "head"))
     return *gradients, None, None
 
 
-def _local_logprob_gradients(parts, temperature, wanted, x_ND, head_VD, targets_N, weights_N):
-    head = head_VD.astype(x_ND.dtype)
+def _local_logprob_gradients(parts, temperature, wanted, x_TD, head_VD, targets_T, weights_T):
+    head = head_VD.astype(x_TD.dtype)
 
     def chunk(take, put, gradients):
-        x_CD, weights_C = parts.gather(take(x_ND)), parts.gather(take(weights_N))
-        targets_C = parts.gather(take(targets_N))
+        x_CD, weights_C = parts.gather(take(x_TD)), parts.gather(take(weights_T))
+        targets_C = parts.gather(take(targets_T))
         softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
-        put_own = lambda array, rows: put(array, parts.sum_own(rows))
-        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put_own)
+        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
 
-    start = _no_gradients(x_ND, head_VD, *wanted)
-    gradients = _Chunks(weights_N != 0, head, parts).loop(chunk, start)
+    start = _no_gradients(x_TD, head_VD, *wanted)
+    gradients = _Chunks(weights_T != 0, head, parts).loop(chunk, start)
     return _whole_gradients(gradients, head_VD, parts)
 
 
 _token_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
-def _no_gradients(x_ND, head_VD, want_dx: bool, want_dhead: bool):
-    dx_ND = jnp.zeros_like(x_ND) if want_dx else None
-    return dx_ND, jnp.zeros(head_VD.shape, jnp.float32) if want_dhead else None
+def _no_gradients(x_TD, head_VD, want_dx: bool, want_dhead: bool):
+    dx_TD = jnp.zeros_like(x_TD) if want_dx else None
+    return dx_TD, jnp.zeros(head_VD.shape, jnp.float32) if want_dhead else None
 
 
 def _add_gradients(gradients, softmax: _Softmax, weights_C, x_CD, head, put):
-    """Adds a chunk's to (gradient by x, gradient by head)."""
-    dx_ND, dhead_VD = gradients
-    if dx_ND is None and dhead_VD is None:
+    """(gradient by x, gradient by head) with a chunk's gradients added."""
+    dx_TD, dhead_VD = gradients
+    if dx_TD is None and dhead_VD is None:
         return gradients
     dlogits_CV = softmax.dlogits(weights_C).astype(x_CD.dtype)
-    if dx_ND is not None:
-        dx_ND = put(dx_ND, matmul(dlogits_CV, head, 1, 0))
+    if dx_TD is not None:
+        dx_TD = put(dx_TD, softmax.parts.sum_own(matmul(dlogits_CV, head, 1, 0)))
     if dhead_VD is not None:
         dhead_VD = dhead_VD + matmul(dlogits_CV, x_CD, 0, 0)
-    return dx_ND, dhead_VD
+    return dx_TD, dhead_VD
 
 
 def _whole_gradients(gradients, head_VD, parts: _Parts):
-    """Both, that of the head summed over all tokens and of the head's dtype."""
-    dx_ND, dhead_VD = gradients
+    """Both gradients, the head's summed over all tokens and cast to the head's dtype."""
+    dx_TD, dhead_VD = gradients
     if dhead_VD is not None:
         dhead_VD = parts.over_copies(dhead_VD).astype(head_VD.dtype)
-        if dx_ND is not None and dhead_VD.dtype != jnp.float32:
-            dx_ND, dhead_VD = detours.ready_together(dx_ND, dhead_VD)
-    return dx_ND, dhead_VD
+        if dx_TD is not None and dhead_VD.dtype != jnp.float32:
+            dx_TD, dhead_VD = detours.ready_together(dx_TD, dhead_VD)
+    return dx_TD, dhead_VD

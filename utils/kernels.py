@@ -1,7 +1,7 @@
-"""Kernels of accelerators, on the arrays of one device: JAX's own attention, and the KV cache's write.
+"""Kernels for accelerators, on the arrays of one device: JAX's attention, and the KV cache's write.
 
 Queries are the last T of S keys: S = T is plain causal attention, S > T a continuation. Padding and
-packing are segment ids: a query sees the keys up to itself that have its own id, itself always.
+packing are segment ids: a query sees the keys up to and including itself that have its own id.
 Dimension key: B batch, T queries, S keys, N query heads, K kv heads, H head dim.
 """
 
@@ -22,7 +22,7 @@ Array = jax.Array
 # for each key that is read) and a block's scores within the vector memory of every TPU since v4.
 LANES, LARGEST_BLOCK = 128, 512
 
-# Name of what flash attention keeps for its backward pass, for policies of `jax.checkpoint`.
+# Name of the results that flash attention keeps for its backward pass, for `jax.checkpoint`'s policies.
 RESIDUALS = "flash_attention"
 
 
@@ -35,20 +35,20 @@ def causal_attention(
 ) -> Array:
     """Causal attention by the kernel of the platform that the program is lowered for.
 
-    The choice is the compiler's, not the tracer's, so a program compiled on a laptop for a TPU gets
-    the TPU's kernel. In one for a CPU they leave no trace.
+    The choice is the compiler's, not the tracer's: a program compiled on a laptop for a TPU gets the
+    TPU's kernel. A program for a CPU contains no trace of kernels.
 
     Args:
-        plain: the same in plain XLA.
+        plain: the same attention in plain XLA.
         q_BTNH: [B, T, N, H] queries, the last T of the S tokens.
         k_BSKH, v_BSKH: [B, S, K, H].
-        segment_ids_BS: [B, S] int32. None: all tokens are of one segment.
+        segment_ids_BS: [B, S] int32. None: one segment.
 
     Returns:
         [B, T, N, H], of q's dtype.
     """
     kernels = {"tpu": flash_attention, "default": lambda *_: plain()}
-    # cuDNN's function asks the installed library while it is traced: only where there is one.
+    # Tracing cuDNN's function asks the installed library, so there has to be one.
     if jax.default_backend() == "gpu" and _cudnn_takes(q_BTNH, k_BSKH, segment_ids_BS):
         kernels["cuda"] = cudnn_attention
     return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, **kernels)
@@ -75,15 +75,14 @@ def flash_attention(
     """
     (T, N, H), S = q_BTNH.shape[1:], k_BSKH.shape[1]
     block_q, block_kv = _block(T), _block(S)
-    # Keys that are filled in lie in every query's future, and queries that are filled in are cut off.
-    heads_first = lambda x, block: _fill(x, 1, block).transpose(0, 2, 1, 3)
+    # Padding keys are in every query's future, and padding queries are cut off.
     scaled_BTNH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(k_BSKH.dtype)
-    q = heads_first(scaled_BTNH, block_q)
-    k, v = heads_first(k_BSKH, block_kv), heads_first(v_BSKH, block_kv)
+    q = _pad(scaled_BTNH, block_q).transpose(0, 2, 1, 3)
+    k, v = (_pad(x_BSKH, block_kv).transpose(0, 2, 1, 3) for x_BSKH in (k_BSKH, v_BSKH))
     segments = None
     if segment_ids_BS is not None:
         segments = splash.SegmentIds(
-            q=_fill(segment_ids_BS[:, S - T :], 1, block_q), kv=_fill(segment_ids_BS, 1, block_kv)
+            q=_pad(segment_ids_BS[:, S - T :], block_q), kv=_pad(segment_ids_BS, block_kv)
         )
     mask = _CausalMask((q.shape[2], k.shape[2]), offset=S - T)
     kernel = splash.make_splash_mha_single_device(
@@ -97,10 +96,10 @@ def flash_attention(
 
 
 class _CausalMask(splash_mask.CausalMask):
-    """The causal mask for splash attention, which evaluates it to find out what a block holds.
+    """The causal mask, which splash attention evaluates to classify each block.
 
-    Two corners tell: any key of the block is seen if the last query sees the first key, all are if
-    the first query sees the last. Evaluated in full, 65,536 tokens take half a minute.
+    Two corners suffice: some key of a block is seen if the last query sees the first key, and all
+    keys are seen if the first query sees the last. In full, 65,536 tokens take half a minute.
     """
 
     def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
@@ -109,28 +108,26 @@ class _CausalMask(splash_mask.CausalMask):
         every = queries.start + self.offset >= keys.stop - 1
         return np.asarray([some, every])
 
-    # A class that defines one of both has to define the other.
+    # A class that defines one of the two has to define the other.
     __eq__, __hash__ = splash_mask.CausalMask.__eq__, splash_mask.CausalMask.__hash__
 
 
 def _block(length: int) -> int:
-    """A block's length: as few blocks as possible, of equal whole registers."""
+    """Length of a block: as few blocks as possible, each the same number of whole registers."""
     count = -(-length // LARGEST_BLOCK)
     return -(-length // (count * LANES)) * LANES
 
 
-def _fill(x: Array, axis: int, block: int) -> Array:
-    """x with zeros at the end of an axis, up to a multiple of the block."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, widths)
+def _pad(x: Array, block: int) -> Array:
+    """[B, T, …] with zeros after the T tokens, up to a multiple of the block."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _block_sizes(q: int, kv: int, head_dim: int) -> splash.BlockSizes:
     """The same blocks in all three kernels.
 
-    Head dims that do not fill registers lie across them: 64 would be padded to 128 in memory.
-    The fused backward kernel would write a dq for every block of keys.
+    Head dims that do not fill registers go on the second-last axis: 64 would be padded to 128 in
+    memory. The fused backward kernel is not used: it would write a dq for every block of keys.
     """
     layout = splash.QKVLayout.SEQ_MINOR if head_dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
     return splash.BlockSizes(
@@ -150,11 +147,11 @@ def cudnn_attention(
 ) -> Array:
     """cuDNN's flash attention for CUDA GPUs, with its backward pass.
 
-    Segments cost a bias of [B, 1, T, S], which all heads share.
+    Segments take a bias of [B, 1, T, S], which all heads share.
 
     Args:
         q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
-        implementation: of `jax.nn.dot_product_attention`; "xla" runs anywhere (for tests).
+        implementation: see `jax.nn.dot_product_attention`; "xla" runs anywhere (for tests).
 
     Returns:
         [B, T, N, H], of q's dtype.
@@ -180,7 +177,7 @@ def _cudnn_takes(q_BTNH: Array, k_BSKH: Array, segment_ids_BS: Array | None) -> 
     return half and H % 8 == 0 and H <= 128 and not (has_bias and (T % 2 or S % 2))
 
 
-# Rows whose tiles a TPU holds at once: 32 of the keys' take 1 MiB of its vector memory.
+# Rows whose tiles a TPU holds at once: 32 tiles of keys take 1 MiB of its vector memory.
 _ROWS_AT_ONCE = 32
 
 
@@ -197,7 +194,7 @@ def write_rows(plain: Callable[..., Array], buffer_X, new_X, slots_X, axis: int)
 
 
 def writes_tokens(buffer_X: Array, axis: int) -> bool:
-    """Whether `write_token` takes such a buffer: a TPU's tiles divide heads and slots."""
+    """Whether `write_token` takes the buffer: a TPU's tiles divide heads and slots."""
     lanes, sublanes = buffer_X.shape[2], buffer_X.shape[1]
     whole = lanes % LANES == 0 and sublanes % (32 // buffer_X.dtype.itemsize) == 0
     return whole and (axis == 2 or sublanes % LANES == 0)
@@ -206,24 +203,24 @@ def writes_tokens(buffer_X: Array, axis: int) -> bool:
 def write_token(
     buffer_X: Array, new_X: Array, slots_X: Array, *, axis: int, interpret: bool = False
 ) -> Array:
-    """Puts one new entry into a slot of each row, in place; moves the tiles that it touches alone.
+    """Puts one new entry into a slot of each row, in place; moves only the tiles that it touches.
 
-    XLA for TPU loops over the rows, and fetches the whole buffer onto the chip for that and back.
+    XLA for TPU would loop over the rows, and move the whole buffer onto the chip and back for that.
 
     Args:
         buffer_X: [X, H, S] or [X, S, H], for which `writes_tokens` holds.
         new_X: the same with 1 instead of S, of the buffer's dtype.
         slots_X: [X] int32; past the end is the last slot, as for `dynamic_update_slice`.
-        axis: that of the slots, 2 or 1.
+        axis: axis of the slots, 2 or 1.
         interpret: see `flash_attention`.
 
     Returns:
         The buffer with the new entries.
     """
-    # Or a copy would go to another row's memory.
+    # A slot past the end would be in another row's memory.
     slots_X = jnp.clip(slots_X, 0, buffer_X.shape[axis] - 1)
     itemsize = buffer_X.dtype.itemsize
-    tile = LANES if axis == 2 else 32 // itemsize  # so many lanes or sublanes has a tile in memory
+    tile = LANES if axis == 2 else 32 // itemsize  # lanes or sublanes of a tile in memory
     X, head_dim = len(buffer_X), buffer_X.shape[3 - axis]
     rows = max(n for n in range(1, _ROWS_AT_ONCE + 1) if X % n == 0)
     sides = (head_dim, tile) if axis == 2 else (tile, head_dim)
@@ -252,7 +249,7 @@ def write_token(
 
 
 def _write_tiles(slots, new, _, buffer, tiles, done, *, axis: int, tile: int) -> None:
-    """The kernel: fetches the tiles of some rows, all at once, changes a lane or sublane, puts back."""
+    """The kernel: fetches the tiles of some rows at once, changes a lane or sublane, writes them back."""
     rows = len(tiles)
     first = pl.program_id(0) * rows
 

@@ -1,7 +1,7 @@
 """The maths of a Llama layer as pure functions on plain arrays.
 
-Dimension key: B batch, T new tokens, D model dim, N query heads, K kv heads, H head dim, F ffn dim.
-Matrices are [out, in], as checkpoints store them. What must be exact is computed in float32.
+Dimension key: B batch, T new tokens, D model dim, N query heads, H head dim, F ffn dim, V vocab, R rows.
+Matrices are [out, in], as checkpoints store them. Norms, angles and activations are float32 inside.
 """
 
 import functools
@@ -16,8 +16,8 @@ Array = jax.Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
 
@@ -44,10 +44,10 @@ def linear(
 
 
 def linear_all(x: Array, layers: Sequence[tuple]) -> list[Array]:
-    """`linear` by each of several (weight, bias, lora).
+    """`linear` of x with each of several (weight, bias, lora).
 
-    The gradients by x are added up before they are rounded, and on a mesh before they are summed over
-    the devices that share the outputs: once for all.
+    The gradients by x are added up before they are rounded. On a mesh, their sum is then reduced once
+    over the devices that share the outputs, and not each of them.
     """
     products = project_all(x, tuple(weight.astype(x.dtype) for weight, _, _ in layers))
     return [_with_bias(x, y, *layer[1:]) for y, layer in zip(products, layers)]
@@ -65,14 +65,14 @@ def _with_bias(x: Array, y: Array, bias: Array | None, lora: tuple[Array, Array]
 def project(x: Array, weight: Array) -> Array:
     """x @ weight.T in float32: [..., in] × [out, in] -> [..., out] float32.
 
-    The gradients are products of x's dtype too, accumulated in float32.
+    The gradients are also products in x's dtype, accumulated in float32.
     """
     return project_all(x, (weight,))[0]
 
 
 @jax.custom_vjp
 def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
-    """`project` by each of several weights."""
+    """`project` of x with each of several weights."""
     if x.size == x.shape[-1] and x.dtype != jnp.float32:
         one = functools.partial(detours.dot_of_one_row, _dot)
     else:
@@ -101,7 +101,7 @@ project_all.defvjp(_project_forward, _project_backward)
 
 
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Contracts an axis of each, accumulated in float32."""
+    """Contracts an axis of a with an axis of b, accumulated in float32."""
     dot = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
     if a.dtype == jnp.float32 or a.size < 256 * a.shape[a_axis]:
         return dot(a, b)
@@ -114,7 +114,7 @@ def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
 
 
 def embed(table: Array, tokens: Array) -> Array:
-    """The rows of a table: [V, D], [B, T] int32 -> [B, T, D]."""
+    """Looks up rows of a table: [V, D], [B, T] int32 -> [B, T, D]."""
     table, tokens = detours.tied(table, tokens)
     return table[tokens]
 
@@ -175,7 +175,7 @@ def feed_forward(x: Array, gate: Array, up: Array, activation: str) -> Array:
 
     Args:
         x: only its dtype is used.
-        gate, up: [..., F] the two projections.
+        gate, up: [..., F], the two projections.
         activation: a key of `ACTIVATIONS`.
 
     Returns:

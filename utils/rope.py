@@ -1,4 +1,4 @@
-"""RoPE frequencies and their scalings, in numpy: what loaders, planners and the model share."""
+"""RoPE frequencies and their scalings, in numpy, for the model, its loaders and the planner."""
 
 import dataclasses
 import math
@@ -64,9 +64,9 @@ def inv_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) ->
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """What llama3 scaling divides each RoPE frequency by, [head_dim / 2] float32.
+    """Divisors of RoPE's frequencies in llama3 scaling, [head_dim / 2] float32.
 
-    Short wavelengths stay, long ones are divided by `factor`, smooth in between.
+    Short wavelengths are kept, long ones divided by `factor`, with a smooth transition between.
     Source: Llama 3.1's reference code (`apply_scaling`), transformers'
     `_compute_llama3_parameters`.
     """

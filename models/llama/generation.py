@@ -1,10 +1,11 @@
-"""Generation: what is asked for, a batch of rows under way, and what comes back.
+"""Generation on the host: prompts are checked and packed, rows decoded to their end, text watched.
 
-Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V vocab.
+Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots.
 """
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +13,66 @@ import numpy as np
 
 import sampling
 from models.llama.config import ModelConfig
-from models.llama.decoding import (
-    NOT_FINITE,
-    REASONS,
-    RUNNING,
-    STOP,
-    Completions,
-    DecodeState,
-    GenerationConfig,
-    Rules,
-    cache_dtype,
-    decode,
-    prefill,
-)
+from models.llama.decoding import NOT_FINITE, REASONS, RUNNING, STOP, Completions, DecodeState
+from models.llama.decoding import GenerationConfig, Rules, cache_dtype, decode, prefill
 from models.llama.model import LLaMa, Params, cache_shape, for_decoding
-from models.llama.tokenizer import Tokenizer
 from utils import memory, sharding
 from utils.errors import SamplingError, is_int
 from utils.kvcache import KVCache, bucket, check_capacity
 
 Array = jax.Array
 
-# Decode steps between two looks at the text for stop strings, and two reports of progress.
+# Decode steps between two searches of the text for stop strings, and between two reports of progress.
 STRIDE = 8
 
 
-class Generation:
-    """A batch of rows under way: `start` prefills, `advance` decodes, `completions` reads.
+class Detokenizer(Protocol):
+    """A tokenizer that turns ids to text token by token (`models.llama.tokenizer.Tokenizer`)."""
 
-    `cache` may be handed on: chat starts the next turn on the cache of the last one.
+    def stream(self, skip_special: bool):
+        """Decoder of a new row, whose `push(token)` and `finish()` return the new text."""
+
+
+def plan_buffers(
+    config: GenerationConfig, held_B, lengths_B, limits_B, room: int
+) -> tuple[int, int]:
+    """(width of padded prompts, capacity of the cache), bucketed, so that similar calls compile once.
+
+    Args:
+        config: its prompt_width and max_new_tokens say what later calls may need.
+        held_B, lengths_B, limits_B: tokens in the cache, tokens of prompts, tokens to sample.
+        room: minimum capacity.
+    """
+    asked = config.prompt_width or 0
+    width = bucket(max(asked, lengths_B.max()), 16)
+    later = asked + (config.max_new_tokens or 0) if asked else 0
+    needed = max((held_B + lengths_B + limits_B).max(), held_B.max() + width)
+    return width, bucket(max(room, later, needed), 64)
+
+
+def pack(prompts, limits_B: np.ndarray, keys_B: Array, width: int) -> tuple[Array, ...]:
+    """The arrays of `prefill`: tokens [B, width], lengths, limits and keys.
+
+    The parts of a mesh need equally many rows: rows that end at once fill them up.
+    """
+    missing = -len(prompts) % sharding.axis_size(sharding.DECODING.batch)
+    rows = [*prompts, *[prompts[0]] * missing]
+    tokens_BT = np.zeros((len(rows), width), np.int32)
+    for row, prompt in zip(tokens_BT, rows):
+        row[: len(prompt)] = prompt
+    lengths_B = jnp.asarray([len(prompt) for prompt in rows], jnp.int32)
+    if missing:
+        keys_B = jnp.concatenate([keys_B, *[keys_B[:1]] * missing])
+    return jnp.asarray(tokens_BT), lengths_B, jnp.asarray(np.pad(limits_B, (0, missing))), keys_B
+
+
+class Generation:
+    """A batch of rows being generated: `start` prefills, `advance` decodes, `completions` reads.
+
+    The cache of its `state` may start another one: chat continues with the cache of the last turn.
 
     Attributes:
-        rows: of the batch, prompts times samples.
+        rows: number of prompts times samples.
     """
 
     def __init__(self, model, params, sampler, config: GenerationConfig):
@@ -65,46 +94,35 @@ class Generation:
         """Prefills the prompts and samples the first token of each row.
 
         Args:
-            prompts: B lists of token ids, the ones that `cache` does not hold yet.
+            prompts: B lists of token ids, without those that `cache` already holds.
             key: see `generate`.
-            cache: B rows already filled; it is donated. None: an empty one.
-            room: slots a row that the cache shall have at least, for what comes after these rows.
+            cache: B rows already filled; it is donated. None: an empty cache.
+            room: minimum capacity per row, so that later turns fit without a larger cache.
         """
-        n_prompts = len(prompts)
-        held = np.zeros(n_prompts, np.int32)
+        held_B = np.zeros(len(prompts), np.int32)
         if cache is not None:
-            held = np.asarray(cache.lengths)[:n_prompts]
-        limits = self._check(prompts, held)
-        lengths = np.asarray([len(p) for p in prompts], np.int32)
-        width = self.config.prompt_width or 1
-        if self.config.prompt_width:
-            room = max(room, width + (self.config.max_new_tokens or 0))
-        width = bucket(max(width, lengths.max()), 16)
-        capacity = bucket(max(room, (held + lengths + limits).max(), held.max() + width), 64)
-        tokens = np.zeros((n_prompts, width), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
+            held_B = np.asarray(cache.lengths)[: len(prompts)]
+        limits_B = self._limits(prompts, held_B)
         if cache is not None and self.config.n > 1:
-            raise SamplingError("a filled cache takes one sample a prompt: n=1")
+            raise SamplingError(f"n={self.config.n} with a filled cache, expected n=1")
+        lengths_B = np.asarray([len(p) for p in prompts], np.int32)
+        width, capacity = plan_buffers(self.config, held_B, lengths_B, limits_B, room)
+        self.rows = len(prompts) * self.config.n
         if cache is None or cache.capacity < capacity:
-            self._check_memory(n_prompts * self.config.n, capacity)
+            shape, dtype = cache_shape(self.model.config, self.rows, capacity), cache_dtype(
+                self.params
+            )
+            size = memory.cache_bytes(shape, self.model.config.n_layers, dtype)
+            memory.check_fits({f"the KV cache of {self.rows} rows of {capacity} tokens": size})
             cache = cache and cache.resized(capacity)
-        check_capacity(held, width, capacity if cache is None else cache.capacity)
-        keys = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
-        batch = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys)
-        # The parts of a mesh have as many rows each: some that end at once fill it up.
-        missing = -n_prompts % sharding.axis_size(sharding.DECODING.batch)
-        if missing:
-            fills = (tokens[:1], lengths[:1], np.zeros(1, np.int32), keys[:1])
-            fill = lambda x, row: jnp.concatenate([x, *[row] * missing])
-            batch = tuple(map(fill, batch, fills))
-        self.rows = n_prompts * self.config.n
-        sizes = (self.config.n, capacity)
+        check_capacity(held_B, width, capacity if cache is None else cache.capacity)
+        keys_B = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
+        batch, sizes = pack(prompts, limits_B, keys_B, width), (self.config.n, capacity)
         self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
         self._raise_if_not_finite()
 
     def advance(self, steps: int | None = None) -> None:
-        """Decodes until every row has ended, or for so many steps."""
+        """Decodes until every row has ended, or for a number of steps."""
         most = np.iinfo(np.int32).max if steps is None else steps
         self.state = decode(self.model, self.params, self.rules, self.state, jnp.int32(most))
         self._raise_if_not_finite()
@@ -122,7 +140,7 @@ class Generation:
             self.advance(1)
 
     def end(self, counts_R: np.ndarray, reason_R: np.ndarray) -> None:
-        """Ends rows from outside: how many tokens each keeps, and why it ended (or RUNNING)."""
+        """Ends rows from outside: how many tokens each row keeps, and why it ended (or RUNNING)."""
         counts_R, reason_R = (
             np.concatenate([new, np.asarray(old)[self.rows :]]).astype(np.int32)
             for new, old in ((counts_R, self.state.counts_R), (reason_R, self.state.reason_R))
@@ -137,7 +155,7 @@ class Generation:
         return bool((np.asarray(self.state.reason_R) == RUNNING).any())
 
     def completions(self, stop_text: list[str | None] | None = None) -> Completions:
-        """What was sampled so far."""
+        """The tokens sampled so far."""
         state, lengths = self.state, np.asarray(self.state.counts_R)[: self.rows]
         width = int(lengths.max(initial=0))
         inside = np.arange(width) < lengths[:, None]
@@ -149,41 +167,38 @@ class Generation:
             stop_text=stop_text or [None] * self.rows,
         )
 
-    def _check(self, prompts, held: np.ndarray) -> np.ndarray:
-        """Raises SamplingError for a prompt that cannot be; returns the token limit of each."""
+    def _limits(self, prompts, held_B: np.ndarray) -> np.ndarray:
+        """[B] int32, tokens that each row may sample. Raises SamplingError for an impossible prompt."""
         c, vocab = self.config, self.model.config.vocab_size
         context = context_length(self.model.config, c.max_seq_len)
-        more = lambda n: f" or pass --max_seq_len {n} or more" * (
-            n <= self.model.config.max_seq_len
-        )
         most = context if c.max_new_tokens is None else c.max_new_tokens
         if not len(prompts):
             raise SamplingError("no prompts; pass at least one list of token ids")
+
+        def or_longer(n: int) -> str:
+            fits = n <= self.model.config.max_seq_len
+            return f" or pass --max_seq_len {n} or more" if fits else ""
+
         limits = []
-        for row, (prompt, before) in enumerate(zip(prompts, held.tolist(), strict=True)):
+        for row, (prompt, held) in enumerate(zip(prompts, held_B.tolist(), strict=True)):
             where = f"prompt {row}" if len(prompts) > 1 else "prompt"
             if not len(prompt):
                 raise SamplingError(f"{where} is empty: it has no token to start from")
             if wrong := [t for t in prompt if not 0 <= t < vocab]:
                 raise SamplingError(f"{where} has token id {wrong[0]}, expected 0..{vocab - 1}")
-            used = before + len(prompt)
+            used = held + len(prompt)
             if used >= context and most > 0:
                 raise SamplingError(
                     f"{where} has {used} tokens: no room for a completion in max_seq_len={context}; "
-                    f"shorten it{more(used + 1)}"
+                    f"shorten it{or_longer(used + 1)}"
                 )
             if most <= context and c.max_new_tokens is not None and used + most > context:
                 raise SamplingError(
                     f"{where} has {used} tokens and max_gen_len={most}: {used + most} exceed "
-                    f"max_seq_len={context}; shorten either{more(used + most)}"
+                    f"max_seq_len={context}; shorten either{or_longer(used + most)}"
                 )
             limits.append(min(most, context - used))
         return np.asarray(limits, np.int32)
-
-    def _check_memory(self, rows: int, capacity: int) -> None:
-        config, dtype = self.model.config, cache_dtype(self.params)
-        size = memory.cache_bytes(cache_shape(config, rows, capacity), config.n_layers, dtype)
-        memory.check_fits({f"the KV cache of {rows} rows of {capacity} tokens": size})
 
     def _raise_if_not_finite(self) -> None:
         bad = np.flatnonzero(np.asarray(self.state.reason_R) == NOT_FINITE)
@@ -198,7 +213,7 @@ class Generation:
 
 
 def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
-    """Tokens of a row at most. Raises SamplingError if more than the model's context are asked for."""
+    """Longest row, in tokens. Raises SamplingError if max_seq_len exceeds the model's context."""
     model = config.max_seq_len
     if (max_seq_len or model) > model:
         raise SamplingError(
@@ -208,7 +223,7 @@ def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
 
 
 def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
-    """[B] keys: those given, or one key folded with a checksum of each prompt."""
+    """[B] keys: the given ones, or one key folded with a checksum of each prompt."""
     if key.ndim:
         return key
     sums = [zlib.crc32(np.asarray(p, np.int32).tobytes()) for p in prompts]
@@ -216,7 +231,7 @@ def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
 
 
 def random_key(seed: int) -> Array:
-    """A PRNG key. Raises SamplingError unless the seed is in 0 .. 2^32 - 1."""
+    """A PRNG key. Raises SamplingError unless the seed is from 0 to 2^32 - 1."""
     if not is_int(seed) or not 0 <= seed < 2**32:
         raise SamplingError(f"seed={seed!r}, expected an integer from 0 to {2**32 - 1}")
     return jax.random.key(seed)
@@ -230,21 +245,31 @@ def generate(
     config: GenerationConfig = GenerationConfig(),
     *,
     key: Array | None = None,
-    tokenizer=None,
+    tokenizer: Detokenizer | None = None,
 ) -> Completions:
     """Completions of a batch of prompts of any lengths.
+
+    >>> import dataclasses
+    >>> from models.llama.model import init_params
+    >>> from models.llama.presets import PRESETS
+    >>> small = dict(vocab_size=64, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=32)
+    >>> model = LLaMa(dataclasses.replace(PRESETS["smollm2-135m"], **small))
+    >>> params = init_params(model.config, jax.random.key(0))
+    >>> done = generate(model, params, [[1, 2, 3], [4]], config=GenerationConfig(max_new_tokens=5))
+    >>> done.tokens.shape, done.lengths.tolist(), done.finish_reason
+    ((2, 5), [5, 5], ['length', 'length'])
 
     A row's tokens depend on its prompt, its number among the prompt's samples and `key`, and not on
     its batch mates or its place. Prompts of other lengths reuse a compiled step: buffers come in
     bucketed sizes.
 
     Args:
-        model: its config says the context length.
-        params: as loaded, or `for_decoding(params)`, which spares a copy of the weights a call.
+        model: its config holds the context length.
+        params: as loaded, or `for_decoding(params)`, which saves a copy of the weights per call.
         prompts: B lists of token ids.
         sampler: Greedy or TopP.
-        config: lengths, stops, samples a prompt.
-        key: one PRNG key, or [B] keys, one a prompt; default: key 0. A single key is folded with a
+        config: lengths, stops, samples per prompt.
+        key: one PRNG key, or [B] keys, one per prompt; default: key 0. A single key is folded with a
             checksum of each prompt's ids.
         tokenizer: only for stop strings.
 
@@ -279,12 +304,12 @@ class RowText:
     """The text of one row while it decodes, and whether a stop string is in it.
 
     Attributes:
-        text: so far; up to the stop string once there is one.
-        stopped: whether there is one.
-        tokens: how many were pushed.
+        text: text so far; up to the stop string once there is one.
+        stopped: whether a stop string appeared.
+        tokens: number of tokens pushed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+    def __init__(self, tokenizer: Detokenizer, stops: Sequence[str]):
         self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
         self.text, self.stopped, self.tokens = "", False, 0
 
@@ -294,7 +319,7 @@ class RowText:
         self._add(self._decoder.push(token))
 
     def finish(self) -> None:
-        """Adds what the decoder held back: the row has ended."""
+        """Adds the text that the decoder held back: the row has ended."""
         self._add(self._decoder.finish())
 
     def _add(self, piece: str) -> None:
@@ -315,7 +340,7 @@ class RowText:
         return len(self.text)
 
 
-def stream_text(run: Generation, tokenizer: Tokenizer) -> Iterator[str]:
+def stream_text(run: Generation, tokenizer: Detokenizer) -> Iterator[str]:
     """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
     row, shown = RowText(tokenizer, run.config.stop_strings), 0
     for token, _ in run.stream():
@@ -331,15 +356,15 @@ def stream_text(run: Generation, tokenizer: Tokenizer) -> Iterator[str]:
 
 def finish(
     run: Generation,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Detokenizer | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Completions:
     """Decodes a started Generation to its end.
 
     Args:
         run: started.
-        tokenizer: only for stop strings; they are looked for every few steps.
-        report: called now and then with the number of tokens so far.
+        tokenizer: only for stop strings; the text is searched every few steps.
+        report: called every few steps with the number of tokens so far.
 
     Raises:
         SamplingError: stop strings without a tokenizer, or logits that are not finite.
