@@ -1,4 +1,4 @@
-"""Samplers: from logits to one token a row, with its log-probability.
+"""Samplers: from logits to one token per row, with its log-probability.
 
 A sampler is a frozen dataclass whose numbers are traced: another temperature does not recompile.
 Dimension key: R rows, V vocab.
@@ -16,7 +16,7 @@ from utils.fields import field, field_problems, integer, number
 
 Array = jax.Array
 
-# Tokens of a block, in which a draw looks after it has found the block.
+# Tokens per block: a draw first finds its block, then its token in the block.
 _BLOCK = 256
 
 _PENALTIES = number(above=0)
@@ -51,6 +51,12 @@ class Greedy:
 class TopP:
     """Draws from the nucleus: temperature, then top-k, then top-p, then min-p, then renormalise.
 
+    >>> logits_RV = jnp.log(jnp.asarray([[0.5, 0.3, 0.2]]))
+    >>> draw = TopP(top_k=1)
+    >>> tokens_R, logprobs_R = draw(logits_RV, jax.random.split(jax.random.key(0), 1))
+    >>> tokens_R.tolist(), round(float(jnp.exp(logprobs_R[0])), 3)
+    ([0], 0.5)
+
     Source: nucleus sampling, Holtzman et al. (1904.09751) section 3.1; min-p, 2407.01082.
 
     The nucleus is the fewest most probable tokens whose mass, of what top-k left, reaches top_p; the
@@ -79,12 +85,12 @@ class TopP:
     ) -> tuple[Array, Array]:
         """[R, V] float32 logits -> tokens [R] int32 and their log-probs [R] float32.
 
-        A log-prob is that of the distribution after penalty and temperature and before truncation,
-        which is what RL's ratios use (at temperature 0: of temperature 1).
+        Log-probs are of the distribution after penalty and temperature and before truncation, as
+        RL's ratios need them (at temperature 0: of temperature 1).
 
         Args:
             logits_RV: [R, V] float32.
-            keys_R: [R] PRNG keys, one a row, so that a row's draw does not depend on its mates.
+            keys_R: [R] PRNG keys, one per row, so that a row's draw does not depend on its mates.
             seen_RV: [R, V] bool, the tokens so far; needed with a repetition penalty.
         """
         logits_RV = penalize(logits_RV, seen_RV, self.repetition_penalty)
@@ -114,10 +120,10 @@ Sampler = Greedy | TopP
 
 def traced(sampler: Sampler) -> Sampler:
     """The sampler with its numbers as arrays of fixed types, so that 1 and 1.0 are one compilation."""
-    dtypes = {"top_k": jnp.int32}
-    as_array = lambda f: jnp.asarray(getattr(sampler, f.name), dtypes.get(f.name, jnp.float32))
-    given = [f for f in dataclasses.fields(sampler) if getattr(sampler, f.name) is not None]
-    return sampler.replace(**{f.name: as_array(f) for f in given})
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sampler)
+    if isinstance(sampler, Greedy):
+        return arrays
+    return arrays.replace(top_k=jnp.asarray(sampler.top_k, jnp.int32))
 
 
 def check_sampler(sampler: Sampler) -> None:
@@ -147,15 +153,15 @@ def scale(logits_RV: Array, temperature: float | Array) -> Array:
 
 
 def token_logprobs(logits_RV: Array, tokens_R: Array) -> Array:
-    """log softmax(logits) at one token a row: [R, V], [R] -> [R] float32."""
+    """log softmax(logits) at one token per row: [R, V], [R] -> [R] float32."""
     chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=-1)[:, 0]
     return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
 
 def truncate(weights_RV: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
-    """Zeroes what top-k, top-p and min-p drop, without a sort.
+    """Zeroes the weights that top-k, top-p and min-p drop, without a sort.
 
-    Each filter keeps the tokens in front of a threshold. That threshold is found bit by bit, since
+    Each filter keeps the tokens in front of a threshold. The threshold is found bit by bit, since
     non-negative floats order as their bits do: 31 masked sums instead of sorting the vocabulary.
 
     Args:
@@ -165,45 +171,49 @@ def truncate(weights_RV: Array, top_k: Array, top_p: Array, min_p: Array) -> Arr
     Returns:
         [R, V] float32: the weights of the kept tokens, 0 for the others.
     """
-    count = lambda mask_RV: jnp.sum(mask_RV, axis=-1, dtype=jnp.float32)
-    mass = lambda mask_RV: jnp.sum(jnp.where(mask_RV, weights_RV, 0), axis=-1)
     keep_k = jnp.where(top_k > 0, top_k, weights_RV.shape[-1]).astype(jnp.float32)
-    after_k_RV = _keep_front(weights_RV, count, jnp.broadcast_to(keep_k, weights_RV.shape[:1]))
-    weights_RV = jnp.where(after_k_RV, weights_RV, 0)
+    keep_R = jnp.broadcast_to(keep_k, weights_RV.shape[:1])
+    weights_RV = _keep_front(weights_RV, jnp.ones_like(weights_RV), keep_R)
     limit_R = jnp.where(top_p < 1, top_p * jnp.sum(weights_RV, axis=-1), jnp.inf)
-    weights_RV = jnp.where(_keep_front(weights_RV, mass, limit_R), weights_RV, 0)
+    weights_RV = _keep_front(weights_RV, weights_RV, limit_R)
     return jnp.where(weights_RV >= min_p, weights_RV, 0)
 
 
-def _keep_front(weights_RV: Array, measure: Callable[[Array], Array], limit_R: Array) -> Array:
-    """Which tokens have less than `limit` in front of them, in order of weight, then of id.
+def _keep_front(weights_RV: Array, sizes_RV: Array, limit_R: Array) -> Array:
+    """Keeps the tokens that have less than `limit` in front of them, in order of weight, then of id.
 
     Args:
         weights_RV: [R, V] float32, non-negative.
-        measure: a mask [R, V] -> [R], its count or its mass.
+        sizes_RV: [R, V] float32, how much each token adds to the limit: 1, or its weight.
         limit_R: [R].
+
+    Returns:
+        [R, V]: the weights of the kept tokens, 0 for the others.
     """
     bits_RV = jax.lax.bitcast_convert_type(weights_RV, jnp.int32)
-    enough = lambda mask_RV: measure(mask_RV) >= limit_R
+
+    def enough(mask_RV: Array) -> Array:
+        return jnp.sum(jnp.where(mask_RV, sizes_RV, 0), axis=-1) >= limit_R
+
     # The lowest weight that is kept: the largest t such that {w >= t} reaches the limit, else 0.
     lowest_R = _largest(lambda t_R: enough(bits_RV >= t_R[:, None]), limit_R.shape, bits=31)
     above_RV = bits_RV > lowest_R[:, None]
     equal_RV = bits_RV == lowest_R[:, None]
     # Among its equals, ids up to the first one with which the limit is reached.
     index_V = jnp.arange(weights_RV.shape[-1])
-    within = lambda i_R: equal_RV & (index_V < i_R[:, None])
     last_R = _largest(
-        lambda i_R: ~enough(above_RV | within(i_R)),
+        lambda i_R: ~enough(above_RV | (equal_RV & (index_V < i_R[:, None]))),
         limit_R.shape,
         bits=weights_RV.shape[-1].bit_length(),
     )
-    return above_RV | (equal_RV & (index_V <= last_R[:, None]))
+    kept_RV = above_RV | (equal_RV & (index_V <= last_R[:, None]))
+    return jnp.where(kept_RV, weights_RV, 0)
 
 
 def _inverse_cdf(weights_RV: Array, uniform_R: Array) -> Array:
     """The first token at which the cumulated weight exceeds uniform · total: [R] int32.
 
-    First among blocks of tokens, then in the block: two passes over few numbers each.
+    It finds the block, then the token in the block: two passes over few numbers each.
     """
     vocab = weights_RV.shape[-1]
     weights_RMC = jnp.pad(weights_RV, ((0, 0), (0, -vocab % _BLOCK)))
@@ -217,13 +227,16 @@ def _inverse_cdf(weights_RV: Array, uniform_R: Array) -> Array:
 
 
 def _reach(masses_RM: Array, target_R: Array) -> tuple[Array, Array]:
-    """(the first index up to which the masses exceed the target, the target less what is before it).
+    """(the first index up to which the masses exceed the target, the target minus the mass before it).
 
     Sums over a growing mask are exactly monotone in floating point, so that an index of mass 0 is
     never reached.
     """
     index_M = jnp.arange(masses_RM.shape[-1])
-    before = lambda i_R: jnp.sum(jnp.where(index_M < i_R[:, None], masses_RM, 0), axis=-1)
+
+    def before(i_R: Array) -> Array:
+        return jnp.sum(jnp.where(index_M < i_R[:, None], masses_RM, 0), axis=-1)
+
     bits = masses_RM.shape[-1].bit_length()
     found_R = _largest(lambda i_R: before(i_R) <= target_R, target_R.shape, bits)
     # A product with the total may round up to it, and the same sum may be rounded in another order.

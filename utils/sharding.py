@@ -1,8 +1,8 @@
-"""From one device to a mesh of many: which axis of which array lies on which axis of the mesh.
+"""From one device to a mesh of many: which axis of an array is sharded over which axis of the mesh.
 
-The mesh is JAX's context mesh: whatever runs under `jax.set_mesh(make_mesh(...))` is sharded, and the
-same code without one runs on a single device. XLA (GSPMD) inserts the collectives; kernels and the
-KV cache, whose layout is local, run under `shard_map` (`per_device`).
+The mesh is JAX's context mesh: code under `jax.set_mesh(make_mesh(...))` is sharded, and the same code
+without a mesh runs on a single device. XLA (GSPMD) inserts the collectives; kernels and the KV cache,
+whose layout is local, run under `shard_map` (`per_device`).
 
 Mesh axes: `data` has copies of the model, `fsdp` has parts of the parameters and of the batch,
 `context` has parts of the parameters and of each row's tokens, `tensor` has parts of each layer's heads,
@@ -13,7 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -30,13 +30,13 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Which mesh axes each logical axis lies on; () is none.
+    """Mesh axes over which each logical axis is sharded; () is none.
 
     Attributes:
         batch: rows.
-        tokens: of a row.
+        tokens: tokens of a row.
         embed: the model dimension, of parameters only.
-        heads, kv_heads: queries' heads; keys' and values'.
+        heads, kv_heads: heads of queries; heads of keys and values.
         ffn: features of the feed-forward layer.
         vocab: rows of the embedding and of the output head.
     """
@@ -62,11 +62,11 @@ class ShardingRules:
         )
 
     def mesh_axes(self, logical: str | None) -> tuple[str, ...]:
-        """Of a logical axis; None lies on none."""
+        """Mesh axes that shard a logical axis; () for None."""
         return () if logical is None else getattr(self, logical)
 
     def spec(self, axes: Axes) -> PartitionSpec:
-        """Of an array with these logical axes."""
+        """PartitionSpec of an array with these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
 
@@ -80,39 +80,39 @@ TRAINING = ShardingRules(
     ffn=("tensor",),
     vocab=("tensor",),
 )
-# Attention while training: all tokens of a row meet, and each device has some of its heads (DeepSpeed
-# Ulysses, 2309.14509).
+# Attention in training: each device has all tokens of a row and some of its heads (DeepSpeed Ulysses,
+# 2309.14509).
 MEETING = dataclasses.replace(
     TRAINING, tokens=(), heads=("tensor", "context"), kv_heads=("tensor", "context")
 )
-# A decode step has few activations and all the parameters: those stay where they are.
+# A decode step has few activations and all the parameters: the parameters stay where they are.
 _STAY = ("tensor", "fsdp", "context")
 DECODING = ShardingRules(
     batch=("data",), tokens=(), embed=(), heads=_STAY, kv_heads=_STAY, ffn=_STAY, vocab=_STAY
 )
-# Attention while decoding, where fsdp · context · tensor has more parts than a model has kv heads: by
-# rows, so that no device holds another's keys and values.
+# Attention in decoding where fsdp · context · tensor has more parts than the model has kv heads: by
+# rows, so that no two devices hold the same keys and values.
 BY_ROWS = dataclasses.replace(
     DECODING, batch=("data", "fsdp", "context"), heads=("tensor",), kv_heads=("tensor",)
 )
 
-# Each device looks up its columns of the embedding for all tokens of those that share them: no device
-# needs the whole table, nor its gradient.
+# The embedding in training: each device looks up its columns for all tokens of its group, so that no
+# device needs the whole table, nor its gradient.
 LOOKUP = dataclasses.replace(TRAINING, batch=("data",), tokens=())
-# And sends them on, an axis at a time: XLA would gather all where two are exchanged at once.
+# Then it sends them on, one axis at a time: XLA would gather everything if two axes changed at once.
 LOOKED_UP = dataclasses.replace(LOOKUP, tokens=("context",), embed=("fsdp",))
 
 
 def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, those of other processes too.
+    """A mesh over all devices, including those of other processes.
 
     Args:
-        spec: "data=2,fsdp=4" or a dict; axes that are left out have size 1, one may be -1: all devices
-            that are left. None: all on `fsdp`.
+        spec: "data=2,fsdp=4" or a dict; missing axes have size 1, and one axis may be -1: all remaining
+            devices. None: all on `fsdp`.
         devices: default: jax.devices().
 
     Raises:
-        ConfigError: an unknown axis, or another number of devices.
+        ConfigError: an unknown axis, or sizes for another number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = mesh_sizes(spec, len(devices))
@@ -123,7 +123,7 @@ def make_mesh(spec: str | Mapping[str, int] | None, devices: Sequence[Any] | Non
 
 
 def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str, int]:
-    """The size of every axis of `make_mesh`; the same errors."""
+    """The size of every axis of `make_mesh`, with the same errors."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     sizes |= _parse(spec) if isinstance(spec, str) else dict(spec or {"fsdp": -1})
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -144,11 +144,19 @@ def mesh_sizes(spec: str | Mapping[str, int] | None, n_devices: int) -> dict[str
     return sizes
 
 
-def default_mesh(model: Any, n_devices: int) -> dict[str, int]:
-    """As much on `fsdp` as divides all of a model's matrices (a ModelConfig's), the rest on `data`.
+class ModelSizes(Protocol):
+    """The fields of a ModelConfig that say how it can be shared."""
 
-    Each device keeps 128 numbers of the model dimension, a TPU's registers: of less XLA adds up whole
-    gradients and cuts them, which sends twice as much as giving each device its part of the sum.
+    vocab_size: int
+    dim: int
+    matrix_shapes: Mapping[str, tuple[int, int]]
+
+
+def default_mesh(model: ModelSizes, n_devices: int) -> dict[str, int]:
+    """The largest `fsdp` that divides all of a model's matrices, the rest on `data`.
+
+    Each device keeps 128 numbers of the model dimension, a TPU's register: with fewer, XLA sums whole
+    gradients and then slices them, which sends twice the bytes of a reduce-scatter.
     """
     sizes = {model.vocab_size, *(size for shape in model.matrix_shapes.values() for size in shape)}
     most = math.gcd(n_devices, *sizes)
@@ -157,12 +165,12 @@ def default_mesh(model: Any, n_devices: int) -> dict[str, int]:
 
 
 def check_rows(**rows: int | None) -> None:
-    """Raises ConfigError, by the names given, if a training step's rows cannot be shared by the mesh."""
+    """Raises ConfigError, with the given names, if the mesh cannot share a training step's rows."""
     raise_all("rows", _not_shared(TRAINING.batch, rows))
 
 
 def check_tokens(n_heads: int, **tokens: int) -> None:
-    """The same for the tokens of a row, and for the heads with which they meet, where rows are cut."""
+    """The same for the tokens of a row, and for the heads, on a mesh that shares a row's tokens."""
     if axis_size(TRAINING.tokens) > 1:
         heads = _not_shared(MEETING.heads, {"n_heads": n_heads}, "a --mesh that divides them")
         raise_all("tokens of a row", _not_shared(TRAINING.tokens, tokens) + heads)
@@ -180,7 +188,7 @@ def _not_shared(
 
 
 def whole_rounds(rows: int | None) -> int | None:
-    """As many rows of a training step at least, a row a device or a multiple; None stays."""
+    """Rows of a training step, rounded up to a multiple of the devices that share them; None stays."""
     parts = axis_size(TRAINING.batch)
     return rows and -(-rows // parts) * parts
 
@@ -196,7 +204,7 @@ def _parse(text: str) -> dict[str, int]:
 
 
 def current_mesh() -> Any:
-    """The mesh that is being traced for, or None: without one, on one device, or inside `per_device`."""
+    """The mesh of the trace; None without a mesh, on one device, or inside `per_device`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(mesh.axis_names) <= set(MESH_AXES):
         return None
@@ -210,12 +218,12 @@ def axis_size(axes: Sequence[str]) -> int:
 
 
 def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """The mesh axes, or () where they do not divide a dimension of that size: then it is on all."""
+    """The mesh axes, or () if they do not divide a dimension of that size, which then is not sharded."""
     return axes if size % axis_size(axes) == 0 else ()
 
 
 def constrain(x: Array, rules: ShardingRules, *axes: str | None) -> Array:
-    """x, which XLA is told to shard so; a dimension that its mesh axes do not divide is not sharded."""
+    """Tells XLA how to shard x; a dimension that its mesh axes do not divide is not sharded."""
     if current_mesh() is None:
         return x
     names = (fitting(rules.mesh_axes(axis), size) or None for axis, size in zip(axes, x.shape))
@@ -223,7 +231,7 @@ def constrain(x: Array, rules: ShardingRules, *axes: str | None) -> Array:
 
 
 def share_rows(x: Array) -> Array:
-    """x, whose rows XLA is told to share among as many devices as divide them, the rest whole."""
+    """Tells XLA to shard the rows of x over as many mesh axes as divide them, and nothing else."""
     if current_mesh() is None:
         return x
     groups = (MESH_AXES[:n] for n in range(len(MESH_AXES), -1, -1))
@@ -232,7 +240,7 @@ def share_rows(x: Array) -> Array:
 
 
 def per_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """The function on each device's own part of its arguments; as it is without a mesh."""
+    """The function, run on each device's own part of its arguments; as it is without a mesh."""
     if current_mesh() is None:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -256,7 +264,7 @@ def param_specs(
         all_rows: whether a row of the table without a parameter is an error.
 
     Raises:
-        ConfigError: no row or two for a parameter, an unused row, another rank, a mesh axis twice in
+        ConfigError: no row or two for a parameter, an unused row, a wrong rank, a mesh axis twice in
             one parameter, a size that its mesh axes do not divide; all of them at once.
     """
     problems, used = [], set()
@@ -290,7 +298,7 @@ def specs(
     *,
     all_rows: bool = True,
 ) -> Any:
-    """`param_specs` on the context mesh; without one nothing is looked up, and nothing is shared."""
+    """`param_specs` on the context mesh; without one, no table is made and nothing is sharded."""
     mesh = current_mesh()
     if mesh is None:
         return jax.tree.map(lambda _: PartitionSpec(), params)
@@ -313,16 +321,15 @@ def _problems(name: str, shape: tuple[int, ...], axes: Axes, rules: ShardingRule
 
 def path_name(path: Sequence[Any]) -> str:
     """A leaf's path in a tree as "layers/attn/wq"."""
-    key = lambda k: getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))
-    return "/".join(str(key(k)) for k in path)
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def state_specs(state: Any, params: Any, specs: Any) -> Any:
-    """Specs of an optimizer's state: what has a parameter's name and shape lies where that does."""
+    """Specs of an optimizer's state: an array with a parameter's name and shape has its spec."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     known = {
         path_name(path): (leaf.shape, spec)
-        for (path, leaf), spec in zip(flat, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)
+        for (path, leaf), spec in zip(flat, jax.tree.leaves(specs), strict=True)
     }
 
     def spec(path, leaf):
@@ -336,17 +343,11 @@ def state_specs(state: Any, params: Any, specs: Any) -> Any:
     return jax.tree_util.tree_map_with_path(spec, state)
 
 
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
 def constrain_tree(tree: Any, specs: Any) -> Any:
-    """Each array of a tree by its spec; as it is without a mesh."""
+    """Tells XLA how to shard each array of a tree; as it is without a mesh."""
     if current_mesh() is None:
         return tree
-    return jax.tree.map(
-        lambda spec, x: jax.lax.with_sharding_constraint(x, spec), specs, tree, is_leaf=_is_spec
-    )
+    return jax.tree.map(lambda spec, x: jax.lax.with_sharding_constraint(x, spec), specs, tree)
 
 
 def replicate(tree: Any) -> Any:
@@ -355,39 +356,35 @@ def replicate(tree: Any) -> Any:
 
 
 def place(tree: Any, specs: Any) -> Any:
-    """Puts each array where its spec says, on the context mesh; as it is without one.
+    """Puts each array where its spec says, on the context mesh; as it is without a mesh.
 
-    Of a numpy array each process takes the parts of its own devices.
+    Each process takes its own devices' parts of a numpy array.
     """
     if current_mesh() is None or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
         return constrain_tree(tree, specs)
     mesh = jax.sharding.get_mesh()
-    return jax.tree.map(
-        lambda spec, x: _put(x, NamedSharding(mesh, spec)), specs, tree, is_leaf=_is_spec
-    )
 
+    def put(spec: PartitionSpec, x: Any) -> Array:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(x, np.ndarray):
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.device_put(x, sharding)
 
-def shapes_on(mesh: Mesh, tree: Any, specs: Any) -> Any:
-    """The shapes of a tree's arrays, as they lie on a mesh."""
-    shape = lambda spec, x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-    )
-    return jax.tree.map(shape, specs, tree, is_leaf=_is_spec)
-
-
-def _put(x: Any, sharding: NamedSharding) -> Array:
-    if isinstance(x, np.ndarray):
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-    return jax.device_put(x, sharding)
+    return jax.tree.map(put, specs, tree)
 
 
 def place_batch(batch: Any) -> Any:
-    """A batch of numpy arrays, rows over the mesh; as it is without one, and where they do not fit."""
+    """Shards the rows of a batch of numpy arrays; as it is without a mesh, and where they do not fit."""
     if current_mesh() is None:
         return batch
-    mesh = jax.sharding.get_mesh()
+    rows = jax.tree.map(lambda x: PartitionSpec(fitting(TRAINING.batch, len(x))), batch)
+    return place(batch, rows)
 
-    def put(x):
-        return _put(x, NamedSharding(mesh, PartitionSpec(fitting(TRAINING.batch, len(x)))))
 
-    return jax.tree.map(put, batch)
+def shapes_on(mesh: Mesh, tree: Any, specs: Any) -> Any:
+    """ShapeDtypeStructs of a tree's arrays, sharded on a mesh."""
+
+    def shape(spec: PartitionSpec, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(shape, specs, tree)

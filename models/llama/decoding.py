@@ -74,14 +74,14 @@ class GenerationConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """What `generate` returns: row i · n + j is sample j of prompt i.
+    """Sampled rows: row i · n + j is sample j of prompt i.
 
     Attributes:
         tokens: [R, W] int32, zeros after a row's length.
         lengths: [R] int32, tokens up to and including the stop id.
         logprobs: [R, W] float32, under the sampler's distribution before truncation.
-        finish_reason: "stop" or "length" a row.
-        stop_text: for a row that a stop string ended, its text up to that string; else None.
+        finish_reason: "stop" or "length" per row.
+        stop_text: text up to the stop string of a row that one ended; otherwise None.
     """
 
     tokens: np.ndarray
@@ -96,25 +96,25 @@ class Completions:
 
 
 def cache_dtype(params: Params) -> jnp.dtype:
-    """The dtype of a KV cache: that of the parameters, but on a CPU always float32.
+    """The dtype of a KV cache: the parameters' dtype, but always float32 on a CPU.
 
-    XLA's CPU back end has no bfloat16 attention: it would convert the whole cache in every step.
+    XLA for CPU has no bfloat16 attention: it would convert the whole cache in every step.
     """
     return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["embed"].dtype
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """All that a decode step reads and writes; donated from step to step.
+    """Everything that a decode step reads and writes; donated from step to step.
 
     Attributes:
-        cache: R rows; the last sampled token of each is not in it yet.
-        keys_R: one PRNG key a row, folded with the row's count for each draw.
-        tokens_RS, logprobs_RS: what was sampled so far.
-        counts_R: how many of them.
-        limits_R: at how many a row stops.
+        cache: R rows; the last sampled token of each row is not in it yet.
+        keys_R: one PRNG key per row, folded with the row's count for each draw.
+        tokens_RS, logprobs_RS: tokens sampled so far, and their log-probs.
+        counts_R: number of tokens sampled.
+        limits_R: number of tokens at which a row stops.
         reason_R: RUNNING, or why the row ended.
-        seen_RV: tokens of prompt and completion, for a repetition penalty; else None.
+        seen_RV: [R, V] bool, tokens of prompt and completion, for a repetition penalty; otherwise None.
     """
 
     cache: KVCache
@@ -129,7 +129,7 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Rules:
-    """What is the same for all steps: the sampler, the stop ids (padded with -1), the vocabulary."""
+    """Constants of all steps: the sampler, the stop ids (padded with -1), the vocabulary's limit."""
 
     sampler: sampling.Sampler
     stop_ids: Array
@@ -152,7 +152,7 @@ def prefill(
         sizes: static, (n, the capacity of a new cache).
         params: with unstacked layers.
         rules: see Rules.
-        cache: B rows to go on from (donated), or None for a new one.
+        cache: B rows to continue (donated), or None for a new cache.
         batch: tokens [B, T] int32 padded on the right, their lengths [B], limits [B] and keys [B].
     """
     n, capacity = sizes
@@ -164,9 +164,9 @@ def prefill(
     logits_B1V, cache = model.apply(
         {"params": params}, tokens_BT, cache=cache, logits_at_BM=last_B1
     )
-    # Slots behind a row's true length hold its padding: later tokens overwrite them unseen.
+    # Slots after a row's true length hold its padding: later tokens overwrite them unseen.
     cache = cache.replace(lengths=held_B + lengths_B)
-    rows = lambda x: jnp.repeat(x, n, axis=0)
+    rows = functools.partial(jnp.repeat, repeats=n, axis=0)
     keys_R = jax.vmap(jax.random.fold_in)(rows(keys_B), jnp.tile(jnp.arange(n), len(lengths_B)))
     R, S, V = len(lengths_B) * n, cache.capacity, logits_B1V.shape[-1]
     seen_RV = None
@@ -190,7 +190,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames="state")
 def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array) -> DecodeState:
-    """Decodes up to `steps` tokens a row, and stops as soon as all rows have ended."""
+    """Decodes up to `steps` tokens per row, and stops as soon as all rows have ended."""
 
     def going(carry):
         step, state = carry
@@ -205,12 +205,12 @@ def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array)
         state = state.replace(cache=cache.replace(lengths=lengths_R))
         return step + 1, sample(state, logits_R1V[:, 0], rules)
 
-    # XLA may lay out a loop's result otherwise than each of its steps does.
+    # XLA may shard a loop's result differently from its steps.
     return _everywhere(jax.lax.while_loop(going, body, (jnp.int32(0), state))[1])
 
 
 def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
-    """Draws the next token of every running row and records it; rows that ended stay as they are."""
+    """Draws the next token of every running row and records it; other rows stay as they are."""
     # A maximum is NaN where any logit is, and -inf only where all are.
     finite_R = jnp.isfinite(jnp.max(logits_RV, axis=-1))
     logits_RV = jnp.where(jnp.arange(logits_RV.shape[-1]) < rules.vocab_limit, logits_RV, -jnp.inf)
@@ -238,7 +238,7 @@ def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
 
 
 def _everywhere(state: DecodeState) -> DecodeState:
-    """The state, which every device of a mesh has whole, but for the cache: they share that."""
+    """Replicates the state on every device of a mesh, except for the cache, which they share."""
     buffers = {"k": state.cache.k, "v": state.cache.v}
     state = sharding.replicate(state.replace(cache=state.cache.replace(k=(), v=())))
     return state.replace(cache=state.cache.replace(**buffers))
