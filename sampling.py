@@ -4,7 +4,6 @@ A sampler is a frozen dataclass whose numbers are traced: another temperature do
 Dimension key: R rows, V vocab.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import flax.struct

@@ -1,6 +1,8 @@
 """What README.md and CLAUDE.md name exists, and README's Python runs."""
 
 import ast
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -77,6 +79,25 @@ def test_every_command_exists_with_its_flags(name):
             assert words[:3] == ["pip", "install", "-e"]
         else:
             assert words[0] in ("black", "."), command
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models.llama.generation.generate",
+        "sampling.TopP",
+        "utils.cross_entropy.cross_entropy",
+        "utils.kvcache.KVCache",
+    ],
+)
+def test_the_examples_in_docstrings_run(name):
+    module, _, of = name.rpartition(".")
+    module = importlib.import_module(module)
+    found = doctest.DocTestFinder(recurse=False).find(getattr(module, of), of, module, vars(module))
+    report = []
+    for example in found:
+        doctest.DocTestRunner().run(example, out=report.append)
+    assert any(example.examples for example in found) and not report, "".join(report)
 
 
 @pytest.mark.slow

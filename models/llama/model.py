@@ -36,6 +36,8 @@ from utils.sharding import constrain, share_rows
 Array = jax.Array
 Params = dict[str, Any]
 
+_HEADS = ("batch", "tokens", "heads", None)  # logical axes of [B, T, N, H]
+
 
 class Attention(nn.Module):
     """Grouped-query attention with RoPE."""
@@ -56,21 +58,17 @@ class Attention(nn.Module):
         by_weights = TRAINING if cache is None else DECODING
         by_heads = TRAINING if cache is None else cache.rules
         projected = (constrain(y, by_weights, "batch", "tokens", "heads") for y in projected)
-        q_BTNH, k_BTKH, v_BTKH = (_split_heads(y, c.head_dim, by_heads) for y in projected)
-        q_BTNH, k_BTKH = (_place_heads(ops.apply_rope(y, rope), by_heads) for y in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH, v_BTKH = (_heads(y, c.head_dim, by_heads) for y in projected)
+        rotated = (ops.apply_rope(y, rope) for y in (q_BTNH, k_BTKH))
+        q_BTNH, k_BTKH = (constrain(y, by_heads, *_HEADS) for y in rotated)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, masks, cache)
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], q_dim)
         return _linear("o", constrain(out_BTD, by_weights, "batch", "tokens", "heads"), wo), cache
 
 
-def _split_heads(y_BTD: Array, head_dim: int, rules: ShardingRules) -> Array:
+def _heads(y_BTD: Array, head_dim: int, rules: ShardingRules) -> Array:
     """[B, T, N · H] -> [B, T, N, H]."""
-    return _place_heads(y_BTD.reshape(*y_BTD.shape[:2], -1, head_dim), rules)
-
-
-def _place_heads(y_BTNH: Array, rules: ShardingRules) -> Array:
-    """y, sharded by the rules' rows, tokens and heads."""
-    return constrain(y_BTNH, rules, "batch", "tokens", "heads", None)
+    return constrain(y_BTD.reshape(*y_BTD.shape[:2], -1, head_dim), rules, *_HEADS)
 
 
 class FeedForward(nn.Module):
