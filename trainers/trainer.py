@@ -302,12 +302,8 @@ class Trainer(abc.ABC):
 
 def model_specs(model: LLaMa, params: Params, lora: LoRAConfig | None = None) -> Params:
     """PartitionSpecs of a model's parameters, or of its adapters, on the context mesh."""
-
-    def table() -> dict[str, sharding.Axes]:
-        axes = param_axes(model.config)
-        return axes if lora is None else adapters.adapter_axes(lora)
-
-    return sharding.specs(params, table, sharding.TRAINING)
+    axes = param_axes(model.config) if lora is None else adapters.adapter_axes(lora)
+    return sharding.param_specs(params, axes, sharding.TRAINING)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

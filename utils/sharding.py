@@ -250,7 +250,7 @@ def param_specs(
     params: Any,
     table: Mapping[str, Axes],
     rules: ShardingRules,
-    mesh: Any,
+    mesh: Any = None,
     *,
     all_rows: bool = True,
 ) -> Any:
@@ -260,13 +260,16 @@ def param_specs(
         params: a tree of arrays or of shapes.
         table: logical axes by a regex that matches the whole path, "layers/attn/wq".
         rules: logical to mesh axes.
-        mesh: the mesh, for its sizes.
+        mesh: default: the context mesh; without one, nothing is sharded and the table not read.
         all_rows: whether a row of the table without a parameter is an error.
 
     Raises:
         ConfigError: no row or two for a parameter, an unused row, a wrong rank, a mesh axis twice in
             one parameter, a size that its mesh axes do not divide; all of them at once.
     """
+    mesh = current_mesh() if mesh is None else mesh
+    if mesh is None:
+        return jax.tree.map(lambda _: PartitionSpec(), params)
     problems, used = [], set()
 
     def spec(path, leaf) -> PartitionSpec:
@@ -289,20 +292,6 @@ def param_specs(
         problems += [f"no parameter matches row {row!r}" for row in table if row not in used]
     raise_all("sharding", problems)
     return specs
-
-
-def specs(
-    params: Any,
-    table: Callable[[], Mapping[str, Axes]],
-    rules: ShardingRules,
-    *,
-    all_rows: bool = True,
-) -> Any:
-    """`param_specs` on the context mesh; without one, no table is made and nothing is sharded."""
-    mesh = current_mesh()
-    if mesh is None:
-        return jax.tree.map(lambda _: PartitionSpec(), params)
-    return param_specs(params, table(), rules, mesh, all_rows=all_rows)
 
 
 def _problems(name: str, shape: tuple[int, ...], axes: Axes, rules: ShardingRules, mesh: Any):

@@ -290,9 +290,8 @@ def _decoding_sources(stacked: Mapping[str, Array]) -> dict[str, list[str]]:
 
 def _place_for_decoding(path: str, x: Array) -> Array:
     """Puts a parameter where the context mesh has it in decoding."""
-    specs = sharding.specs(
-        {path: x}, lambda: decoding_axes(PARAM_AXES), sharding.DECODING, all_rows=False
-    )
+    table = decoding_axes(PARAM_AXES)
+    specs = sharding.param_specs({path: x}, table, DECODING, all_rows=False)
     return sharding.place({path: x}, specs)[path]
 
 

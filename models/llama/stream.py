@@ -133,7 +133,7 @@ def _shardings(
     rules, table = sharding.TRAINING, PARAM_AXES
     if decoding:
         rules, table = sharding.DECODING, decoding_axes(PARAM_AXES)
-    specs = sharding.specs(shapes, lambda: table, rules, all_rows=False)
+    specs = sharding.param_specs(shapes, table, rules, all_rows=False)
     return {path: NamedSharding(jax.sharding.get_mesh(), spec) for path, spec in specs.items()}
 
 

@@ -89,9 +89,8 @@ class Compiler:
         params = jax.eval_shape(
             lambda key: for_decoding(init_params(job.model, key, dtype)), random_key()
         )
-        specs = sharding.specs(
-            params, lambda: decoding_axes(param_axes(job.model)), sharding.DECODING
-        )
+        table = decoding_axes(param_axes(job.model))
+        specs = sharding.param_specs(params, table, sharding.DECODING)
         params = self._sharded(params, specs)
         ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         sampler = jax.eval_shape(lambda: sampling.traced(sampling.TopP()))
