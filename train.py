@@ -12,7 +12,7 @@ from pathlib import Path
 from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
-from trainers.data import DataConfig, Dataset, load_dataset
+from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.grpo_trainer import GRPOConfig
 from trainers.recipes import GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step
@@ -22,22 +22,17 @@ from trainers.rollout import RolloutConfig, rows_at_once
 from trainers.run import RunConfig, load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils import cli
-from utils.fields import Config, again, field, integer, number, one_of
+from utils.fields import Config, again, field, integer, one_of
 
 # The seed of the prompts that `--eval_size` holds out: no run has it by chance.
 _EVAL_SEED = 1_000_003
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataFlags(Config):
+class TrainingDataFlags(DataFlags):
     """Files of supervised training."""
 
-    data: str = field(
-        help='a .jsonl or .jsonl.gz file, or a data set on the hub, of {"messages": […]}, '
-        '{"prompt": …, "completion": …} or {"text": …}'
-    )
     eval_data: str | None = field(None, "as data; its loss decides which checkpoint is the best")
-    skip_bad: int = field(0, "skip up to this many malformed rows", integer(0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +62,6 @@ class GRPOTaskFlags(TaskFlags):
     )
     eval_data: str | None = field(None, "as data, for evaluations")
     eval_samples: int = field(1, "completions per prompt in an evaluation", integer(1))
-    reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
     reward_failure: str = field(
         "unscorable",
         "what a crash or time-out of a reward does: leave its prompts out, or stop the run",
@@ -89,7 +83,7 @@ class GRPOTaskFlags(TaskFlags):
 
 
 def sft(
-    data: DataFlags,
+    data: TrainingDataFlags,
     model: ModelFlags,
     rows: DataConfig,
     training: SFTConfig,
@@ -103,7 +97,7 @@ def sft(
     """
     stop = _start()
     source = load_source(model)
-    dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
+    dataset = data.load(source.tokenizer, rows)
     dataset.check_full_batch()
     _say_counts("data", dataset)
     evaluated = None
@@ -227,7 +221,10 @@ class PageFlags(Config):
 
 
 def report(page: PageFlags) -> None:
-    """Writes a page with a run's curves and completions: one HTML file, to be opened anywhere."""
+    """Writes a page with a run's curves and completions: one HTML file, to be opened anywhere.
+
+    Example: python train.py report --run run
+    """
     cli.write(f"{write_report(page.run, page.out, pngs=page.pngs)}\n")
 
 

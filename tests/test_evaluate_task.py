@@ -98,9 +98,7 @@ def test_the_table_shows_each_reward_with_intervals(programs):
     assert re.search(r"reward +┃ +mean ┃ +pass@1 ┃ +pass@8 ┃ unscorable", done.stdout)
     assert re.search(f"│ weighted sum │{cell}│ +│ +│ +0 │", done.stdout)
     assert f"{SUM}: 5 prompts, 95 % intervals" in done.stdout
-    said = (
-        r"\n8 completions a prompt at temperature 1, [\d.]+ tokens on average, [\d.]+% truncated; "
-    )
+    said = r"\n8 completions per prompt at temperature 1, [\d.]+ tokens on average, [\d.]+% truncated; "
     assert re.search(said + r"\d+ tok/s\n$", done.stdout)
 
 
@@ -149,15 +147,15 @@ def test_what_is_wrong_is_one_line(programs, files, tmp_path):
     nothing = dict(task=None, task_args=None)
     (tmp_path / "file").write_text("")
     for more, code, pattern in (
-        (nothing, 2, "pass --task or --data, one of them"),
-        (dict(data=data, reward="number"), 2, "pass --task or --data, one of them"),
-        (dict(reward="number"), 2, "a --task has rewards of its own"),
+        (nothing, 2, "pass either --task or --data"),
+        (dict(data=data, reward="number"), 2, "pass either --task or --data"),
+        (dict(reward="number"), 2, "a --task brings its own rewards"),
         (nothing | dict(data=data), 2, "--data needs --reward"),
         (nothing | dict(data=data, reward="numbers"), 2, "'numbers': expected module:function"),
         (
             nothing | dict(data=data, reward="number", task_args="{}"),
             2,
-            "--task_args are of a --task",
+            "--task_args needs a --task",
         ),
         (
             nothing | dict(data=data, reward="number", max_completion_len=250),
@@ -169,18 +167,18 @@ def test_what_is_wrong_is_one_line(programs, files, tmp_path):
         (dict(task="reasoning_gym:chain_sums"), 2, "did you mean chain_sum"),
         (dict(task_args="{min_terms: 2}"), 2, "--task_args"),
         (dict(task_args='{"terms": 2}'), 2, "cannot make chain_sum.*terms"),
-        (dict(size=0), 2, "size is 0"),
+        (dict(size=0), 2, "--size must be an integer from 1 to 1048576, got 0"),
         (
             dict(seed=-1, samples=0, batch_size=0, temperature="hot", dtype="int8"),
             2,
-            "seed is -1.*int8",
+            "--samples .*--temperature .*'hot'; --batch_size .*--seed .*got -1; --dtype .*int8",
         ),
-        (dict(k="1,x"), 2, "--k '1,x'"),
-        (dict(k=4), 2, "k=4, expected 1 to samples .3."),
-        (dict(temperature=0), 2, "samples=3 at temperature 0"),
+        (dict(k="1,x"), 2, "--k: '1,x', expected integers"),
+        (dict(k=4), 2, "--k=4, expected 1 to samples .3."),
+        (dict(temperature=0), 2, "--samples=3 at temperature 0"),
         (dict(chat=False, system="Be brief."), 2, "chat is off"),
         (dict(chat_format="alpaca"), 2, "alpaca"),
-        (dict(reward_timeout=0), 2, "timeout is 0"),
+        (dict(reward_timeout=0), 2, "--reward_timeout must be a number above 0, got 0"),
         (dict(out=tmp_path / "none" / "out.jsonl"), 2, "--out .*none.out.jsonl: cannot write"),
         (dict(ckpt_dir=tmp_path / "none"), 3, "none"),
         (dict(tokenizer_path=tmp_path / "none"), 3, "none"),

@@ -6,7 +6,9 @@ import re
 import pytest
 
 import chat
+import evaluate
 import generate
+import train
 from utils import cli, fields
 from utils.errors import ConfigError
 from utils.fields import Config, field, integer, integers, number, one_of
@@ -48,7 +50,7 @@ def command(prompts: Prompts):
     raise AssertionError("parsing must not call the command")
 
 
-def train(
+def fit(
     data: Data, the_optimizer: Optimizer = Optimizer(clip_norm=None), prompts: Prompts = Prompts()
 ):
     """Trains. In steps.
@@ -138,18 +140,18 @@ def test_words_that_no_flag_takes_are_refused(words, reason):
 
 
 def test_configs_are_built_from_flags():
-    built = fields.build(train, {"data": "f", "lr": 1e-3, "export": False, "seed": 7, "k": "8,1"})
+    built = fields.build(fit, {"data": "f", "lr": 1e-3, "export": False, "seed": 7, "k": "8,1"})
     assert list(built) == ["data", "the_optimizer", "prompts"]
     assert built["data"] == Data(data="f", export=False)
     assert built["the_optimizer"] == Optimizer(learning_rate=1e-3, clip_norm=None, seed=7)
     assert built["prompts"] == Prompts(seed=7, k=(1, 8))
-    assert fields.build(train, {"data": "f", "clip_norm": None})["the_optimizer"].clip_norm is None
+    assert fields.build(fit, {"data": "f", "clip_norm": None})["the_optimizer"].clip_norm is None
 
 
 def test_all_problems_of_all_groups_are_one_error():
     given = {"optimizer": "sgd", "lr": "five", "json": "false", "seed": -1, "k": "x", "n": True}
     with pytest.raises(ConfigError) as error:
-        fields.build(train, given)
+        fields.build(fit, given)
     assert str(error.value) == (
         "--data is required; --optimizer must be one of adamw, lion, got 'sgd'; "
         "--lr must be a number above 0, got 'five'; "
@@ -161,12 +163,12 @@ def test_all_problems_of_all_groups_are_one_error():
     with pytest.raises(
         ConfigError, match="^--data is required; --warmup_share=0.0, expected above 0"
     ):
-        fields.build(train, {"optimizer": "lion"})
+        fields.build(fit, {"optimizer": "lion"})
 
 
 def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    page = fields.help_page(train, "x.py")
+    page = fields.help_page(fit, "x.py")
     assert page.startswith(
         "usage: python x.py --data TEXT [flags]\nTrains. In steps.\nExample: python x.py --data f\n\n"
         "data:\n  --data TEXT               a .jsonl file of {…}\n"
@@ -184,6 +186,8 @@ def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
 
 
 COMMANDS = {"generate.py": generate.main, "chat.py": chat.main}
+COMMANDS |= {f"train.py {name}": command for name, command in train.COMMANDS.items()}
+COMMANDS |= {f"evaluate.py {name}": command for name, command in evaluate.COMMANDS.items()}
 
 
 @pytest.mark.parametrize("program", COMMANDS)

@@ -18,7 +18,7 @@ from utils import cli as console
 
 COMMANDS = {
     "train.py": train.COMMANDS,
-    "evaluate.py": {"ppl": evaluate.ppl, "task": evaluate.task},
+    "evaluate.py": evaluate.COMMANDS,
 }
 
 

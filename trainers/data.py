@@ -38,6 +38,21 @@ _FITTING = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataFlags(Config):
+    """A file of rows."""
+
+    data: str = field(
+        help='a .jsonl or .jsonl.gz file, or a data set on the hub, of {"messages": […]}, '
+        '{"prompt": …, "completion": …} or {"text": …}'
+    )
+    skip_bad: int = field(0, "skip up to this many malformed rows", integer(0))
+
+    def load(self, tokenizer: Tokenizer, config: "DataConfig") -> "Dataset":
+        """The rows as a Dataset."""
+        return load_dataset(self.data, tokenizer, config, skip_bad=self.skip_bad)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     """How rows become batches.
 

@@ -14,7 +14,7 @@ from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym
 from trainers.rewards.pool import Reward, load_reward
 from utils.errors import ConfigError, DataError, is_int, raise_all
-from utils.fields import Config, field
+from utils.fields import Config, field, number
 from utils.files import parse_json
 
 # What a reward is called with besides the columns.
@@ -100,6 +100,7 @@ class TaskFlags(Config):
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates"
     )
+    reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
 
     def problems(self) -> list[str]:
         out = super().problems()
