@@ -8,6 +8,7 @@ import pytest
 import chat
 import evaluate
 import generate
+import plan
 import train
 from utils import cli, fields
 from utils.errors import ConfigError
@@ -185,7 +186,7 @@ def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
     )
 
 
-COMMANDS = {"generate.py": generate.main, "chat.py": chat.main}
+COMMANDS = {"generate.py": generate.main, "chat.py": chat.main, "plan.py": plan.main}
 COMMANDS |= {f"train.py {name}": command for name, command in train.COMMANDS.items()}
 COMMANDS |= {f"evaluate.py {name}": command for name, command in evaluate.COMMANDS.items()}
 

@@ -106,7 +106,7 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
     nothing, asked = programs.run(program), programs.run(program, "--help")
     assert (nothing.code, asked.code) == (2, 0) and nothing.stderr == asked.stdout
     assert re.match(rf"usage: .*{command}.*\n +{command} +\w", asked.stdout)
-    assert re.search("--data TEXT|DATA", programs.run(program, command, "--help").stdout)
+    assert "--data TEXT" in programs.run(program, command, "--help").stdout
 
 
 # A patch: weights that are asked for are a failure.

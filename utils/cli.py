@@ -12,7 +12,6 @@ The command's docstring is the head of its `--help`; an example is a paragraph o
 import contextlib
 import dataclasses
 import difflib
-import functools
 import gc
 import inspect
 import io
@@ -42,6 +41,9 @@ BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 # What stdin may hold: far more than any context.
 MAX_STDIN_BYTES = 16 << 20
 
+# A function of configs; None is exit code 0.
+Command = Callable[..., int | None]
+
 stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -56,7 +58,7 @@ class ProcessFlags(fields.Config):
     )
 
 
-def run(command: Callable[..., None]) -> None:
+def run(command: Command) -> None:
     """Runs a command line; an error becomes one line and the documented exit code.
 
     `--debug` shows the traceback as well. Of several processes (`distributed.read_launch`, by
@@ -65,7 +67,7 @@ def run(command: Callable[..., None]) -> None:
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.showwarning = lambda message, *_: say(str(message), "warning: ")
+    warnings.showwarning = _warn
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model may say anything
@@ -75,25 +77,22 @@ def run(command: Callable[..., None]) -> None:
         sys.exit(code)
 
 
-def _run(command: Callable[..., None], debug: bool) -> int:
+def _warn(message: Warning | str, *_: Any) -> None:
+    say(str(message), "warning: ")
+
+
+def _run(command: Command, debug: bool) -> int:
     """Returns the exit code."""
     try:
-        if {"--help", "-h"} & set(sys.argv[1:]) and _takes_configs(command):
+        code = 0
+        if {"--help", "-h"} & set(sys.argv[1:]):
             print(fields.help_page(command, sys.argv[0]), end="")
         else:
-            if not _takes_configs(command):
-                if (arguments := _parse_arguments(command)) is None:
-                    return 0
-                _join_others(arguments.get("distributed"))
-                command(**arguments)
-                sys.stdout.flush()
-                return 0
             given = parse_flags(command, sys.argv[1:])
             _join_others(given.get("distributed"))
-            code = command(**fields.build(command, given))
-            sys.stdout.flush()
-            return code or 0
+            code = command(**fields.build(command, given)) or 0
         sys.stdout.flush()
+        return code
     except AltiplanoError as e:
         return _report(str(e), e.exit_code, debug, everywhere=getattr(e, "everywhere", False))
     except KeyboardInterrupt:
@@ -111,7 +110,6 @@ def _run(command: Callable[..., None], debug: bool) -> int:
         if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return _report(f"out of memory: {e}", ArtifactError.exit_code, debug)
-    return 0
 
 
 def _join_others(flag: str | None) -> None:
@@ -128,7 +126,7 @@ def _join_others(flag: str | None) -> None:
         stderr.quiet, sys.stdout = True, open(os.devnull, "w")
 
 
-def run_one_of(commands: dict[str, Callable[..., None]]) -> None:
+def run_one_of(commands: dict[str, Command]) -> None:
     """Runs the command that the first argument names."""
     program, name = sys.argv[0], "".join(sys.argv[1:2])
     if name in commands:
@@ -144,7 +142,7 @@ def run_one_of(commands: dict[str, Callable[..., None]]) -> None:
     sys.exit(0 if name.startswith("-") else ConfigError.exit_code)
 
 
-def parse_flags(command: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
+def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
     """The flags among a command line's words: texts as they are, numbers and switches as values.
 
     fire parses; a recording function stands for the command, so that nothing runs before all words
@@ -161,11 +159,11 @@ def parse_flags(command: Callable[..., None], words: Sequence[str]) -> dict[str,
         surplus.extend(args)
         found.update(flags)
 
-    kinds = inspect.Parameter
-    record.__signature__ = inspect.Signature(
-        [kinds("args", kinds.VAR_POSITIONAL)]
-        + [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in known]
+    words_of = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    by_name = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in known
     )
+    record.__signature__ = inspect.Signature([words_of, *by_name])
     try:
         with contextlib.redirect_stderr(said):
             fire.Fire(record, command=words)
@@ -192,59 +190,6 @@ def _check_names(words: Sequence[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean --{near[0]}?" if near else "--help lists them"
             raise ConfigError(f"unknown flag {flag:.60}; {hint}")
-
-
-# Until every command takes configs.
-
-
-def _takes_configs(command: Callable[..., None]) -> bool:
-    kinds = [p.annotation for p in inspect.signature(command).parameters.values()]
-    return all(map(dataclasses.is_dataclass, kinds))
-
-
-def _parse_arguments(command: Callable[..., None]) -> dict[str, Any] | None:
-    """The arguments of `command` in sys.argv, or None after --help.
-
-    fire itself would call the command first and complain of what is left over afterwards, read
-    `--prompt 12` as a number and `--json false` as a true value.
-    """
-    signature, found = inspect.signature(command), {}
-    kinds = {name: p.annotation for name, p in signature.parameters.items()}
-
-    @functools.wraps(command)
-    def record(*args: Any, **flags: Any) -> None:
-        found.update(signature.bind(*args, **flags).arguments)
-
-    texts = {name: str for name, kind in kinds.items() if kind in (str, str | None)}
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            fire.Fire(fire.decorators.SetParseFns(**texts)(record))
-    except fire.core.FireExit as e:
-        if e.code:
-            reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
-            raise ConfigError(f"{reason}; --help lists the flags") from e
-        print(said.getvalue(), end="")
-        return None
-    for name, value in found.items():
-        if name in texts and value == "True" and not any(a.endswith("True") for a in sys.argv):
-            raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
-        if kinds[name] in (bool, bool | None) and not isinstance(value, kinds[name]):
-            raise ConfigError(f"--{name} is on or off, got {value!r}; --no{name} turns it off")
-    return found
-
-
-def all_of(*make: Callable[[], Any]) -> list[Any]:
-    """What each returns, or one ConfigError with the problems of all."""
-    made, problems = [], []
-    for one in make:
-        try:
-            made.append(one())
-        except ConfigError as e:
-            problems.append(str(e))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return made
 
 
 def _report(message: str, code: int, debug: bool, everywhere: bool = False) -> int:

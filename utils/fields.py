@@ -245,7 +245,7 @@ class Flag(NamedTuple):
         return "TEXT" if self.is_text else "N"
 
 
-def flags_of(command: Callable[..., None]) -> list[Flag]:
+def flags_of(command: Callable[..., Any]) -> list[Flag]:
     """The flags of a command, by parameter and then by field; those of every command come last."""
     every = inspect.Parameter(
         "every_command", inspect.Parameter.KEYWORD_ONLY, annotation=EveryCommand
@@ -263,7 +263,7 @@ def flags_of(command: Callable[..., None]) -> list[Flag]:
     ]
 
 
-def build(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+def build(command: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
     """The configs that a command takes, from its flags. Raises one ConfigError with all problems."""
     built, problems = {}, []
     for name, parameter in inspect.signature(command).parameters.items():
@@ -293,12 +293,12 @@ def build(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]
     return built
 
 
-def paragraphs(command: Callable[..., None]) -> list[str]:
+def paragraphs(command: Callable[..., Any]) -> list[str]:
     """The paragraphs of a command's docstring; the first is a sentence."""
     return [" ".join(part.split()) for part in inspect.getdoc(command).split("\n\n")]
 
 
-def help_page(command: Callable[..., None], program: str) -> str:
+def help_page(command: Callable[..., Any], program: str) -> str:
     """The `--help` of a command: usage, its docstring, and the flags under their groups' names."""
     width = min(shutil.get_terminal_size().columns, 110)
     first: dict[str, Flag] = {}
