@@ -27,6 +27,7 @@ from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import decode_utf8
 from sampling import TopP
 from utils import cli, distributed
+from utils.clock import PhaseClock
 from utils.errors import AltiplanoError, ConfigError, DataError, SamplingError
 from utils.fields import Config, field, integer, misfit, setting
 from utils.files import atomic_file, read_json
@@ -188,7 +189,7 @@ class Terminal:
 
     def __init__(self, conversation: Conversation, signals: cli.Signals):
         self._chat, self._signals = conversation, signals
-        self._clock = cli.Clock()
+        self._clock = PhaseClock(tracing=True)
         self._interactive = sys.stdin is not None and sys.stdin.isatty()
         self._lines = 0
 
@@ -269,17 +270,17 @@ class Terminal:
         self._signals.set(leave_at=2)
         with cli.busy("reading"):
             first = next(pieces)
-        self._clock.lap()
         try:
-            cli.write(first)
-            for piece in pieces if not self._signals.count else ():
-                cli.write(piece)
-                if self._signals.count:
-                    break
+            with self._clock("answer"):
+                cli.write(first)
+                for piece in pieces if not self._signals.count else ():
+                    cli.write(piece)
+                    if self._signals.count:
+                        break
         finally:
             pieces.close()
             cli.write("\n")
-        self._status(self._clock.lap(), stopped=self._signals.count > 0)
+        self._status(self._clock.take().busy("answer"), stopped=self._signals.count > 0)
 
     def _status(self, seconds: float, stopped: bool) -> None:
         chat = self._chat

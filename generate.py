@@ -31,6 +31,7 @@ from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import Tokenizer, decode_utf8
 from sampling import TopP
 from utils import cli, memory
+from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
 from utils.fields import Config, field, integer
 from utils.files import InputFile, parse_json
@@ -143,7 +144,7 @@ def main(
 
     Example: python generate.py --prompt "Once upon a time" --max_gen_len 50
     """
-    clock, signals = cli.Clock(), cli.Signals(raises=True, leave_at=2)
+    clock, signals = PhaseClock(tracing=True), cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
     texts, chat = prompts.read()
     with cli.progress() as report:
@@ -151,28 +152,28 @@ def main(
     ids = prompts.encode(texts, chat, loaded.tokenizer)
     signals.set()
     run = Generation(loaded.llama, loaded.params, sampler, _complete(generation, loaded, ids))
-    clock.lap()
-    with cli.busy("reading the prompt"):
+    with clock("prompt"), cli.busy("reading the prompt"):
         run.start(ids, key=random_key(prompts.seed))
-    prefill_seconds = clock.lap()
-    if run.rows == 1 and not output.json:
-        for piece in stream_text(run, loaded.tokenizer):
-            cli.write(piece)
-        cli.write("\n")
-    else:
-        done = _finish_with_progress(run, loaded.tokenizer)
-        said = _texts(done, loaded.tokenizer)
-        rows = _json_rows(texts, ids, done, said, output.logprobs) if output.json else said
-        for row in rows:
-            cli.write(row + "\n")
+    with clock("completion"):
+        if run.rows == 1 and not output.json:
+            for piece in stream_text(run, loaded.tokenizer):
+                cli.write(piece)
+            cli.write("\n")
+        else:
+            done = _finish_with_progress(run, loaded.tokenizer)
+            said = _texts(done, loaded.tokenizer)
+            rows = _json_rows(texts, ids, done, said, output.logprobs) if output.json else said
+            for row in rows:
+                cli.write(row + "\n")
+    lap = clock.take()
     n_prompt, n_tokens = sum(map(len, ids)), int(run.completions().lengths.sum())
     cli.stderr.print(
-        f"{n_prompt} prompt tokens, {n_prompt / prefill_seconds:.0f} tok/s; "
+        f"{n_prompt} prompt tokens, {n_prompt / lap.busy('prompt'):.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
-        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / clock.lap():.1f} tok/s; "
+        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / lap.busy('completion'):.1f} tok/s; "
         f"weights {memory.human(memory.tree_bytes(loaded.params))}, "
         f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
-        f"compiled in {clock.compile_seconds:.1f} s"
+        f"compiled in {sum(lap.compiling.values()):.1f} s"
     )
 
 

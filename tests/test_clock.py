@@ -44,3 +44,21 @@ def test_each_compilation_is_counted_once_with_the_shape_that_was_named():
     clock.close()
     double(np.ones(7, np.float32))
     assert clock.take() == ({}, {}, [])
+
+
+def test_a_busy_phase_is_its_seconds_without_compiling_and_without_tracing_if_asked():
+    @jax.jit
+    def triple(x):
+        time.sleep(0.05)  # traced once
+        return x * 3
+
+    for tracing in (False, True):
+        clock = PhaseClock(tracing=tracing)
+        with clock("step"):
+            triple(np.ones(3 + tracing, np.float32)).block_until_ready()
+            time.sleep(0.02)
+        lap = clock.take()
+        clock.close()
+        assert lap.busy("step") == lap.seconds["step"] - lap.compiling["step"]
+        assert (lap.compiling["step"] > 0.05) == tracing and lap.busy("step") > 0.02
+        assert [what for what, _ in lap.compilations] == ["triple"]

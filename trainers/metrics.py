@@ -133,7 +133,7 @@ class RunRecorder:
         """Writes a step's record, with speed, memory, seconds by phase and compilations."""
         lap = self.phase.take()
         # Compilation has an entry of its own: it does not make the step slow.
-        busy = max(lap.seconds["step"] - lap.compiling.get("step", 0.0), 1e-9)
+        busy = lap.busy("step")
         lora, model = self._trainer.lora is not None, self._trainer.model.config
         flops = work.tokens * train_flops_per_token(model, work.mean_context, lora=lora)
         measured = {

@@ -20,7 +20,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -312,21 +311,3 @@ def keep_compilations() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-class Clock:
-    """Seconds since the last lap, less those that JAX spent on tracing and compiling."""
-
-    def __init__(self):
-        self.compile_seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        self._start = time.perf_counter()
-
-    def _on_event(self, event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.compile_seconds += seconds
-
-    def lap(self) -> float:
-        """Seconds since the last lap, without compilation."""
-        start, self._start = self._start, time.perf_counter() - self.compile_seconds
-        return max(self._start - start, 1e-9)

@@ -21,15 +21,20 @@ class Lap(NamedTuple):
     compiling: dict[str, float]
     compilations: list[tuple[str, float]]
 
+    def busy(self, phase: str) -> float:
+        """Seconds of a phase without its compilations; above 0, to divide by."""
+        return max(self.seconds[phase] - self.compiling.get(phase, 0.0), 1e-9)
+
 
 class PhaseClock:
     """Seconds by phase, `with clock("step", "tokens [8, 512]"): …`, and XLA's compilations until `close`.
 
     Phases do not nest. A program from the cache of compilations counts as compiled: its shape was new
-    to the process.
+    to the process. With `tracing`, the seconds of tracing and lowering count as compiling too.
     """
 
-    def __init__(self):
+    def __init__(self, *, tracing: bool = False):
+        self._counted = "/jax/core/compile/" + "backend_compile" * (not tracing)
         self._now, self._lap = ("", ""), Lap({}, {}, [])
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -56,11 +61,12 @@ class PhaseClock:
         return taken
 
     def _on_event(self, event: str, seconds: float, **about) -> None:
+        phase, shape = self._now
+        if event.startswith(self._counted):
+            _add(self._lap.compiling, phase, seconds)
         if event.startswith("/jax/core/compile/backend_compile"):
             name = str(about.get("fun_name", "")).removeprefix("jit(").removesuffix(")")
-            phase, shape = self._now
             self._lap.compilations.append((f"{name} {shape}".strip(), seconds))
-            _add(self._lap.compiling, phase, seconds)
 
 
 def _add(totals: dict[str, float], name: str, seconds: float) -> None:
