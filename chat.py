@@ -118,8 +118,8 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """Yields the answer to a user's message as it comes.
 
-        If the caller stops early, message and answer so far stay in the conversation. An error
-        leaves the conversation as it was.
+        A caller that stops early keeps the message and the answer so far in the conversation; an
+        error leaves it as it was.
         """
         return self._answer([*self.messages, {"role": "user", "content": text}])
 
@@ -344,13 +344,14 @@ def _set(chat: Conversation, words: list[str]) -> None:
             value = getattr(chat.sampler, name, chat.max_gen_len)
             cli.say(f"{name} {value}: {setting(f).help}", kind="")
         return
-    if words[0] not in settings:
-        raise ConfigError(f"/set has no {words[0]!r:.40}; it has {', '.join(settings)}")
-    if len(words) != 2:
-        raise ConfigError(f"/set {words[0]} needs a value; /set alone lists the current ones")
-    name, value = words[0], _number(words[1])
+    name, *given = words
+    if name not in settings:
+        raise ConfigError(f"/set has no {name!r:.40}; it has {', '.join(settings)}")
+    if len(given) != 1:
+        raise ConfigError(f"/set {name} needs a value; /set alone lists the current ones")
+    value = _number(given[0])
     if expected := misfit(settings[name], value).removesuffix(", or None"):
-        raise ConfigError(f"/set {name} must be {expected}, got {words[1]:.40}")
+        raise ConfigError(f"/set {name} must be {expected}, got {given[0]:.40}")
     if name == "max_gen_len":
         chat.max_gen_len = value
     else:
