@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fire
 import jax
 import readline  # noqa: F401, gives input() line editing and a history
 from rich.markup import escape
@@ -349,20 +350,13 @@ def _set(chat: Conversation, words: list[str]) -> None:
         raise ConfigError(f"/set has no {name!r:.40}; it has {', '.join(settings)}")
     if len(given) != 1:
         raise ConfigError(f"/set {name} needs a value; /set alone lists the current ones")
-    value = _number(given[0])
+    value = fire.parser.DefaultParseValue(given[0])  # as a flag's value is read
     if expected := misfit(settings[name], value).removesuffix(", or None"):
         raise ConfigError(f"/set {name} must be {expected}, got {given[0]:.40}")
     if name == "max_gen_len":
         chat.max_gen_len = value
     else:
         chat.sampler = chat.sampler.replace(**{name: value})
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags) -> None:
