@@ -15,7 +15,7 @@ from typing import Any
 
 from models.llama.load import ModelFlags, compute_dtype, open_model
 from models.llama.model import LLaMa
-from trainers.data import DataConfig, DataFlags, Dataset
+from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import TaskFlags
@@ -72,7 +72,7 @@ def ppl(
         context = checkpoint.config.max_seq_len
         if rows.seq_len is None:
             rows = dataclasses.replace(rows, seq_len=min(512, context))
-        dataset = data.load(tokenizer, rows)
+        dataset = load_dataset(data.data, tokenizer, rows, skip_bad=data.skip_bad)
         dataset.check_context(context)
         params = checkpoint.params(compute_dtype(model.dtype), progress=report)
         trainer = SFTTrainer(LLaMa(checkpoint.config), SFTConfig())

@@ -97,7 +97,7 @@ def sft(
     """
     stop = _start()
     source = load_source(model)
-    dataset = data.load(source.tokenizer, rows)
+    dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
     dataset.check_full_batch()
     _say_counts("data", dataset)
     evaluated = None

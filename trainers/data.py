@@ -47,10 +47,6 @@ class DataFlags(Config):
     )
     skip_bad: int = field(0, "skip up to this many malformed rows", integer(0))
 
-    def load(self, tokenizer: Tokenizer, config: "DataConfig") -> "Dataset":
-        """The rows as a Dataset."""
-        return load_dataset(self.data, tokenizer, config, skip_bad=self.skip_bad)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
