@@ -1,6 +1,7 @@
 """The Trainer on losses small enough to reason about: what is skipped, summed, kept and given away."""
 
 import dataclasses
+import doctest
 import functools
 import math
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trainers import grpo_trainer
+from trainers import trainer as trainer_module
 from trainers.optimizer import OPTIMIZERS
 from trainers.trainer import Loss, TrainConfig, Trainer, Work
 from utils.errors import ConfigError
@@ -292,3 +295,9 @@ def test_a_step_keeps_every_dtype_and_shape(optimizer):
             # The toy's layers are all Muon's, which has no second moment.
             second = set() if optimizer in ("lion", "muon") else {jnp.dtype("float32")}
             assert large == first | second
+
+
+@pytest.mark.parametrize("module", [trainer_module, grpo_trainer])
+def test_the_examples_in_docstrings_are_right(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed

@@ -29,6 +29,7 @@ from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file
 from utils.memory import peak_memory_bytes
 from utils.sharding import current_mesh
+from utils.trees import flatten
 
 Sink = Callable[[dict], None]
 
@@ -209,8 +210,9 @@ class _TensorBoard:
             self._event(start_step, session_log=session(status=session.START))
 
     def __call__(self, record: dict) -> None:
-        for name, value in _scalars(record):
-            self._event(record["step"], summary=self._x.summary.scalar(name, value))
+        for name, value in flatten(record).items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._event(record["step"], summary=self._x.summary.scalar(name, value))
         self._writer.flush()
 
     def _event(self, step: int, **what: Any) -> None:
@@ -226,14 +228,6 @@ def _import_tensorboard():
             "TensorBoard needs tensorboardX, which is not installed; pip install tensorboardX"
         ) from e
     return tensorboardX
-
-
-def _scalars(record: dict, prefix: str = "") -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and name != "step":
-            yield prefix + name, value
 
 
 def _as_json(x: Any) -> Any:

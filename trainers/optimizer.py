@@ -68,7 +68,7 @@ class OptimizerConfig(Config):
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """From the number of steps done to the learning rate."""
+    """The learning rate by the number of steps done."""
     peak, warmup, total = config.learning_rate, config.warmup_steps, config.max_steps
     rest = max(total - warmup, 1)
     if config.schedule == "constant":
@@ -82,65 +82,62 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
         main = optax.linear_schedule(peak, 0.0, decay, transition_begin=rest - decay)
     if not warmup:
         return main
-    # Step 0 of the usual warm-up has the rate 0: a step that changes nothing.
+    # The usual warm-up starts at rate 0, with a step that changes nothing.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, main], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The transformation from gradients (float32), clipped already, to updates."""
+    """The transformation of gradients (float32, already clipped) into updates."""
     rate, decay = learning_rate(config), config.weight_decay
     adam = {"b1": config.beta1, "b2": config.beta2, "mu_dtype": config.state_dtype}
+    adamw = optax.adamw(rate, eps=config.eps, weight_decay=decay, mask=decayed, **adam)
     if config.optimizer == "adamw":
-        chosen = optax.adamw(rate, eps=config.eps, weight_decay=decay, mask=decayed, **adam)
-    elif config.optimizer == "lion":
-        chosen = optax.lion(rate, weight_decay=decay, mask=decayed, **adam)
-    elif config.optimizer == "adafactor":
+        return adamw
+    if config.optimizer == "lion":
+        return optax.lion(rate, weight_decay=decay, mask=decayed, **adam)
+    if config.optimizer == "adafactor":
         # optax.adafactor does not multiply the decay by the learning rate.
-        chosen = optax.chain(
+        return optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(decay, decayed),
             optax.scale_by_learning_rate(rate),
         )
-    else:
-        muon = optax.contrib.muon(
-            rate,
-            weight_decay=decay,
-            eps=config.eps,
-            mu_dtype=config.state_dtype,
-            muon_weight_dimension_numbers=_muon_matrices,
-            consistent_rms=0.2,  # AdamW's learning rates fit (Moonlight, 2502.16982)
-        )
-        # Its own AdamW for the rest is Nesterov's, and decays norms and biases.
-        adamw = optax.adamw(rate, eps=config.eps, weight_decay=decay, mask=decayed, **adam)
-        chosen = optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
-    return chosen
+    muon = optax.contrib.muon(
+        rate,
+        weight_decay=decay,
+        eps=config.eps,
+        mu_dtype=config.state_dtype,
+        muon_weight_dimension_numbers=_muon_matrices,
+        consistent_rms=0.2,  # updates of AdamW's size, so that its rates fit (Moonlight, 2502.16982)
+    )
+    # optax's muon has an AdamW for the rest, but that is Nesterov's, and decays norms and biases.
+    return optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
 
 
 def decayed(params: Any) -> Any:
     """True at matrices, False at norms and biases."""
-    return jax.tree.map_with_path(lambda path, _: _is_matrix(path), params)
-
-
-def _is_matrix(path) -> bool:
-    name = path[-1].key
-    return name.startswith("w") or name in ("embed", "lm_head")
+    return jax.tree.map_with_path(
+        lambda path, _: path[-1].key.startswith(("w", "embed", "lm_head")), params
+    )
 
 
 def _muon_or_adamw(params: Any) -> Any:
-    """Muon is for the matrices of layers."""
-    label = lambda path, _: "muon" if path[-1].key.startswith("w") else "adamw"
-    return jax.tree.map_with_path(label, params)
+    """Labels the matrices of layers "muon", the rest "adamw"."""
+    return jax.tree.map_with_path(
+        lambda path, _: "muon" if path[-1].key.startswith("w") else "adamw", params
+    )
 
 
 def _muon_matrices(params: Any) -> Any:
-    """How Muon is to see them: [L, out, in]."""
+    """Tells Muon the axes of matrices [L, out, in]."""
     spec = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
     return jax.tree.map(lambda _: spec, params)
 
 
 def cast_floats(tree: Any, dtype: Any) -> Any:
     """The tree with its floating-point leaves cast."""
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
