@@ -159,7 +159,7 @@ def test_fetches_one_kind_of_weights_config_and_tokenizer(fetch, server, repo, n
 @pytest.mark.parametrize(
     "repo, message",
     [
-        ("org/gated", "org/gated is gated: accept its licence on https://huggingface.co/org/gated"),
+        ("org/gated", "org/gated is gated: accept its terms on https://huggingface.co/org/gated"),
         ("org/missing", "org/missing is neither a folder here nor a public repository"),
         ("org/a--b", "org/a--b is neither a folder here nor a public repository"),
         ("org/gguf", "no weights that .* `hf download org/gguf a-Q4_0.gguf`"),

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import tqdm
 
 from models.llama.chat_format import check_messages
-from models.llama.hub import reason_of
+from models.llama.hub import hub_errors
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int
 from utils.files import InputFile, parse_json
@@ -240,29 +240,20 @@ def _find(path: str) -> list[tuple[str, Path]]:
 
 
 def _fetch(repo: str, name: str | None) -> list[tuple[str, Path]]:
-    page = f"https://huggingface.co/datasets/{repo}"
-    try:
-        listed = [] if name else HfApi().list_repo_files(repo, repo_type="dataset")
-        names = [name] if name else _train_files(repo, listed)
-        get = lambda n: hf_hub_download(repo, n, repo_type="dataset", tqdm_class=_Silent)
-        return [(f"hf://datasets/{repo}/{n}", Path(get(n))) for n in names]
-    except errors.GatedRepoError as e:
-        raise DataError(
-            f"the dataset {repo} is gated: accept its terms on {page}, then run `hf auth login` "
-            "with a token of that account"
-        ) from e
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
-        raise DataError(
-            f"{repo} is neither a file here nor a public dataset of Hugging Face; check the name, "
-            "or run `hf auth login` if it is private"
-        ) from e
-    except errors.RemoteEntryNotFoundError as e:
-        raise DataError(f"the dataset {repo} has no file {name!r}; see {page}/tree/main") from e
-    except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
-        raise DataError(
-            f"cannot fetch the dataset {repo} from Hugging Face: {reason_of(e)}; try again with a "
-            "network, or name a local file"
-        ) from e
+    what, page = f"the dataset {repo}", f"https://huggingface.co/datasets/{repo}"
+    failed = (
+        f"cannot fetch {what} from Hugging Face: {{}}; try again with a network, or name a local "
+    )
+    with hub_errors(what, page, "file here nor a public dataset", failed + "file", DataError):
+        try:
+            listed = [] if name else HfApi().list_repo_files(repo, repo_type="dataset")
+            names, found = [name] if name else _train_files(repo, listed), []
+            for n in names:
+                file = hf_hub_download(repo, n, repo_type="dataset", tqdm_class=_Silent)
+                found.append((f"hf://datasets/{repo}/{n}", Path(file)))
+            return found
+        except errors.RemoteEntryNotFoundError as e:
+            raise DataError(f"{what} has no file {name!r}; see {page}/tree/main") from e
 
 
 def _train_files(repo: str, names: Sequence[str]) -> list[str]:

