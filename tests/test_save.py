@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from generate import generate
-from models.llama import save
+from models.llama.formats import hf
 from models.llama.chat_format import chat_format_for
 from models.llama.config import ModelConfig
 from models.llama.decoding import GenerationConfig
@@ -281,8 +281,8 @@ def test_failure_leaves_what_was_there(tmp_path, monkeypatch, overwrite, error):
             raise error
         write(*args)
 
-    write = save._write_shard
-    monkeypatch.setattr(save, "_write_shard", write_then_fail)
+    write = hf._write_shard
+    monkeypatch.setattr(hf, "_write_shard", write_then_fail)
     with pytest.raises((CheckpointError, KeyboardInterrupt)) as e:
         save_checkpoint(out, config, params, max_shard_bytes=50_000, overwrite=overwrite)
     assert not isinstance(error, OSError) or "out: No space left" in str(e.value)
