@@ -145,7 +145,7 @@ def _largest_file(folder: Path) -> int:
     largest = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # pip removes its files meanwhile
+            with contextlib.suppress(OSError):  # pip may have removed it
                 largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
 
@@ -210,7 +210,7 @@ def _snapshot(repo: str, progress: Progress | None) -> str:
     from huggingface_hub import HfApi, errors, snapshot_download  # here: see hub_errors
 
     try:
-        # One request that is not tried again: without a network the cache answers at once.
+        # One request without a retry: without a network the cache answers at once.
         files = HfApi().model_info(repo, files_metadata=True).siblings or []
     except errors.RepositoryNotFoundError:
         raise

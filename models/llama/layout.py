@@ -69,7 +69,7 @@ class Row(NamedTuple):
         return (None, *axes) if self.stacked else axes
 
     def shape(self, config: Sizes) -> tuple[int, ...]:
-        """Its shape in numbers, without the layer axis."""
+        """The shape in numbers, without the layer axis."""
         return tuple(math.prod(getattr(config, f) for f in n.split("*")) for n in self.size)
 
 

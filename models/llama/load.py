@@ -28,7 +28,7 @@ from utils.fields import Config, field, one_of
 from utils.files import atomic_directory, list_folder, member_path
 from utils.sharding import default_mesh, make_mesh
 
-# What a file may hold beside the parameters. RoPE's frequencies follow from the config.
+# Tensors that a file may hold beside the parameters: RoPE's frequencies follow from the config.
 _IGNORED = {
     "hf": re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)?rotary_emb\.inv_freq"),
     "meta": re.compile(r"rope\.freqs"),
@@ -80,7 +80,7 @@ class Checkpoint(NamedTuple):
             ConfigError: `dtype` is none of the three.
         """
         target = None if dtype is None else _dtype(dtype, *DTYPES)
-        # Large ones first: the embedding is one tensor for one thread; the others work meanwhile.
+        # Large ones first: while one thread reads the embedding, others have work beside it.
         parts = sorted(leaves(self.config, self.format), key=lambda leaf: -math.prod(leaf.shape))
         # From here on every parameter has its bytes in the file: no config can make us allocate more.
         _check_names(self.config, self.source, parts, _IGNORED[self.format], allow_extra)
@@ -266,7 +266,7 @@ def _dtype(dtype: Any, *names: str) -> np.dtype:
 
 
 def _common_dtype(source: TensorSource, parts: list[Leaf]) -> np.dtype:
-    """The dtype of most numbers: GGUF keeps float32 norms beside half-precision matrices."""
+    """The dtype that most numbers have: GGUF keeps norms in float32 and matrices in half precision."""
     sizes: collections.Counter[np.dtype] = collections.Counter()
     for leaf in parts:
         for name in leaf.names:

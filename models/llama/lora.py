@@ -44,18 +44,18 @@ class LoRAConfig(Config):
 
     @property
     def scale(self) -> float:
-        """What b·a is multiplied by."""
+        """Factor of b·a."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
 def init_lora(config: ModelConfig, lora: LoRAConfig, key: Array, dtype=jnp.float32) -> Params:
     """A fresh tree: a uniform as in LoRA's own code (Kaiming, within 1/sqrt(in)), b zero."""
     layers: dict[str, dict[str, Array]] = {}
-    for number, (name, (out_dim, in_dim)) in enumerate(config.matrix_shapes.items()):
+    for i, (name, (out_dim, in_dim)) in enumerate(config.matrix_shapes.items()):
         if name in lora.targets:
             shape = (config.n_layers, lora.rank, in_dim)
             bound = in_dim**-0.5
-            a = jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
+            a = jax.random.uniform(jax.random.fold_in(key, i), shape, dtype, -bound, bound)
             b = jnp.zeros((config.n_layers, out_dim, lora.rank), dtype)
             layers.setdefault(MATRICES[name], {}).update({f"{name}_a": a, f"{name}_b": b})
     return {"layers": layers}
@@ -73,7 +73,7 @@ def adapter_axes(lora: LoRAConfig) -> dict[str, Axes]:
 
 
 def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
-    """Parameters with LoRA's matrices beside them, as the model reads them; nothing is copied."""
+    """The parameters with LoRA's matrices added to the tree, as the model reads them; no copies."""
     layers = dict(params["layers"])
     for part, matrices in tree["layers"].items():
         scaled = {k: v * lora.scale if k.endswith("_b") else v for k, v in matrices.items()}

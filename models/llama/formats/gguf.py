@@ -200,7 +200,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
 
 
 class _HeaderIsLonger(Exception):
-    """The header goes on after the bytes at hand, inside the file."""
+    """The header is longer than the bytes that were read, and inside the file."""
 
 
 class _Cursor:

@@ -1,7 +1,7 @@
 """Hugging Face's format, in and out: config.json, and safetensors in one file or in shards. No JAX here.
 
 The header is parsed here and not by the `safetensors` package, which is quiet about duplicate
-keys and maps the file into memory: a file that shrinks meanwhile would kill the process.
+keys and maps the file into memory: a file that shrinks then would kill the process.
 Source: the format's README, https://github.com/huggingface/safetensors#format
 """
 
@@ -170,7 +170,7 @@ class SafetensorsFile:
         if header_len > _MAX_HEADER:
             raise ArtifactError(
                 f"{path}: header of {header_len} bytes, expected at most {_MAX_HEADER}; "
-                "this is no safetensors file, or a broken one"
+                "this is not a safetensors file, or a broken one"
             )
         self._data_start = 8 + header_len
         header = bytes(self._file.read(8, header_len))
@@ -234,7 +234,7 @@ class SafetensorsFile:
 
 def _check_metadata(path: str | Path, metadata: Any) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ArtifactError(f"{path}: __metadata__ is no object of strings")
+        raise ArtifactError(f"{path}: __metadata__ is not an object of strings")
 
 
 def _parse_entry(where: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, tuple[int, int]]:
@@ -328,7 +328,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = member_path(folder, INDEX)
     weight_map = read_json(path, max_bytes=_MAX_HEADER, error=ArtifactError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ArtifactError(f"{path}: weight_map is no object of tensor and file names")
+        raise ArtifactError(f"{path}: weight_map is not an object of tensor and file names")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise ArtifactError(
