@@ -206,9 +206,9 @@ class _Shard:
 
     def __init__(self, path: Path):
         self.path, self._file = path, InputFile(path)
-        _check_zip(path)
+        ends = [*_record_starts(path), self._file.size]
         self.tensors = {
-            name: _locate(f"{path}: tensor {name!r:.200}", x, self._file.size)
+            name: _locate(f"{path}: tensor {name!r:.200}", x, ends)
             for name, x in _unpickle(path).items()
         }
 
@@ -221,8 +221,11 @@ class _Shard:
             out[...] = whole
 
 
-def _check_zip(path: Path) -> None:
-    """Refuses files whose bytes torch would take for numbers as they are, though they are not."""
+def _record_starts(path: Path) -> list[int]:
+    """The offsets of the zip file's records, sorted.
+
+    Refuses files whose bytes are not the numbers, which torch would not notice.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -238,6 +241,7 @@ def _check_zip(path: Path) -> None:
         raise ArtifactError(f"{path}: record {packed[0]!r:.200} is compressed")
     if swapped:
         raise ArtifactError(f"{path} has big-endian numbers; save it again on this machine")
+    return sorted(entry.header_offset for entry in entries)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
@@ -271,8 +275,11 @@ def import_torch():
     return torch, FakeTensorMode
 
 
-def _locate(where: str, tensor, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, offset in the file) of a fake tensor."""
+def _locate(where: str, tensor, ends: list[int]) -> tuple[tuple[int, ...], np.dtype, int]:
+    """(shape, dtype, offset in the file) of a fake tensor, which may not reach beyond its record.
+
+    Torch does not compare fake tensors with their records. `ends` are the offsets where records end.
+    """
     dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise ArtifactError(f"{where} is {tensor.dtype}, expected {', '.join(DTYPES)}")
@@ -283,11 +290,10 @@ def _locate(where: str, tensor, file_size: int) -> tuple[tuple[int, ...], np.dty
     )
     if start is None:
         raise ArtifactError(f"{where} has no numbers in the file")
+    end = next((end for end in ends if end > start), 0)
     start += tensor.storage_offset() * dtype.itemsize
-    if start + math.prod(shape) * dtype.itemsize > file_size:
-        raise ArtifactError(
-            f"{where} of shape {list(shape)} ends behind the file's {file_size} bytes"
-        )
+    if start + math.prod(shape) * dtype.itemsize > end:
+        raise ArtifactError(f"{where} of shape {list(shape)} reaches beyond its record")
     return shape, dtype, start
 
 
