@@ -349,7 +349,7 @@ class GRPOTrainer(Trainer):
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
         first_B1D = jnp.take_along_axis(hidden_BTD, last_B11, axis=1)
         first_BM1D = jnp.broadcast_to(first_B1D[:, None], (B, M, 1, hidden_BTD.shape[-1]))
-        # And its last predicts nothing that is needed.
+        # What its last token predicts is not needed.
         rest_BMCD = hidden_BTD[:, P:].reshape(B, M, C, -1)[:, :, :-1]
         states_BMCD = jnp.concatenate([first_BM1D, rest_BMCD], axis=2)
         logprobs, entropy = token_logprobs(

@@ -19,7 +19,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """TrainConfig with the defaults of supervised training; it has no numbers of its own."""
+    """TrainConfig with the defaults of supervised training, which adds no settings."""
 
     base_rates: ClassVar[tuple[float, float]] = (2e-5, 2e-4)
     learning_rate: float | None = again(
