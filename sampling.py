@@ -172,18 +172,18 @@ def truncate(weights_RV: Array, top_k: Array, top_p: Array, min_p: Array) -> Arr
     """
     keep_k = jnp.where(top_k > 0, top_k, weights_RV.shape[-1]).astype(jnp.float32)
     keep_R = jnp.broadcast_to(keep_k, weights_RV.shape[:1])
-    weights_RV = _keep_front(weights_RV, jnp.ones_like(weights_RV), keep_R)
+    weights_RV = _keep_front(weights_RV, 1.0, keep_R)
     limit_R = jnp.where(top_p < 1, top_p * jnp.sum(weights_RV, axis=-1), jnp.inf)
     weights_RV = _keep_front(weights_RV, weights_RV, limit_R)
     return jnp.where(weights_RV >= min_p, weights_RV, 0)
 
 
-def _keep_front(weights_RV: Array, sizes_RV: Array, limit_R: Array) -> Array:
+def _keep_front(weights_RV: Array, sizes: Array | float, limit_R: Array) -> Array:
     """Keeps the tokens that have less than `limit` in front of them, in order of weight, then of id.
 
     Args:
         weights_RV: [R, V] float32, non-negative.
-        sizes_RV: [R, V] float32, how much each token adds to the limit: 1, or its weight.
+        sizes: how much each token adds towards the limit: 1, or its weight [R, V].
         limit_R: [R].
 
     Returns:
@@ -192,7 +192,7 @@ def _keep_front(weights_RV: Array, sizes_RV: Array, limit_R: Array) -> Array:
     bits_RV = jax.lax.bitcast_convert_type(weights_RV, jnp.int32)
 
     def enough(mask_RV: Array) -> Array:
-        return jnp.sum(jnp.where(mask_RV, sizes_RV, 0), axis=-1) >= limit_R
+        return jnp.sum(jnp.where(mask_RV, sizes, 0), axis=-1) >= limit_R
 
     # The lowest weight that is kept: the largest t such that {w >= t} reaches the limit, else 0.
     lowest_R = _largest(lambda t_R: enough(bits_RV >= t_R[:, None]), limit_R.shape, bits=31)
