@@ -32,7 +32,7 @@ class Range(NamedTuple):
     """The values that a field may have.
 
     Attributes:
-        expected: in words, as in "expected an integer from 1".
+        expected: in words, as in "expected an integer of at least 1".
         fits: whether a value is one of them.
     """
 
@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a field says of itself beyond its type and default.
+    """Settings of a field beyond its type and default.
 
     Attributes:
         help: one line for `--help`.
@@ -228,7 +228,7 @@ class Flag(NamedTuple):
         return str in kinds(self.field) or setting(self.field).parse is not None
 
     def help(self, width: int) -> str:
-        """Its lines in `--help`: the flag with its default (--[no]flag if it is not off), and its help."""
+        """Lines for `--help`: the flag with its default (--[no]flag if it is not off), and its help."""
         said, known = setting(self.field).help, allowed(self.field)
         if known is not None and known.expected.startswith("one of "):
             said += f" ({known.expected})"
