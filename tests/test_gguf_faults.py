@@ -198,7 +198,7 @@ def test_bad_offsets_and_names(refuse):
             [], [info("t", (8,), Kind.F32, 0), info(name, (8,), Kind.F32, offset)], ONE * 2
         )
 
-    refuse(two(33), "'u' is at 33, no multiple of 32")
+    refuse(two(33), "'u' is at 33, not a multiple of 32")
     refuse(two(0), "'u' at byte .* overlaps 't'")
     refuse(two(64), "'u' of shape .* but the file has")
     for offset in (2**64 - 32, 2**63, 2**40):
