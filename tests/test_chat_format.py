@@ -361,7 +361,7 @@ def test_what_templates_write_is_bounded(make, source, message):
 def test_a_format_is_never_guessed(make):
     bare = make("smollm", None)
     with pytest.raises(
-        ArtifactError, match="no usual chat template; name a format: llama2, llama3"
+        ArtifactError, match="no default chat template; name a format: llama2, llama3"
     ):
         chat_format_for(bare)
     with pytest.raises(ConfigError, match="unknown chat format 'chatml'"):

@@ -148,7 +148,7 @@ def test_mask_or_chat_format_that_does_not_fit_names_the_row(load, smollm, llama
     assert load(rows, skip_bad=3).counts["bad"] == 3
     with pytest.raises(DataError, match="has 3 bad rows, and skip_bad=2; the first: .*jsonl:3"):
         load(rows, skip_bad=2)
-    with pytest.raises(ArtifactError, match="no usual chat template"):
+    with pytest.raises(ArtifactError, match="no default chat template"):
         load([talk], llama2)
     assert load([talk], llama2, chat_format="llama2").counts["examples"] == 1
     assert load([text], llama2).counts["examples"] == 1

@@ -187,12 +187,12 @@ def test_a_text_is_plain_where_there_is_no_chat(tokenizer, plain, tmp_path):
         assert prompt.ids == (0, *tokenizer.encode("1+<|im_end|>")) and 1 not in prompt.ids
         assert prompt.text == "1+<|im_end|>"
     for options in (dict(chat=True), dict(system="Be brief.")):
-        with pytest.raises(ArtifactError, match="no usual chat template"):
+        with pytest.raises(ArtifactError, match="no default chat template"):
             load_prompts(path, plain, REWARDS, **options)
     with pytest.raises(ArtifactError, match="no '<.begin_of_text.>'"):
         load_prompts(path, plain, REWARDS, chat_format="llama3")
     path = write(tmp_path, {"prompt": [dict(role="user", content="?")]})
-    with pytest.raises(ArtifactError, match="no usual chat template"):
+    with pytest.raises(ArtifactError, match="no default chat template"):
         load_prompts(path, plain, REWARDS)
     plain.adds_bos = False
     path = write(tmp_path, {"prompt": "?"}, {"prompt": ""})

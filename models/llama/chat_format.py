@@ -1,8 +1,7 @@
 """Conversations to token ids: by the checkpoint's own jinja template, or in Llama 2's or 3's format.
 
-Text of a message never becomes a control token. The built-in formats write control tokens as ids.
-A jinja template writes them by name, so there it has to be found out which names the template
-wrote and which a message did; see JinjaFormat.
+The text of a message never becomes a control token. The built-in formats write control tokens as
+ids. A jinja template writes them by name; JinjaFormat tells the template's names from a message's.
 """
 
 import json
@@ -28,7 +27,7 @@ MAX_MARKUP_CHARS = 1 << 22
 
 
 class ChatFormat(ABC):
-    """How a conversation is written for one model."""
+    """A model's way to write conversations."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -45,7 +44,7 @@ class ChatFormat(ABC):
         Args:
             messages: objects with `role` (one of ROLES) and `content`; a system message comes
                 first.
-            add_generation_prompt: end with what starts an assistant's answer. The last message
+            add_generation_prompt: end with the start of an assistant's answer. The last message
                 is then not the assistant's.
 
         Raises:
@@ -61,18 +60,18 @@ class ChatFormat(ABC):
     def encode_training(
         self, messages: Sequence[Message], first: int = 0
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them the assistant has to produce.
+        """Token ids of a conversation, and a mask of the ids that the assistant has to produce.
 
-        Those are the tokens after `encode_chat(messages[:i])`, which asks for answer i, up to and
-        including the stop token. So a model learns exactly what it will be asked for. Nothing is
-        guessed: where a template does not write the answer as such a continuation, it is an error.
+        For answer i, the mask covers the tokens after `encode_chat(messages[:i])`, which asks for
+        it, up to and including the stop token. So a model learns exactly the tokens that it will
+        be asked for. A template that does not write the answer as this continuation is an error.
 
         Args:
             messages: as in encode_chat; the last one is usually the assistant's.
             first: mark no answer before `messages[first]`.
 
         Returns:
-            (ids, mask): ids as encode_chat(messages, False), and for each id whether it is marked.
+            (ids, mask): ids as encode_chat(messages, False), and whether each is marked.
 
         Raises:
             DataError: as encode_chat; or an answer cannot be told apart (its index is named).
@@ -86,7 +85,7 @@ class ChatFormat(ABC):
         return ids, mask
 
     def _answer(self, messages: Sequence[Message], index: int, ids: list[int]) -> tuple[int, int]:
-        """Where in `ids`, the tokens of all messages, the assistant's message `index` lies."""
+        """Start and end of the assistant's message `index` in `ids`, the tokens of all messages."""
         where = f"message {index}"
         if index == 0 or messages[index - 1]["role"] == "assistant":
             raise DataError(f"{where} is the assistant's, but nothing before it asks for an answer")
@@ -106,13 +105,14 @@ class ChatFormat(ABC):
             raise DataError(f"{where}: the chat template ends this answer with no stop token")
         if ids[:end] != answered[:end]:
             raise DataError(
-                f"{where}: the chat template rewrites history: it writes this answer, or what is "
-                "before it, otherwise once the conversation goes on; train on the last answer alone"
+                f"{where}: the chat template rewrites history: it writes this answer, or the text "
+                "before it, differently once the conversation continues; train on the last answer "
+                "alone"
             )
         return start, end
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text, to be read by people. Arguments and errors as encode_chat."""
+        """The conversation as text, for people. Takes and raises the same as encode_chat."""
         check_messages(messages, add_generation_prompt)
         names = {i: name for name, i in self.tokenizer.special_tokens.items()}
         pieces = self.pieces(messages, add_generation_prompt)
@@ -128,7 +128,7 @@ class ChatFormat(ABC):
 
 
 class Llama3Format(ChatFormat):
-    """Llama 3's format, as Meta's reference encodes it: each content is stripped."""
+    """Llama 3's format, as Meta's reference encodes it. Each content is stripped."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__(tokenizer)
@@ -150,8 +150,8 @@ class Llama3Format(ChatFormat):
 class Llama2Format(ChatFormat):
     """Llama 2's format, as Meta's reference encodes it.
 
-    `[INST]` and `<<SYS>>` are no tokens in Llama 2, and so no encoding can tell a user's apart
-    from the format's.
+    `[INST]` and `<<SYS>>` are plain text in Llama 2, so no encoding can tell a user's from the
+    format's.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -169,7 +169,7 @@ class Llama2Format(ChatFormat):
             expected = ("user", "assistant")[turn % 2]
             if message["role"] != expected:
                 raise DataError(
-                    f"message {index} is of the role {message['role']!r}; Llama 2's format "
+                    f"message {index} has the role {message['role']!r}; Llama 2's format "
                     f"expects {expected!r}: user and assistant take turns"
                 )
             if expected == "user":
@@ -179,21 +179,20 @@ class Llama2Format(ChatFormat):
                 out[-1] += f" {message['content'].strip()} "
                 out.append(self._eos)
         if not out:
-            raise DataError("message 0 is the only one and of the role 'system'; add a user's")
+            raise DataError("message 0 has the role 'system' and is the only one; add a user's")
         return out
 
 
 class JinjaFormat(ChatFormat):
-    """The checkpoint's own chat template, in jinja's immutable sandbox, set as transformers sets it.
+    """The checkpoint's own chat template, in jinja's immutable sandbox, set up as in transformers.
 
-    Which control tokens did the template write, and which are a message's text? The template is
-    rendered twice: with the messages, and with a copy in which each visible character that occurs
-    in the name of any control token is replaced by a private stand-in. In that copy's rendering
-    every control token is the template's own. The first rendering is taken if the messages hold
-    no name of a control token and its control tokens are the same ones; else the second is, with
-    the characters put back. So a message can neither write a control token nor help to build one.
-    (The second alone would not do: a template that looks into messages, for `</think>` say, does
-    not recognise stand-ins.)
+    To tell the template's control tokens from a message's text, the template is rendered twice:
+    with the messages, and with a copy of them in which a private stand-in replaces each visible
+    character of any control token's name. Every control token in the copy's rendering is the
+    template's own. The first rendering is taken if the messages hold no name of a control token
+    and its control tokens are the same; else the second is, with the characters put back. So a
+    message can neither write a control token nor help to build one. (The second alone would not
+    do: a template that looks into messages, for `</think>` say, does not recognise stand-ins.)
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str):
@@ -225,7 +224,7 @@ class JinjaFormat(ChatFormat):
         return [p.translate(back) if isinstance(p, str) else p for p in safe]
 
     def _stand_ins(self, messages: Sequence[Message]) -> dict[int, str]:
-        """A private-use character that no message has, for each character of a control token."""
+        """For each character of a control token, a private-use character that no message has."""
         used = set().union(*(m["content"] for m in messages))
         free = (chr(c) for c in range(0xF0000, 0x10FFFE) if chr(c) not in used)
         table = {ord(char): stand_in for char, stand_in in zip(sorted(self._watched), free)}
@@ -261,7 +260,7 @@ def chat_format_for(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat
     Args:
         tokenizer: the model's tokenizer.
         name: `llama2`, `llama3`, or the name of one of the checkpoint's own templates; None for
-            its usual one. A format is never guessed.
+            its default one. A format is never guessed.
 
     Raises:
         ArtifactError: the checkpoint has no such template, or it does not compile.
@@ -276,11 +275,11 @@ def chat_format_for(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat
     known = ", ".join(sorted([*built_in, *templates]))
     if name is not None:
         raise ConfigError(f"unknown chat format {name!r:.80}, expected one of: {known}")
-    raise ArtifactError(f"the checkpoint has no usual chat template; name a format: {known}")
+    raise ArtifactError(f"the checkpoint has no default chat template; name a format: {known}")
 
 
 def check_messages(messages: Any, add_generation_prompt: bool) -> None:
-    """Raises DataError, with the index, unless messages are what ChatFormat.encode_chat takes."""
+    """Raises DataError, with the index, for messages that ChatFormat.encode_chat does not take."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(f"messages: expected a non-empty list, got {messages!r:.80}")
     for index, message in enumerate(messages):
@@ -294,7 +293,7 @@ def check_messages(messages: Any, add_generation_prompt: bool) -> None:
             raise DataError(f"{where}: content is {message['content']!r:.80}, expected a string")
         check_text(message["content"], where)
         if message["role"] == "system" and index > 0:
-            raise DataError(f"{where}: a system message can only be the first and the only one")
+            raise DataError(f"{where}: a system message can only be message 0")
     if add_generation_prompt and messages[-1]["role"] == "assistant":
         raise DataError(
             f"message {len(messages) - 1} is the assistant's and the last: there is nothing to "
@@ -306,7 +305,7 @@ def check_messages(messages: Any, add_generation_prompt: bool) -> None:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Bounds `*` and `**` too: jinja computes constants such as `'a' * 10**9` while it compiles."""
+    """Bounds `*` and `**` too: jinja computes constants, `'a' * 10**9` say, while it compiles."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -321,13 +320,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Undefined(jinja2.Undefined):
-    """May be tested, as templates do, but not written."""
+    """An undefined name, which a template may test but not write."""
 
     __str__ = jinja2.Undefined._fail_with_undefined_error
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks an assistant's text for training; here it is only written."""
+    """Writes the text in `{% generation %}`, which marks an assistant's answer for training."""
 
     tags = {"generation"}
 

@@ -71,11 +71,11 @@ class Tokenizer:
         self._special_ids = frozenset(special.values())
         # Where one name starts another, the longer one is meant.
         longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     @property
     def chat_template(self) -> str | None:
-        """The jinja source of the usual chat template, if the checkpoint has one."""
+        """The jinja source of the default chat template, if the checkpoint has one."""
         return self.chat_templates.get("default")
 
     def encode(
@@ -93,7 +93,7 @@ class Tokenizer:
 
         Raises:
             DataError: the text has a lone surrogate.
-            ArtifactError: the model has no such token as was asked for.
+            ArtifactError: the model has no BOS or EOS token, and it was asked for.
         """
         check_text(text, "text")
         ids = self.encode_pieces(self.split_special(text) if allow_special else [text])
@@ -107,43 +107,38 @@ class Tokenizer:
         return self._codec.encode(pieces)
 
     def split_special(self, text: str) -> list[Piece]:
-        """The text as pieces: the names of control tokens in it as ids, the rest as it is."""
-        pieces: list[Piece] = []
-        at = 0
-        for match in self._special.finditer(text):
-            pieces += [text[at : match.start()], self.special_tokens[match[0]]]
-            at = match.end()
-        return [p for p in [*pieces, text[at:]] if p != ""]
+        """The text in pieces: the names of control tokens as ids, the rest unchanged."""
+        return [self.special_tokens.get(p, p) for p in self._special.split(text) if p]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids.
 
-        Bytes that are no UTF-8 become U+FFFD. The space that sentencepiece puts before a text is
-        taken away again.
+        Bytes that are not UTF-8 become U+FFFD. The space that sentencepiece puts before a text
+        is taken away again.
 
         Args:
             ids: token ids.
-            skip_special: leave control tokens out; else they are written by name.
+            skip_special: leave control tokens out, instead of writing their names.
 
         Raises:
-            SamplingError: an id is no integer of the vocabulary.
+            SamplingError: an id is not an integer of the vocabulary.
         """
         stream = self.stream(skip_special)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
     def stream(self, skip_special: bool = False) -> "StreamDecoder":
-        """A decoder that takes one id at a time; what it gives joins to `decode` of them all."""
+        """A decoder that takes one id at a time; its texts join to `decode` of all ids."""
         return StreamDecoder(self, skip_special)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether an id is that of a control token."""
+        """Whether an id is a control token's."""
         return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token. An id in a gap of the vocabulary gives U+FFFD's.
+        """The bytes of one token; U+FFFD's for an id in a gap of the vocabulary.
 
         Raises:
-            SamplingError: the id is no integer of the vocabulary.
+            SamplingError: the id is not an integer of the vocabulary.
         """
         try:
             index = operator.index(token_id)
@@ -176,12 +171,12 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for a character that never ended, else nothing."""
+        """The rest: U+FFFD for a character that never ended, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer; its kind is found from the content of the file.
+    """Loads a tokenizer, whose kind shows in the content of its file.
 
     Args:
         path: a tokenizer file, a GGUF file, or a checkpoint folder. In a folder `tokenizer.json`
@@ -189,8 +184,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             Meta's), then a single `.gguf` file.
 
     Raises:
-        ArtifactError: there is none, it is broken or unsupported, or it names no token that ends
-            a text.
+        ArtifactError: there is no tokenizer, it is broken or unsupported, or it names no token
+            that ends a text.
     """
     file, folder = locate(path)
     try:
@@ -208,10 +203,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ArtifactError if the tokenizer can name an id for which the model has no row.
+    """Raises ArtifactError if the tokenizer has an id for which the model has no row.
 
-    JAX clamps an index that is out of range in silence, so such an id would read another token's
-    row. Fewer ids than rows are fine: the other rows are padding.
+    JAX silently clamps an index that is out of range, so the id would read another token's row.
+    Fewer ids than rows are fine: the other rows are padding.
 
     Args:
         tokenizer: a tokenizer.
@@ -226,7 +221,7 @@ def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises DataError if a text has a lone surrogate, which is no character."""
+    """Raises DataError if a text has a lone surrogate, which is not a character."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -240,8 +235,8 @@ def decode_utf8(data: bytes, where: str, error: type[AltiplanoError] = DataError
 
     Args:
         data: bytes of a file or of stdin.
-        where: what the error names.
-        error: what is raised, with the offset of the first byte that is wrong.
+        where: the name of the input in the error.
+        error: the type of the error, which gives the offset of the first wrong byte.
     """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -300,7 +295,7 @@ def _read(path: Path, folder: Path) -> Vocabulary:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the files that override its templates, and all stop ids."""
+    """tokenizer_config.json, with templates and stop ids from the files that override them."""
     config = _companion(folder, CONFIG)
     if (folder / "chat_template.jinja").exists():
         file = InputFile(member_path(folder, "chat_template.jinja"))
@@ -335,14 +330,14 @@ def _listed_stops(folder: Path) -> list[int]:
 
 
 def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary in a GGUF file's metadata: GPT-2's kind of BPE, or sentencepiece's."""
+    """The vocabulary in a GGUF file's metadata: a byte-level BPE, or a sentencepiece model."""
     form, config = gguf_form(metadata)
     read = read_tokenizer_json if isinstance(form, dict) else read_sentencepiece
     return read(form, {})._replace(config=config)
 
 
 def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, dict[str, Any]]:
-    """A GGUF file's tokenizer as a `tokenizer.json` or a `tokenizer.model`, and its config."""
+    """A GGUF file's tokenizer as a `tokenizer.json` or a sentencepiece model, and its config."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ArtifactError(f"tokenizer.ggml.model is {kind!r:.80}; expected 'gpt2' or 'llama'")
@@ -359,25 +354,19 @@ def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, d
             raise ArtifactError(
                 f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
             )
+    bos, eos = (None if ids[role] is None else tokens[ids[role]] for role in ("bos", "eos"))
     stop_ids = {ids[name] for name in ("eos", "eot", "eom")} - {None}
-    added = {i for i, t in enumerate(types) if t in (CONTROL, USER_DEFINED)} | stop_ids
-    added = sorted(added | {ids["bos"]} - {None})
     special, plain = {}, {}
-    for i in added:
-        text = types[i] == USER_DEFINED and not looks_like_markup(tokens[i])
-        text = text and i not in stop_ids and i != ids["bos"]
-        (plain if text else special)[tokens[i]] = i
+    for i, (token, t) in enumerate(zip(tokens, types)):
+        if i in stop_ids or i == ids["bos"] or t == CONTROL:
+            special[token] = i
+        elif t == USER_DEFINED:
+            (special if looks_like_markup(token) else plain)[token] = i
     implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    config = {
-        f"{role}_token": tokens[ids[role]] for role in ("bos", "eos") if ids[role] is not None
-    }
-    config |= {
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", implied)),
-        "eos_token_id": sorted(stop_ids),
-        "pad_token_id": ids["padding"],
-        "chat_template": metadata.get("tokenizer.chat_template"),
-    }
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
+    config = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
+    config |= {"eos_token_id": sorted(stop_ids), "pad_token_id": ids["padding"]}
+    config["chat_template"] = metadata.get("tokenizer.chat_template")
     if kind == "llama":
         return gguf_model(metadata, types, special), config
-    bos = config.get("bos_token") if config["add_bos_token"] else None
-    return gguf_spec(metadata, special, plain, bos), config
+    return gguf_spec(metadata, special, plain, bos if adds_bos else None), config

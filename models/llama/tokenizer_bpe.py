@@ -69,8 +69,8 @@ class BPECodec:
     The library finds added tokens in any text. So each control token gets a secret name here: it
     is renamed in the vocabulary, merges that would build it are dropped, and only the secret name
     is matched. Everything else (space stripping, prefix rules, splitting) stays the library's.
-    The library's own `encode_special_tokens` does not do: it still builds a control token by
-    merges, and pieces encoded one by one get Metaspace's first space each.
+    The library's own `encode_special_tokens` is not enough: merges still build control tokens,
+    and each piece of a text would have to be encoded by itself, with Llama 2's first space.
     """
 
     def __init__(self, spec: Mapping[str, Any], added: Sequence[AddedToken]):
@@ -149,7 +149,7 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
 
     Args:
         spec: the file.
-        config: see Vocabulary; tokens that its chat templates write are control tokens.
+        config: see Vocabulary. Tokens that its chat templates write are control tokens.
     """
     model = spec.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -264,7 +264,7 @@ def merge_pairs(merges: list) -> list[tuple[str, str]]:
 
 
 def _pipeline(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Normalizer and pre-tokenizer alone.
+    """The normalizer and the pre-tokenizer alone.
 
     Truncation and padding of a saved training run must not touch prompts, and BOS is added by us.
     """
@@ -277,7 +277,7 @@ def _pipeline(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _parts_of(component: Any, key: str) -> list[dict]:
-    """The steps of a decoder or post-processor: of a sequence all, else itself."""
+    """The steps of a decoder or post-processor, which may be a sequence."""
     parts = [_typed(component, dict, key)]
     if parts[0].get("type") == "Sequence":
         parts = _typed(parts[0].get(key), list, key)
@@ -285,7 +285,7 @@ def _parts_of(component: Any, key: str) -> list[dict]:
 
 
 def _spelling(decoder: Any) -> tuple[bool, bool]:
-    """From the decoder: whether tokens are in the byte alphabet, whether a first space goes."""
+    """Whether tokens are in the byte alphabet, and whether decoding strips a first space."""
     parts = {p["type"]: p for p in _parts_of(decoder, "decoders")}
     if list(parts) == ["ByteLevel"]:
         return True, False

@@ -1,9 +1,9 @@
-"""`tokenizer.model`: Llama 1's and 2's for sentencepiece, which GGUF files copy, Llama 3's for tiktoken.
+"""`tokenizer.model`: Llama 1's and 2's is for sentencepiece, Llama 3's for tiktoken.
 
-A sentencepiece model is a protobuf `ModelProto`. sentencepiece itself has no way to ask for a piece's type, to
-change it, or to build a model from a list of pieces (as GGUF files hold it), and importing
-protobuf takes as long as all the rest here; so the few fields that matter are read and written by
-hand. Field numbers are those of sentencepiece_model.proto.
+A sentencepiece model, which GGUF files copy, is a protobuf `ModelProto`. sentencepiece cannot give
+or change a token's type, nor build a model from a list of tokens, and importing protobuf takes
+longer than importing sentencepiece and tokenizers together. So the few fields that matter are read
+and written by hand. Field numbers are from sentencepiece_model.proto.
 """
 
 import base64
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 class SentencePieceModel(NamedTuple):
-    """A model file.
+    """A sentencepiece model file.
 
     Attributes:
         entries: the tokens, in the order of their ids.
@@ -85,12 +85,12 @@ class SentencePieceCodec:
 def read_sentencepiece(
     model: SentencePieceModel, config: Mapping[str, Any], added: Iterable[Any] = ()
 ) -> Vocabulary:
-    """The vocabulary of a model file.
+    """The vocabulary of a sentencepiece model.
 
     Args:
-        model: the file.
+        model: the file's content.
         config: see Vocabulary. Roles of tokens that are not control tokens are ignored.
-        added: ids of tokens that other files add: none may be missing here.
+        added: ids of the tokens that other files add; the model has to hold them all.
     """
     if any(int(i) >= len(model.entries) for i in map(str, added) if i.isdecimal()):
         raise ArtifactError(
@@ -118,7 +118,7 @@ def gguf_model(
 
     Args:
         metadata: of the GGUF file.
-        types: a type per token.
+        types: the type of each token.
         special: the control tokens, whatever their type.
     """
     tokens, scores = gguf_array(metadata, "tokens", str), gguf_array(metadata, "scores", float)
@@ -163,9 +163,9 @@ class TiktokenCodec:
     """Llama 3's ranks in tiktoken, cut as Meta's reference cuts a long text."""
 
     strips_first_space = False
-    # tiktoken's regex engine overflows its stack beyond such a text, and merging one run of
-    # letters or spaces takes time that grows faster than its length: Meta's reference cuts there.
-    # tokenizer.json has no such cuts, so ids of a run of over 25,000 characters differ from it.
+    # tiktoken's regex engine overflows its stack on longer texts, and merging one run of letters
+    # or spaces takes more than linear time: Meta's reference cuts there. tokenizer.json has no
+    # cuts, so ids of a run of over 25,000 characters differ from it.
     MAX_TEXT = 400_000
     MAX_RUN = 25_000
 
@@ -252,11 +252,11 @@ def ranks_spec(ranks: Mapping[bytes, int]) -> dict[str, Any]:
     return byte_level_spec(vocab, pairs, (LLAMA3_PATTERN,), LLAMA3_SPECIAL, {}, _BOS, True)
 
 
-# sentencepiece's protobuf ------------------------------------------------------------------------------------
+# sentencepiece's protobuf --------------------------------------------------------------------
 
 
 def parse_model(data: bytes) -> SentencePieceModel:
-    """Reads a model file. Raises ArtifactError, without a file name, if it is not one."""
+    """Reads a sentencepiece model. Raises ArtifactError, without a file name, if it is not one."""
     entries, rest = [], []
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
@@ -330,7 +330,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _message(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
-    """The message of such fields as `_fields` yields."""
+    """The message of fields as `_fields` yields them."""
     out = bytearray()
     for number, value in fields:
         if isinstance(value, bytes):

@@ -35,7 +35,7 @@ _COMPANIONS = (
     "chat_template.json",
 )
 # All but the pad token: a GGUF file may give that role to a token of text, and to name it in
-# tokenizer_config.json would make a control token of it. Nothing is ever decided by it.
+# tokenizer_config.json would make a control token of it. Nothing depends on it.
 _KEPT = ("vocab_size", "special_tokens", "bos_id", "eos_id", "stop_ids", "adds_bos")
 _KEPT += ("chat_templates", "strips_first_space")
 
@@ -43,8 +43,8 @@ _KEPT += ("chat_templates", "strips_first_space")
 def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
     """Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder.
 
-    Hugging Face's and Meta's files are copied. A GGUF file's tokenizer is written anew, and so is
-    all that transformers misses beside Meta's bare `tokenizer.model`.
+    Hugging Face's and Meta's files are copied. A GGUF file's tokenizer is written anew, and so
+    are the files that transformers misses beside Meta's bare `tokenizer.model`.
 
     Args:
         source: the argument of load_tokenizer.
@@ -55,20 +55,20 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
         and stops as it does.
 
     Raises:
-        ArtifactError: as load_tokenizer; or such files cannot say what `source` says.
+        ArtifactError: as load_tokenizer; or these files cannot say what `source` says.
         OSError: the folder cannot be written.
     """
     tokenizer, folder = load_tokenizer(source), Path(folder)
     file, home = locate(source)
-    data, generation = InputFile(file), None
-    if data.read(0, min(data.size, 4)) == b"GGUF":
+    opened, generation = InputFile(file), None
+    if opened.read(0, min(opened.size, 4)) == b"GGUF":
         form, config = gguf_form(open_gguf(file).metadata)
         files = _written(tokenizer, form, config["chat_template"])
     else:
         # Beside tokenizer.json, tokenizer.model is the original, for other programs.
         names = _COMPANIONS + ("tokenizer.model",) * Path(source).is_dir()
         files = {n: _whole(member_path(home, n)) for n in names if (home / n).exists()}
-        data = _whole(file)
+        data = bytes(opened.read(0, opened.size))
         kind = "tokenizer.json" if data.lstrip().startswith(b"{") else "tokenizer.model"
         files[kind] = data
         if "tokenizer.json" not in files and CONFIG not in files:
@@ -101,7 +101,7 @@ def _whole(path: Path) -> bytes:
 
 
 def _generation_config(tokenizer: Tokenizer, path: Path | None) -> bytes:
-    """generation_config.json that stops transformers where this model stops."""
+    """A generation_config.json that stops transformers where this model stops."""
     found = {} if path is None else read_json(path, error=ArtifactError)
     listed = found.get("eos_token_id")
     listed = listed if isinstance(listed, list) else [listed]
@@ -114,14 +114,14 @@ def _generation_config(tokenizer: Tokenizer, path: Path | None) -> bytes:
 def _written(
     tokenizer: Tokenizer, form: dict | SentencePieceModel, template: Any = None
 ) -> dict[str, bytes]:
-    """Hugging Face's files of a tokenizer that is a `tokenizer.json` or a sentencepiece model."""
+    """Hugging Face's files of a `tokenizer.json` or a sentencepiece model."""
     if isinstance(form, dict):
         spec = tokenizers.Tokenizer.from_str(json.dumps(form)).to_str(pretty=True)
-        files, config = {"tokenizer.json": spec.encode()}, {}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        files = {"tokenizer.json": spec.encode()}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
-        # `legacy` is what Meta's models are made for: a space is put before a text only, and not
-        # behind each control token. transformers reads in the model which tokens are control.
+        # Meta's models need `legacy`: a space is put before a text only, and not behind each
+        # control token. transformers reads in the model which tokens are control tokens.
         unknown = next(e.text for e in form.entries if e.type == UNKNOWN)
         files = {"tokenizer.model": serialize_model(form)}
         config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "unk_token": unknown}
