@@ -29,6 +29,7 @@ os.environ |= ENVIRONMENT
 import jax
 import numpy as np
 import safetensors.numpy
+import torch
 
 from models.llama.chat_format import chat_format_for
 from models.llama.load import load_checkpoint
@@ -78,13 +79,35 @@ def flags(**options: object) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
-def files(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a folder."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in found
+def files(folder: Path, arrays: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """A folder's content: JSON as it is, tensors by name, whatever their order, else digests."""
+    out: dict[str, Any] = {"tensors": {}}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".json":
+            out[path.name] = json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            out["tensors"] |= safetensors.numpy.load_file(path)
+        elif path.suffix == ".pth":
+            out["tensors"] |= {name: x.numpy() for name, x in torch.load(path).items()}
+        elif path.is_file():
+            out[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    out["tensors"] = {
+        name: [str(x.dtype), x.shape, arrays(x)] for name, x in sorted(out["tensors"].items())
     }
+    if index := out.get("model.safetensors.index.json"):
+        index["weight_map"] = sorted(index["weight_map"])
+    return out
+
+
+def bits(x: np.ndarray) -> str:
+    """A digest of an array that must be equal to the bit."""
+    return hashlib.sha256(x.tobytes()).hexdigest()
+
+
+def sums(x: np.ndarray) -> list[float]:
+    """Numbers of an array that may differ in its last digits."""
+    wide = x.astype(np.float64)
+    return [float(wide.sum()), float(np.abs(wide).sum())]
 
 
 def logits(folder: Path) -> dict[str, Any]:
@@ -192,20 +215,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
-def exported(folder: Path) -> dict[str, Any]:
-    """An export: its files' digests, for weights each tensor's sums."""
-    out: dict[str, Any] = dict(files(folder))
-    for name in out:
-        if name.endswith(".safetensors"):
-            arrays = safetensors.numpy.load_file(folder / name)
-            wide = {key: x.astype(np.float64) for key, x in sorted(arrays.items())}
-            out[name] = {
-                key: [str(arrays[key].dtype), x.shape, float(x.sum()), float(np.abs(x).sum())]
-                for key, x in wide.items()
-            }
-    return out
-
-
 def _rows(folder: Path) -> Path:
     texts = [text for text in oracle.random_texts(40, 5) if text.strip()]
     chats = [
@@ -225,7 +234,7 @@ def sft(folder: Path) -> dict[str, Any]:
     lora = dict(lora_rank=4, packing=True, optimizer="lion", schedule="wsd", seed=5, lr=1e-3)
     for name, options in (("full", dict(lr=0.01)), ("lora", lora)):
         run("train.py", "sft", *flags(**known | options, out_dir=folder / name))
-        out[name] = lines(folder / name / "metrics.jsonl"), exported(folder / name / "export")
+        out[name] = lines(folder / name / "metrics.jsonl"), files(folder / name / "export", sums)
     measured = flags(data=data, ckpt_dir=cli.checkpoint(**TINY), seq_len=128)
     out["ppl"] = json.loads(run("evaluate.py", "ppl", *measured, "--json"))
     return out
@@ -249,14 +258,14 @@ def grpo(folder: Path) -> dict[str, Any]:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    """The bytes of checkpoints written by the library, with tokenizers, in both formats."""
+    """Checkpoints written by the library, with tokenizers, in both formats."""
     config, params = load_checkpoint(cli.checkpoint(**TINY))
     write, out = find("save_checkpoint"), {}
     for kind in ("hf", "meta"):
         write(folder / kind, config, params, format=kind, tokenizer=cli.checkpoint(**TINY))
-        out[kind] = files(folder / kind)
+        out[kind] = files(folder / kind, bits)
     write(folder / "shards", config, params, max_shard_bytes=100_000)
-    return out | {"shards": files(folder / "shards")}
+    return out | {"shards": files(folder / "shards", bits)}
 
 
 JOBS = {
