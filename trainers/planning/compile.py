@@ -87,14 +87,14 @@ class Compiler:
         job, n, dtype = self.job, self.job.samples_a_prompt, jnp.dtype(self.job.dtype)
         prompts, capacity, model = job.batch // n, bucket(job.seq, 64), LLaMa(job.model)
         params = jax.eval_shape(
-            lambda key: for_decoding(init_params(job.model, key, dtype)), random_key()
+            lambda: for_decoding(init_params(job.model, jax.random.key(0), dtype))
         )
         table = decoding_axes(param_axes(job.model))
         specs = sharding.param_specs(params, table, sharding.DECODING)
         params = self._sharded(params, specs)
         ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         sampler = jax.eval_shape(lambda: sampling.traced(sampling.TopP()))
-        keys = jax.eval_shape(lambda key: jax.random.split(key, prompts), random_key())
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         batch = ints((prompts, job.prompt_len)), ints((prompts,)), ints((prompts,)), keys
         whole = decoding.Rules(sampler, ints((8,)), ints(())), batch, ints(())
         rules, batch, steps = self._sharded(whole, jax.tree.map(lambda _: PartitionSpec(), whole))
@@ -125,9 +125,12 @@ class Compiler:
         """Shapes of the trainer's state and of the frozen parameters."""
         trainer, job = self.trainer, self.job
         dtype = jnp.dtype(job.dtype if trainer.keeps_frozen else job.param_dtype)
-        state, frozen = jax.eval_shape(
-            lambda key: trainer.init(init_params(job.model, key, dtype), key), random_key()
-        )
+
+        def init() -> tuple[Any, Any]:
+            key = jax.random.key(0)
+            return trainer.init(init_params(job.model, key, dtype), key)
+
+        state, frozen = jax.eval_shape(init)
         frozen_specs = model_specs(trainer.model, frozen) if frozen else {}
         return (
             self._sharded(state, trainer.specs(state)),
@@ -251,11 +254,6 @@ def attention_cost(name: str, arrays: list[Array]) -> tuple[float, float]:
     # Products: q·k and weights·v; backward q·k again, dv, dp and dq or dk.
     products = {"fwd": 2, "dq": 3, "dkv": 4}[found[1]]
     return products * math.prod(q.dims) * (2 * S - T), moved
-
-
-def random_key() -> Any:
-    """The shape of a random key."""
-    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def device_bytes(tree: Any) -> int:

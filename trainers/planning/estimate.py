@@ -258,7 +258,10 @@ def check_memory(parts: dict[str, int], say: Callable[[str], None]) -> None:
         say: is told the line.
     """
     mesh, needed = sharding.current_mesh(), human(sum(parts.values()))
-    on_cpu, limit = jax.default_backend() == "cpu", _memory_limit()
+    if on_cpu := jax.default_backend() == "cpu":
+        limit = available_bytes()
+    else:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     where = "" if on_cpu or mesh is None else f" on each of {mesh.size} devices"
     listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
     say(f"memory of a step{where}: {needed} ({listed})")
@@ -270,10 +273,3 @@ def check_memory(parts: dict[str, int], say: Callable[[str], None]) -> None:
         f"out of memory: a step{where} needs about {needed} ({listed}), {has}; try a smaller "
         f"--micro_batch_size, shorter rows, --remat block or --lora_rank 16{more}"
     )
-
-
-def _memory_limit() -> int | None:
-    """Bytes of this machine's free memory, or of each accelerator's memory; None: unknown."""
-    if jax.default_backend() == "cpu":
-        return available_bytes()
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -116,16 +116,14 @@ class Job(Config):
         """Completions per row of a training step. A prompt is computed once per row, so a micro-batch of
         less than a group computes it again.
         """
-        return self._at_once[1] or self.samples_a_prompt
+        return (
+            rows_at_once(self.micro_batch_size, self.samples_a_prompt)[1] or self.samples_a_prompt
+        )
 
     @property
     def rows_at_once(self) -> int | None:
         """Rows of a micro-batch; None: all."""
-        return self._at_once[0]
-
-    @property
-    def _at_once(self) -> tuple[int | None, int | None]:
-        return rows_at_once(self.micro_batch_size, self.samples_a_prompt)
+        return rows_at_once(self.micro_batch_size, self.samples_a_prompt)[0]
 
     @property
     def length(self) -> int:
