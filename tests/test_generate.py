@@ -179,7 +179,7 @@ def test_stop_strings_across_tokens():
     # In the first token, before any step of decoding.
     first = run(PROMPTS[:1], stop_strings=(letters[0][0],), tokenizer=Letters(), max_new_tokens=1)
     assert first.stop_text == [""] and first.finish_reason == ["stop"]
-    with pytest.raises(SamplingError, match="must not be empty"):
+    with pytest.raises(SamplingError, match="none of them empty"):
         run(PROMPTS, stop_strings=("",), tokenizer=Letters())
     with pytest.raises(SamplingError, match="need a tokenizer"):
         run(PROMPTS, stop_strings=("a",))
