@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from examples import arithmetic, sft_json
+from examples import arithmetic, custom_loss, grpo_step, sft_json
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,3 +31,13 @@ def test_the_default_model_learns_a_json_shape(tmp_path):
 def test_grpo_makes_sums_right_from_random_weights_on(tmp_path, seed):
     before, after = arithmetic.run(tmp_path, seed=seed)
     assert before < 0.4 and after > 0.85
+
+
+def test_grpo_steps_in_one_page_raise_the_reward():
+    rewards = grpo_step.run(steps=12)
+    assert rewards[0] < 0.5 and sum(rewards[-3:]) / 3 > rewards[0] + 0.2
+
+
+def test_a_loss_of_ones_own_falls():
+    losses = custom_loss.run(steps=12)
+    assert losses[-1] < losses[0] / 2
