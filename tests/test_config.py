@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from llama_models.sku_list import all_registered_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.llama.config import PRESETS, ModelConfig
+from models.llama.config import PRESETS, ModelConfig, RopeScaling
 from models.llama.formats import hf, meta
 from tests import tiny
 from utils.errors import ConfigError
 from utils.files import parse_json, read_json
-from utils.rope import RopeScaling
 
 HF = dict(
     model_type="llama",

@@ -17,7 +17,7 @@ from models.llama.load import load_checkpoint
 from tests.tiny import hf_model
 from tests.tiny_gguf import STRING, build, info, pair, random_blocks, small_file, write_gguf
 from utils.errors import ArtifactError
-from utils.rope import inv_frequencies
+from models.llama.config import inv_frequencies
 
 QUANTISED = (Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 

@@ -24,7 +24,7 @@ from models.llama.stream import count_nonfinite
 from tests import tiny
 from tests.tiny_gguf import write_gguf
 from utils.errors import ArtifactError, ConfigError
-from utils.trees import flatten
+from utils.files import flatten
 
 # Written out here a second time, so that a wrong row in the library's table is seen.
 HF_NAMES = {

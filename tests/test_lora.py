@@ -14,7 +14,7 @@ from models.llama.model import LLaMa
 from tests.test_sft_trainer import compare, fast, gradients, variant
 from tests.test_torch_training import batch_of
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from utils.trees import flatten
+from utils.files import flatten
 
 LORA = LoRAConfig(rank=3, alpha=4.5)  # scaled by 1.5
 

@@ -8,7 +8,7 @@ import pytest
 from tests.oracles import attention as oracle
 from utils import ops
 from utils.attention import SMALLEST_BLOCK, attention, heads_first
-from utils.rope import inv_frequencies
+from models.llama.config import inv_frequencies
 
 RNG = np.random.default_rng(0)
 

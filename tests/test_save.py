@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from generate import generate
 from models.llama.formats import hf
 from models.llama.chat_format import chat_format_for
-from models.llama.config import ModelConfig
+from models.llama.config import ModelConfig, RopeScaling
 from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint, save_checkpoint
 from models.llama.model import LLaMa
@@ -25,7 +25,6 @@ from tests.oracles import tokenizer_files as oracle
 from tests.test_tokenizer_save import small_metadata
 from utils.errors import ArtifactError, CheckpointError, ConfigError
 from utils.files import atomic_directory, atomic_file
-from utils.rope import RopeScaling
 
 
 def loaded(name: str):

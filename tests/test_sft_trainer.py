@@ -17,7 +17,7 @@ from tests.test_torch_training import batch_of
 from trainers.data import DataConfig, Dataset
 from trainers.data import Examples
 from trainers.sft_trainer import SFTConfig, SFTTrainer, next_tokens
-from utils.trees import flatten
+from utils.files import flatten
 
 VARIANTS = {
     "biases": tiny.VARIANTS["biases"],  # of both kinds; grouped heads, an output head of its own

@@ -7,7 +7,7 @@ import torch
 from models.llama.load import load_checkpoint
 from tests import tiny
 from tests.oracles.torch_training import adamw_recipe, loss_and_grads
-from utils.trees import flatten
+from utils.files import flatten
 
 RECIPE = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip=1.0)
 

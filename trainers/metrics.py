@@ -26,10 +26,9 @@ from trainers.trainer import Trainer, Work
 from utils import distributed
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
-from utils.files import InputFile, atomic_file
+from utils.files import InputFile, atomic_file, flatten
 from utils.memory import peak_memory_bytes
 from utils.sharding import current_mesh
-from utils.trees import flatten
 
 Sink = Callable[[dict], None]
 

@@ -43,9 +43,8 @@ from utils.fields import (
     one_of,
     setting,
 )
-from utils.files import InputFile, atomic_file, list_folder
+from utils.files import InputFile, atomic_file, flatten, list_folder
 from utils.distributed import check_replicas
-from utils.trees import flatten
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
 _ROOT = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ from utils import errors
 from utils.errors import ConfigError, TrainError, raise_all, reason
 from utils.fields import Config, Range, field, integer
 from utils.sharding import MESH_AXES, current_mesh, path_name
-from utils.trees import flatten
+from utils.files import flatten
 
 # A process is given up on when it has been silent for so long; the others leave then.
 HEARTBEAT_SECONDS = 15

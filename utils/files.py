@@ -9,7 +9,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -351,3 +351,18 @@ def _identity() -> dict[str, Any]:
     except OSError:
         boot = ""
     return {"pid": os.getpid(), "host": socket.gethostname(), "boot_id": boot}
+
+
+def flatten(tree: Mapping[str, Any], sep: str = "/") -> dict[str, Any]:
+    """The leaves of a nested dict by path, in order: {"a": {"b": 1}} gives {"a/b": 1}.
+
+    Without recursion, since JSON may be nested deeper than Python's stack. Empty dicts are left out.
+    """
+    out, todo = {}, [*reversed(tree.items())]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, Mapping):
+            todo += [(f"{path}{sep}{key}", child) for key, child in reversed(value.items())]
+        else:
+            out[path] = value
+    return out

@@ -142,7 +142,7 @@ def rope_angles(positions: Array, inv_freq: Array) -> tuple[Array, Array]:
 
     Args:
         positions: [B, T] int32.
-        inv_freq: [H / 2] float32, see `utils.rope.inv_frequencies`.
+        inv_freq: [H / 2] float32, see `models.llama.config.inv_frequencies`.
 
     Returns:
         Two arrays [B, T, 1, H / 2] float32.

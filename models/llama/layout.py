@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from utils.errors import ConfigError
-from utils.trees import flatten
+from utils.files import flatten
 
 # Types that weights may have, in files and in memory.
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

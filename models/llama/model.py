@@ -23,13 +23,12 @@ import numpy as np
 from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
-from models.llama.config import ModelConfig
+from models.llama.config import ModelConfig, inv_frequencies
 from models.llama.layout import PARAM_AXES, decoding_axes, fused_path
 from utils import detours, ops, sharding
 from utils.attention import attend
 from utils.kernels import LANES, RESIDUALS
 from utils.kvcache import KVCache, LayerCache, held_heads, layout
-from utils.rope import inv_frequencies
 from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, ShardingRules
 from utils.sharding import constrain, share_rows
 

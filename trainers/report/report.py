@@ -17,8 +17,7 @@ from models.llama.config import ModelConfig
 from trainers.metrics import whole_lines
 from trainers.report.charts import Columns, draw_charts
 from utils.errors import ConfigError, DataError, is_int, is_number, printable
-from utils.files import atomic_file, parse_json, read_json
-from utils.trees import flatten
+from utils.files import atomic_file, flatten, parse_json, read_json
 
 # Settings of run.json that stand at the top, by their last name; the others are at the bottom.
 _KEY_SETTINGS = (

@@ -16,7 +16,7 @@ from models.llama.config import ModelConfig, divide, llama3_scaling, require
 from models.llama.layout import DTYPES
 from utils.errors import ArtifactError, ConfigError, is_int, is_number
 from utils.files import InputFile
-from utils.rope import RopeScaling, llama3_factors
+from models.llama.config import RopeScaling, llama3_factors
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from models.llama.config import ModelConfig, divide, llama3_scaling, require
+from models.llama.config import ModelConfig, RopeScaling, divide, llama3_scaling, require
 from models.llama.layout import DTYPES, same_tensor
 from utils.errors import ArtifactError, ConfigError, is_int, listed
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
-from utils.rope import RopeScaling
 
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
