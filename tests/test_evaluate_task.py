@@ -166,7 +166,7 @@ def test_what_is_wrong_is_one_line(programs, files, tmp_path):
         (nothing | dict(data=tmp_path / "file", reward="number"), 4, "has no prompts"),
         (dict(task="reasoning_gym:chain_sums"), 2, "did you mean chain_sum"),
         (dict(task_args="{min_terms: 2}"), 2, "--task_args"),
-        (dict(task_args='{"terms": 2}'), 2, "cannot make chain_sum.*terms"),
+        (dict(task_args='{"terms": 2}'), 2, "chain_sum has no argument .terms.; it has min_terms"),
         (dict(size=0), 2, "--size must be an integer from 1 to 1048576, got 0"),
         (
             dict(seed=-1, samples=0, batch_size=0, temperature="hot", dtype="int8"),
