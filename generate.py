@@ -161,7 +161,7 @@ def main(
             cli.write("\n")
         else:
             done = _finish_with_progress(run, loaded.tokenizer)
-            said = _texts(done, loaded.tokenizer)
+            said = [done.text(i, loaded.tokenizer) for i in range(run.rows)]
             rows = _json_rows(texts, ids, done, said, output.logprobs) if output.json else said
             for row in rows:
                 cli.write(row + "\n")
@@ -197,12 +197,6 @@ def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
     total = int(np.asarray(run.state.limits_R).sum())
     with cli.progress() as report:
         return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
-
-
-def _texts(done: Completions, tokenizer: Tokenizer) -> list[str]:
-    """The text of each row, without control tokens and up to a stop string."""
-    decoded = (tokenizer.decode(done.row(i), skip_special=True) for i in range(len(done.lengths)))
-    return [text if stop is None else stop for text, stop in zip(decoded, done.stop_text)]
 
 
 def _json_rows(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> Iterator[str]:

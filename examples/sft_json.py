@@ -65,7 +65,7 @@ def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
     prompts = [form.encode_chat(row["messages"][:1]) for row in rows]
     config = GenerationConfig(max_new_tokens=40, stop_ids=tokenizer.stop_ids)
     done = generate(llama, for_decoding(params), prompts, config=config)
-    answers = [tokenizer.decode(done.row(i), skip_special=True) for i in range(len(rows))]
+    answers = [done.text(i, tokenizer) for i in range(len(rows))]
     return sum(a == r["messages"][1]["content"] for a, r in zip(answers, rows)) / len(rows)
 
 

@@ -1,5 +1,6 @@
 """generate(): batches, stops, keys, limits, streaming, on tiny random models."""
 
+import dataclasses
 import functools
 
 import jax
@@ -40,6 +41,9 @@ def rows(done):
 
 class Letters:
     """A tokenizer for these tests: token i is one letter, or a piece of one."""
+
+    def decode(self, ids, skip_special=False):
+        return "".join(map(self.push, ids))
 
     def stream(self, skip_special=False):
         return self
@@ -195,15 +199,41 @@ def test_streamed_text_never_shows_a_part_of_a_stop_string():
     pieces = list(stream_text(active, Letters()))
     assert "".join(pieces) == text[: text.find(stop)]
     assert active.completions().finish_reason == ["stop"]
-    row = RowText(Letters(), (stop,))
+    row = RowText(Letters(), (stop,), frozenset())
     for token in (ord(c) - 97 for c in stop[:2]):
         row.push(token)
     assert row.certain == 0 and row.text == stop[:2]
 
 
+def test_a_stop_id_that_is_an_ordinary_token_is_in_no_text():
+    """generation_config.json may name any id, and `skip_special` leaves out control tokens alone."""
+    model, params = load()
+    ids = run(PROMPTS[:1]).row(0)
+    stop = next(i for i in range(4, 20) if ids[i] not in ids[:i])
+    expected = Letters().decode(ids[:stop])
+    config = GenerationConfig(max_new_tokens=20, stop_ids=frozenset({ids[stop]}))
+    done = generate(model, params, PROMPTS[:1], Greedy(), config)
+    assert done.row(0) == ids[: stop + 1] and done.finish_reason == ["stop"]
+    assert done.text(0, Letters()) == expected
+    for never in ((), ("?",), (chr(97 + ids[stop] % 26) + "?",)):
+        active = Generation(
+            model, params, Greedy(), dataclasses.replace(config, stop_strings=never)
+        )
+        active.start(PROMPTS[:1])
+        assert "".join(stream_text(active, Letters())) == expected
+    # A stop string that only the stop token's text would end is none.
+    last = Letters().push(ids[stop])
+    if last not in expected:
+        found = run(
+            PROMPTS[:1], stop_ids=config.stop_ids, stop_strings=(last,), tokenizer=Letters()
+        )
+        assert found.stop_text == [None] and found.text(0, Letters()) == expected
+    assert run(PROMPTS[:1]).text(0, Letters()) == Letters().decode(ids)  # cut by the limit: whole
+
+
 @pytest.mark.parametrize("stops", [("bc", "c"), ("c", "bc"), ("d", "bc", "abcd")])
 def test_of_stop_strings_that_appear_together_the_first_in_the_text_cuts(stops):
-    row = RowText(Letters(), stops)
+    row = RowText(Letters(), stops, frozenset())
     for token in range(3):
         assert not row.stopped
         row.push(token)

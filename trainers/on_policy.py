@@ -91,10 +91,7 @@ class Sampler:
         with clock("reward"):
             rows = [done.row(i) for i in range(B * G)]
             stopped = [reason == "stop" for reason in done.finish_reason]
-            texts = [
-                self.tokenizer.decode(row[: len(row) - stop], skip_special=True)
-                for row, stop in zip(rows, stopped)
-            ]
+            texts = [done.text(i, self.tokenizer) for i in range(B * G)]
             questions, columns = reward_rows(prompts, G)
             scores = self.pool(questions, texts, rows, columns, G)
             rewards = scores.total([reward.weight for reward in self.task.rewards])

@@ -6,6 +6,8 @@ Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots, V voc
 
 import dataclasses
 import functools
+from collections.abc import Iterable
+from typing import Protocol
 
 import flax.struct
 import jax
@@ -72,6 +74,16 @@ class GenerationConfig(Config):
     prompt_width: int | None = field(None, allowed=integer(1), flag="")
 
 
+class Detokenizer(Protocol):
+    """A tokenizer that turns ids into text (`models.llama.tokenizer.Tokenizer`)."""
+
+    def decode(self, ids: Iterable[int], skip_special: bool) -> str:
+        """The text of whole rows, without control tokens where `skip_special`."""
+
+    def stream(self, skip_special: bool):
+        """Decoder of a new row, whose `push(token)` and `finish()` return the new text."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Completions:
     """Sampled rows: row i · n + j is sample j of prompt i.
@@ -93,6 +105,17 @@ class Completions:
     def row(self, i: int) -> list[int]:
         """The tokens of row i, without padding."""
         return self.tokens[i, : self.lengths[i]].tolist()
+
+    def text(self, i: int, tokenizer: Detokenizer) -> str:
+        """The text of row i as it is shown, rewarded and evaluated.
+
+        The stop token is cut by its place, since it may be an ordinary token; control tokens are left
+        out, and so is a stop string with all that follows.
+        """
+        if self.stop_text[i] is not None:
+            return self.stop_text[i]
+        stopped = self.finish_reason[i] == "stop"
+        return tokenizer.decode(self.row(i)[: self.lengths[i] - stopped], skip_special=True)
 
 
 def cache_dtype(params: Params) -> jnp.dtype:

@@ -5,7 +5,6 @@ Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots.
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ import numpy as np
 import sampling
 from models.llama.config import ModelConfig
 from models.llama.decoding import NOT_FINITE, REASONS, RUNNING, STOP, Completions, DecodeState
-from models.llama.decoding import GenerationConfig, Rules, cache_dtype, decode, prefill
+from models.llama.decoding import Detokenizer, GenerationConfig, Rules, cache_dtype
+from models.llama.decoding import decode, prefill
 from models.llama.model import LLaMa, Params, cache_shape, for_decoding
 from utils import memory, sharding
 from utils.errors import SamplingError, is_int
@@ -24,13 +24,6 @@ Array = jax.Array
 
 # Decode steps between two searches of the text for stop strings, and between two reports of progress.
 STRIDE = 8
-
-
-class Detokenizer(Protocol):
-    """A tokenizer that turns ids to text token by token (`models.llama.tokenizer.Tokenizer`)."""
-
-    def stream(self, skip_special: bool):
-        """Decoder of a new row, whose `push(token)` and `finish()` return the new text."""
 
 
 def plan_buffers(
@@ -309,14 +302,16 @@ class RowText:
         tokens: number of tokens pushed.
     """
 
-    def __init__(self, tokenizer: Detokenizer, stops: Sequence[str]):
+    def __init__(self, tokenizer: Detokenizer, stops: Sequence[str], stop_ids: frozenset[int]):
         self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
+        self._stop_ids = stop_ids
         self.text, self.stopped, self.tokens = "", False, 0
 
     def push(self, token: int) -> None:
-        """Adds the next token."""
+        """Adds the next token; a stop id has no text, see `Completions.text`."""
         self.tokens += 1
-        self._add(self._decoder.push(token))
+        if token not in self._stop_ids:
+            self._add(self._decoder.push(token))
 
     def finish(self) -> None:
         """Adds the text that the decoder held back: the row has ended."""
@@ -342,7 +337,7 @@ class RowText:
 
 def stream_text(run: Generation, tokenizer: Detokenizer) -> Iterator[str]:
     """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
-    row, shown = RowText(tokenizer, run.config.stop_strings), 0
+    row, shown = RowText(tokenizer, run.config.stop_strings, run.config.stop_ids), 0
     for token, _ in run.stream():
         row.push(token)
         yield row.text[shown : row.certain]
@@ -375,7 +370,8 @@ def finish(
         return run.completions()
     if stops and tokenizer is None:
         raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
-    rows = [RowText(tokenizer, stops) for _ in range(run.rows if stops else 0)]
+    ids = run.config.stop_ids
+    rows = [RowText(tokenizer, stops, ids) for _ in range(run.rows if stops else 0)]
     while True:
         done = run.completions()
         if rows:

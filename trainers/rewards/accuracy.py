@@ -223,7 +223,7 @@ class _Found:
         """Scores the rows of these prompts; later rows of `done` are left out."""
         rows = range(len(prompts) * self._n)
         ids = [done.row(i) for i in rows]
-        texts = [tokenizer.decode(row, skip_special=True) for row in ids]
+        texts = [done.text(i, tokenizer) for i in rows]
         asked, columns = reward_rows(prompts, self._n)
         scores = pool(asked, texts, ids, columns, self._n)
         self._values.append(scores.values.reshape(len(self._names), len(prompts), self._n))
