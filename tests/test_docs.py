@@ -1,4 +1,4 @@
-"""What README.md and CLAUDE.md name exists, and README's Python runs."""
+"""The paths, names and commands in README.md, CLAUDE.md and docs/ exist, and README's Python runs."""
 
 import ast
 import doctest
@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests import compiling
+from utils import cli
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "CLAUDE.md")
+GUIDES = ("README.md", "CLAUDE.md")
+DOCS = (*GUIDES, "docs/grpo.md", "docs/scale.md", "docs/speed.md", "docs/training.md")
 
 
 def code_blocks(name, language):
@@ -25,16 +27,31 @@ def code_blocks(name, language):
 @pytest.mark.parametrize("name", DOCS)
 def test_every_path_that_is_named_exists(name):
     text = (ROOT / name).read_text()
-    quoted = re.findall(r"`([\w./-]+)`", text) + re.findall(r"\]\(([\w./-]+)\)", text)
-    paths = [
-        p for p in quoted if re.search(r"\.(py|md|toml)$", p) or p.startswith((".ci/", "tests/"))
+    quoted = [
+        path
+        for path in re.findall(r"`([\w./-]+)`", text)
+        if re.search(r"\.(py|md|toml)$", path) or path.startswith((".ci/", "tests/"))
     ]
-    assert len(paths) > 2
-    missing = [path for path in paths if not (ROOT / path).exists()]
+    linked = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    assert len(quoted + linked) > (2 if name in GUIDES else 0)
+    # CLAUDE.md's table of rooms names a room's modules without the room.
+    rooms = [ROOT / room for room in re.findall(r"^\| `([\w/]+/)` \|", text, re.MULTILINE)]
+    missing = [p for p in quoted if not any((room / p).exists() for room in [ROOT, *rooms])]
+    missing += [path for path in linked if not (ROOT / name).parent.joinpath(path).exists()]
     assert not missing
 
 
 @pytest.mark.parametrize("name", DOCS)
+def test_every_section_that_is_linked_exists(name):
+    text = (ROOT / name).read_text()
+    for path, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+        assert anchor in slugs, f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("name", GUIDES)
 def test_every_name_of_the_code_that_is_named_exists(name):
     defined = set()
     for path in ROOT.glob("**/*.py"):
@@ -57,7 +74,7 @@ def test_every_name_of_the_code_that_is_named_exists(name):
 
 @pytest.mark.parametrize("name", DOCS)
 def test_every_command_exists_with_its_flags(name):
-    lines = "".join(code_blocks(name, "sh")).splitlines()
+    lines = "".join(code_blocks(name, "sh")).replace("\\\n", "").splitlines()
     commands = [part.split("#")[0] for line in lines for part in line.split("&&")]
     for command in filter(None, map(str.strip, commands)):
         words = shlex.split(command.split(">")[0])
@@ -65,16 +82,12 @@ def test_every_command_exists_with_its_flags(name):
         if words[0] in ("python", "bash", "pytest"):
             files = [w for w in words[1:] if w.endswith(".py") or w == ".ci/run"]
             assert all((ROOT / f).is_file() for f in files), command
-            if files and words[0] == "python":
-                is_command = len(words) > 2 and words[2].isidentifier()
-                # A command may be in a module of its own.
-                named, sources = "main", [ROOT / files[0]]
-                if is_command:
-                    named, sources = words[2], [*sources, *ROOT.glob("*.py")]
-                nodes = [n for path in sources for n in ast.parse(path.read_text()).body]
-                mains = [n for n in nodes if getattr(n, "name", "") == named][:1]
-                flags = {a.arg for main in mains for a in main.args.args}
-                assert {w[2:] for w in words if w.startswith("--")} <= flags, command
+            if files and words[0] == "python" and "/" not in files[0]:
+                module, arguments = importlib.import_module(files[0].removesuffix(".py")), words[2:]
+                main = getattr(module, "main", None)
+                if main is None:
+                    main, arguments = module.COMMANDS[words[2]], words[3:]
+                cli.parse_flags(main, arguments)  # raises for a flag that the command lacks
         elif words[0] == "pip":
             assert words[:3] == ["pip", "install", "-e"]
         else:
