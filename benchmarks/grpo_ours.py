@@ -26,10 +26,9 @@ from models.llama.model import LLaMa  # noqa: E402
 from models.llama.tokenizer import load_tokenizer  # noqa: E402
 from sampling import TopP  # noqa: E402
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer  # noqa: E402
-from trainers.on_policy import RolloutBatches, RolloutData, Sampler, decoding_params  # noqa: E402
+from trainers.on_policy import RolloutBatches, RolloutData, decoding_params  # noqa: E402
 from trainers.rewards.pool import Reward, RewardPool  # noqa: E402
-from trainers.rewards.tasks import Prompt, Task  # noqa: E402
-from trainers.rollout import RolloutConfig  # noqa: E402
+from trainers.rollout import Prompt, RolloutConfig  # noqa: E402
 from utils.clock import PhaseClock  # noqa: E402
 
 
@@ -69,14 +68,13 @@ class Altiplano:
         self._trainer = GRPOTrainer(llama, grpo)
         self._state, self._frozen = self._trainer.init(params, jax.random.key(0), donate=True)
         self._prompts, self._group_size, self._length = prompts, group_size, length
-        asked = tuple(Prompt(text="", ids=tuple(ids), columns={}) for ids in prompts)
+        self._asked = [Prompt(text="", ids=tuple(ids), columns={}) for ids in prompts]
         rewards = (Reward(name="distinct_ids", function=distinct_ids),)
-        self._task = Task(name="benchmark", prompts=asked, rewards=rewards)
         self._pool, self._tokenizer = RewardPool(rewards), load_tokenizer(folder)
         # That no completion ended is what is wanted here.
         warnings.filterwarnings("ignore", message="all .* completions were cut")
-        self._batches, self._clock = self._rollouts(frozenset()), PhaseClock()
-        for batch in RolloutData(self._sampler(frozenset())).preflight_batches():
+        self._batches, self._clock = self._data(frozenset()).batches(), PhaseClock()
+        for batch in self._data(frozenset()).preflight_batches():
             self._update(batch)
 
     def step(self) -> dict:
@@ -103,7 +101,7 @@ class Altiplano:
         """Seconds by phase of the products with the model's matrices alone."""
         products = Products(self._trainer.model.config, self._trainer.model.dtype)
         rows, at_once = len(self._prompts), self._trainer.config.micro_batch_size
-        width, n = self._sampler(frozenset()).prompt_width, self._group_size
+        width, n = self._data(frozenset()).prompt_width, self._group_size
         # A rollout's first tokens come from the prefill, and an update has no use for the last ones.
         steps = self._length - 1
         rollout = products.rollout(rows, width, rows * n, steps, repeats)
@@ -117,17 +115,14 @@ class Altiplano:
         often = [int(token) for token, _ in collections.Counter(tokens.tolist()).most_common(8)]
         endings = self._tokenizer.stop_ids, frozenset(often), frozenset(often[2:4]), frozenset()
         with contextlib.closing(PhaseClock()) as found:
-            lengths = [self._step(self._rollouts(ids))["lengths"] for ids in endings]
+            lengths = [self._step(self._data(ids).batches())["lengths"] for ids in endings]
             return {"lengths": lengths, "compiled": found.take().compilations}
 
-    def _sampler(self, stop_ids: frozenset[int]) -> Sampler:
+    def _data(self, stop_ids: frozenset[int]) -> RolloutData:
         tokenizer = copy.copy(self._tokenizer)
         tokenizer.stop_ids = stop_ids
         config = RolloutConfig(prompts_per_step=len(self._prompts), group_size=self._group_size)
-        return Sampler(self._trainer, config, self._task, tokenizer, self._pool)
-
-    def _rollouts(self, stop_ids: frozenset[int]) -> RolloutBatches:
-        return RolloutData(self._sampler(stop_ids)).batches()
+        return RolloutData(self._trainer, config, self._asked, tokenizer, self._pool)
 
     def _step(self, batches: RolloutBatches) -> dict:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ from trainers.data import DataConfig, load_dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import fit
 from trainers.metrics import MetricsLog
-from trainers.on_policy import RolloutData, Sampler
+from trainers.on_policy import RolloutData
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool, load_reward
 from trainers.rewards.tasks import Task, load_prompts
@@ -132,9 +132,9 @@ def run(
     ):
         before = accuracy(llama, state.params, tokenizer, held_out, pool)
         config = RolloutConfig(prompts_per_step=64, group_size=8, seed=seed)
-        sampler = Sampler(trainer, config, train, tokenizer, pool)
+        data = RolloutData(trainer, config, train.prompts, tokenizer, pool, rollouts.write)
         state, frozen = trainer.init(state.params, jax.random.key(seed))
-        state, _ = fit(trainer, state, frozen, RolloutData(sampler, rollouts), log=log)
+        state, _ = fit(trainer, state, frozen, data, log=log)
         after = accuracy(llama, state.params, tokenizer, held_out, pool)
     return before, after
 

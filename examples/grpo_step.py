@@ -22,8 +22,7 @@ from generate import GenerationConfig, generate
 from models.llama.model import LLaMa, for_decoding, init_params
 from sampling import TopP
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer, group_advantages
-from trainers.rewards.tasks import Prompt
-from trainers.rollout import Layout, Rollout
+from trainers.rollout import Layout, Prompt, Rollout
 
 GROUP_SIZE, MAX_COMPLETION_LEN, PROMPT_WIDTH = 8, 4, 16
 
@@ -58,7 +57,7 @@ def step(trainer: GRPOTrainer, state, tokenizer, texts: list[str]) -> tuple:
     logprobs_BGC = np.pad(done.logprobs, widen).reshape(B, G, C)
 
     # 2. Score every completion. A reward is any Python function of the text.
-    sampled = [tokenizer.decode(done.row(i), skip_special=True) for i in range(B * G)]
+    sampled = [done.text(i, tokenizer) for i in range(B * G)]
     rewards_BG = np.array([reward(text) for text in sampled]).reshape(B, G)
 
     # 3. How much better than its group is each completion?

@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -12,10 +12,10 @@ from models.llama.model import LLaMa, init_params
 from tests import tiny
 from tests.grpo_rewards import even, ones
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
-from trainers.on_policy import Sampler
+from trainers.on_policy import RolloutData
 from trainers.rewards.pool import Reward, RewardPool
-from trainers.rewards.tasks import Prompt, Task
-from trainers.rollout import RolloutConfig
+from trainers.rewards.tasks import Task
+from trainers.rollout import Prompt, RolloutConfig
 
 LENGTH = 8
 
@@ -60,9 +60,12 @@ def start(of: GRPOTrainer):
 
 
 @contextmanager
-def sampler(of: GRPOTrainer, asked: Task | None = None, **config) -> Iterator[Sampler]:
-    """A Sampler with its pool of rewards."""
+def sampler(
+    of: GRPOTrainer, asked: Task | None = None, write: Callable | None = None, **config
+) -> Iterator[RolloutData]:
+    """RolloutData with its pool of rewards."""
     asked = asked or task()
     known = dict(prompts_per_step=4, group_size=4)
     with RewardPool(asked.rewards, timeout=20) as pool:
-        yield Sampler(of, RolloutConfig(**known | config), asked, tokenizer(), pool)
+        settings = RolloutConfig(**known | config)
+        yield RolloutData(of, settings, asked.prompts, tokenizer(), pool, write)

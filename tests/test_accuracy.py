@@ -18,8 +18,9 @@ from sampling import Greedy, TopP
 from tests import cli
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task, pass_at_k
-from trainers.rewards.pool import Reward, Scores
-from trainers.rewards.tasks import Prompt, Task
+from trainers.rewards.pool import Reward, RewardPool, Scores
+from trainers.rewards.tasks import Task
+from trainers.rollout import Prompt
 from utils.errors import ConfigError
 
 # pass@k ------------------------------------------------------------------------------------------
@@ -93,10 +94,11 @@ def test_the_interval_does_not_change_from_one_call_to_the_next_and_may_be_of_on
 # Evaluation --------------------------------------------------------------------------------------
 
 
-class Pool:
+class Pool(RewardPool):
     """Calls functions in this process; None in a list becomes NaN, as RewardPool has it."""
 
     def __init__(self, task, failures=()):
+        super().__init__(task.rewards)
         self._functions = [reward.function for reward in task.rewards]
         self._said, self.failures, self.calls = list(failures), [], []
 

@@ -1,4 +1,4 @@
-"""Rollouts: what is sampled, what it is worth, what is kept of it, and that a run can be gone on with."""
+"""Rollouts: what is sampled, what it is worth, what is kept of it, and that a run can be resumed."""
 
 import dataclasses
 import json
@@ -11,23 +11,16 @@ from models.llama.lora import LoRAConfig
 from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
-from trainers import on_policy
 from trainers.checkpoint import Checkpointer, CheckpointReader
 from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.loop import Progress, Session, fit
 from trainers.metrics import MetricsLog
-from trainers.on_policy import (
-    RolloutBatches,
-    RolloutData,
-    Sampler,
-    TaskEvaluation,
-    decoding_params,
-)
+from trainers.on_policy import RolloutData, decoding_params
 from trainers.report.replay import SavedRun, replay_step
-from trainers.rewards.accuracy import EvaluationConfig
+from trainers.rewards import accuracy
+from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import Reward
-from trainers.rollout import Layout, Rollout, RolloutConfig, parts
-from trainers.rollout_file import from_record, to_record
+from trainers.rollout import Layout, Rollout, RolloutConfig, from_record, parts, to_record
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError, TrainError
 
@@ -47,14 +40,14 @@ def run(of, folder, *, state=None, checkpointer=None, progress=Progress(), stop=
 
     first = int(made[0].step) + 1
     with (
-        sampler(of, **config) as by,
         MetricsLog(folder, start_step=first) as log,
         MetricsLog(folder, name="rollouts.jsonl", start_step=first) as rollouts,
+        sampler(of, write=rollouts.write, **config) as data,
     ):
         return fit(
             of,
             *made,
-            RolloutData(by, rollouts),
+            data,
             log=log,
             checkpointer=checkpointer,
             session=Session(progress=progress, should_stop=should_stop),
@@ -86,15 +79,15 @@ def told(prompt):
     return [answer * answer * (answer in (1, 4, 6, 9)) * j for j in (0.0, 0.5, 1.0, 3.0)]
 
 
-class Told(Sampler):
+class Told(RolloutData):
     """Samples nothing: it gives rollouts with the rewards `told`, and notes what it was asked for."""
 
     def __init__(self, of, **config):
         config = RolloutConfig(**dict(prompts_per_step=4, group_size=4) | config)
-        super().__init__(of, config, task(), tokenizer(), None)
+        super().__init__(of, config, task().prompts, tokenizer(), None)
         self.answers, self.keys = [], []
 
-    def __call__(self, policy, prompts, keys, clock):
+    def sample(self, policy, prompts, keys, clock):
         self.answers += [prompt.columns["answer"] for prompt in prompts]
         self.keys += map(tuple, jax.random.key_data(keys).tolist())
         return made(prompts, [*map(told, prompts)]).with_advantages(self.config.scale)
@@ -109,7 +102,7 @@ def test_prompts_and_keys_follow_from_the_seed_the_state_and_the_position():
 
     def asked(rounds=5, seed=0, state=state, position=0):
         by = Told(of, seed=seed)
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         batches.set_state({"prompts": position})
         for _ in range(rounds):
             batches.sample(state, frozen, PhaseClock())
@@ -133,9 +126,9 @@ def test_prompts_and_keys_follow_from_the_seed_the_state_and_the_position():
 def test_advantages_after_refills_are_those_of_the_groups_that_are_kept(scale):
     of = trainer()
     by = Told(of, scale=scale, refills=2)
-    batches = RolloutBatches(by, None)
+    batches = by.batches()
     batches.sample(*start(of), PhaseClock())
-    batch, prompts = next(batches), by.task.prompts
+    batch, prompts = next(batches), by.prompts
     by_ids = {prompt.ids: prompt for prompt in prompts}
     assert len(by_ids) == 10
     kept = [
@@ -195,7 +188,7 @@ def test_each_rollout_has_new_keys_and_the_order_of_the_prompts_is_the_seeds():
     of = trainer()
     state, frozen = start(of)
     with sampler(of, task(4)) as by:
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         seen = []
         for _ in range(3):  # the same four prompts each time, in another order
             batches.sample(state, frozen, PhaseClock())
@@ -219,8 +212,8 @@ def test_a_prompt_with_its_completions_is_the_same_whoever_else_is_in_the_batch(
     keys = jax.vmap(jax.random.key)(np.arange(4))
     with sampler(of) as by:
         prompts = task().prompts[:4]
-        whole = by(policy, prompts, keys, PhaseClock())
-        turned = by(policy, prompts[::-1], keys[::-1], PhaseClock())
+        whole = by.sample(policy, prompts, keys, PhaseClock())
+        turned = by.sample(policy, prompts[::-1], keys[::-1], PhaseClock())
     assert (whole.tokens == turned.tokens[::-1]).all() and whole.texts == turned.texts[::-1]
     np.testing.assert_array_equal(whole.logprobs, turned.logprobs[::-1])
     np.testing.assert_array_equal(whole.advantages, turned.advantages[::-1])
@@ -230,7 +223,7 @@ def test_scores_are_what_each_function_says_of_each_completion():
     of, prompts = trainer(), task().prompts[4:8]  # prompt 7 has no second reward
     keys = jax.vmap(jax.random.key)(np.arange(4))
     with sampler(of) as by:
-        rollout = by(decoding_params(of, *start(of)), prompts, keys, PhaseClock())
+        rollout = by.sample(decoding_params(of, *start(of)), prompts, keys, PhaseClock())
     ids = [
         [tokens[:n].tolist() for tokens, n in zip(*group)]
         for group in zip(rollout.tokens, rollout.lengths)
@@ -252,9 +245,9 @@ def test_scores_are_what_each_function_says_of_each_completion():
 def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
     of = trainer()
     with sampler(of) as by:
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         batches.sample(*start(of), PhaseClock())
-        rollout = by(
+        rollout = by.sample(
             decoding_params(of, *start(of)),
             task().prompts[:4],
             jax.vmap(jax.random.key)(np.arange(4)),
@@ -283,13 +276,13 @@ def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
 def test_what_cannot_be_scored_is_left_out():
     of = trainer()
     with sampler(of, task(8), prompts_per_step=8) as by:
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         batches.sample(*start(of), PhaseClock())
         report = batches.report()
         assert report["unscorable"] == 0 and report["rewards"].keys() == {"ones", "even"}
     only = task(8, REWARDS[1:])  # prompt 7 has no reward at all
     with sampler(of, only, prompts_per_step=8) as by:
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         batches.sample(*start(of), PhaseClock())
         batch = next(batches)
         assert batches.report()["unscorable"] == 1 / 8
@@ -313,7 +306,7 @@ def test_dynamic_sampling_replaces_groups_with_nothing_to_learn_and_ends():
     of, asked = trainer(), task(rewards=[Reward(name="sometimes", function=sometimes)])
     for refills, groups in ((0, 4), (2, 12), (9, None)):
         with sampler(of, asked, prompts_per_step=4, refills=refills) as by:
-            batches = RolloutBatches(by, None)
+            batches = by.batches()
             batches.sample(*start(of), PhaseClock())
             varied = (next(batches)["advantages"] != 0).any(1)
             taken = batches.get_state()["prompts"]
@@ -347,7 +340,7 @@ def test_groups_may_be_cut_and_batches_split_without_a_change():
     for branches, micro in ((4, None), (2, 3), (1, 1)):
         cut = dataclasses.replace(of, config=dataclasses.replace(of.config, micro_batch_size=micro))
         with sampler(cut, branches=branches) as by:
-            batches = RolloutBatches(by, None)
+            batches = by.batches()
             batches.sample(state, frozen, PhaseClock())
             batch = next(batches)
         assert batch["tokens"].shape[:2] == (16 // branches, branches)
@@ -377,7 +370,7 @@ def test_with_lora_the_reference_is_the_base_model_and_takes_no_memory():
         map(id, jax.tree.leaves(start(of)[1]))
     )
     with sampler(of) as by:
-        batches = RolloutBatches(by, None)
+        batches = by.batches()
         batches.sample(state, frozen, PhaseClock())
         batch = next(batches)
     np.testing.assert_allclose(  # fresh adapters change nothing
@@ -405,7 +398,7 @@ def test_when_all_completions_are_cut_and_masked_nothing_is_learnt():
     state, frozen = start(of)
     policy, keys = decoding_params(of, state, frozen), jax.vmap(jax.random.key)(np.arange(4))
     with sampler(of) as by:
-        rollout = by(policy, task().prompts[:4], keys, PhaseClock())
+        rollout = by.sample(policy, task().prompts[:4], keys, PhaseClock())
         cut = dataclasses.replace(rollout, stopped=np.zeros_like(rollout.stopped))
         batch = cut.batch(by.layout(LENGTH), mask_truncated=True)
     assert cut.metrics()["truncated"] == 1 and batch["counts"].all()
@@ -441,8 +434,11 @@ def test_stopped_anywhere_and_gone_on_with_is_the_same_run(tmp_path, updates):
 def test_a_rollout_is_read_back_as_it_was(tmp_path):
     of = trainer(beta=0.1)
     state, frozen = start(of)
-    with sampler(of, iterations=2) as by, MetricsLog(tmp_path, name="rollouts.jsonl") as log:
-        batches = RolloutBatches(by, log)
+    with (
+        MetricsLog(tmp_path, name="rollouts.jsonl") as log,
+        sampler(of, write=log.write, iterations=2) as by,
+    ):
+        batches = by.batches()
         batches.sample(state, frozen, PhaseClock())
         batch = next(batches)
     (line,) = lines(tmp_path)
@@ -485,7 +481,7 @@ def test_the_best_checkpoint_is_that_of_the_largest_reward(monkeypatch, reward, 
     """Of scores the lowest is the best; where nothing was scored it is none."""
     mean = dict(value=reward, low=0.1, high=0.4)
     found = dict(total=dict(mean=mean), rewards=dict(ones=dict(mean=mean)), mean_length=5.0)
-    monkeypatch.setattr(on_policy, "evaluate_task", lambda *_: found)
+    monkeypatch.setattr(accuracy, "evaluate_task", lambda *_: found)
     of = trainer()
     evaluation = TaskEvaluation(of, task(), tokenizer(), None, EvaluationConfig())
     wanted = dict(reward=reward, reward_low=0.1, reward_high=0.4, ones=reward)
@@ -501,9 +497,9 @@ def test_an_evaluation_comes_before_the_first_step_and_decides_on_the_best(tmp_p
         Checkpointer(tmp_path / "c", keep=1) as checkpointer,
     ):
         config = EvaluationConfig(samples=2, max_completion_len=LENGTH)
-        evaluation = TaskEvaluation(of, task(6), tokenizer(), by.pool, config)
+        evaluation = TaskEvaluation(of, task(6), tokenizer(), by.scorer, config)
         options = dict(eval_data=evaluation, log=log, checkpointer=checkpointer)
-        fit(of, *start(of), RolloutData(by), **options)
+        fit(of, *start(of), by, **options)
     rewards = {r["step"]: r["eval_reward"] for r in curve(tmp_path) if "eval_reward" in r}
     assert rewards.keys() == {0, 2, 4}
     kept = CheckpointReader(tmp_path / "c").steps

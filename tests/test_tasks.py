@@ -10,8 +10,9 @@ import reasoning_gym
 
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
-from trainers.rewards.pool import Reward
-from trainers.rewards.tasks import Prompt, Task, load_prompts, load_task, reward_rows
+from trainers.rewards.pool import Reward, reward_rows
+from trainers.rewards.tasks import Task, load_prompts, load_task
+from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError
 
 SUM = "reasoning_gym:chain_sum"

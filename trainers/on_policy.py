@@ -1,11 +1,15 @@
-"""On-policy data for `fit`: prompts in an order that resumes, sampled from the policy and scored."""
+"""On-policy data for `fit`: prompts in an order that resumes, sampled from the policy and scored.
+
+Dimension key: B prompts, G completions of each (group_size), R = B · G rows, C completion tokens, F
+reward functions.
+"""
 
 import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -13,47 +17,70 @@ import jax.numpy as jnp
 import numpy as np
 
 import sampling
-from models.llama.decoding import GenerationConfig
+from models.llama.decoding import Detokenizer, GenerationConfig
 from models.llama.generation import generate
 from models.llama.model import Params, for_decoding
-from models.llama.tokenizer import Tokenizer
 from trainers.grpo_trainer import GRPOTrainer
-from trainers.loop import Batches, Evaluation, Phases
-from trainers.metrics import MetricsLog
-from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
-from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import Prompt, Task, reward_rows
-from trainers.rollout import Layout, Rollout, RolloutConfig, parts
-from trainers.rollout_file import to_record
+from trainers.loop import Batches, Phases
+from trainers.rollout import Layout, Prompt, Rollout, RolloutConfig, check_context, parts, to_record
 from trainers.trainer import Batch, TrainState
 from utils import sharding
-from utils.errors import ConfigError
 
 _SMALLEST_WIDTH = 8
 
 
-class Sampler:
-    """Makes scored rollouts of a policy; all of them have the same few shapes."""
+class Scorer(Protocol):
+    """Scores completions; `trainers.rewards.pool.RewardPool` does.
+
+    Attributes:
+        names: of F functions.
+    """
+
+    names: tuple[str, ...]
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        group_size: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """([R, F] scores, NaN where a function gave none; [R] rewards, NaN where unscorable)."""
+
+
+class RolloutData:
+    """Scored rollouts of a policy, all of a few shapes: the data that `fit` trains a GRPOTrainer on.
+
+    Attributes:
+        prompt_width: tokens of a prompt, padded.
+    """
 
     def __init__(
         self,
         trainer: GRPOTrainer,
         config: RolloutConfig,
-        task: Task,
-        tokenizer: Tokenizer,
-        pool: RewardPool,
+        prompts: Sequence[Prompt],
+        tokenizer: Detokenizer,
+        scorer: Scorer,
+        write: Callable[[dict[str, Any]], None] | None = None,
     ):
-        """Raises ConfigError if prompts and completions do not fit the model's context."""
-        self.trainer, self.config, self.task = trainer, config, task
-        self.tokenizer, self.pool = tokenizer, pool
+        """
+        Args:
+            trainer, config: say how to sample.
+            prompts: at least one.
+            tokenizer: the model's.
+            scorer: rewards completions.
+            write: called with a record per rollout, see `rollout.to_record`; None: they are not kept.
+
+        Raises:
+            ConfigError: prompts and completions do not fit the model's context.
+        """
+        self.trainer, self.config, self.prompts = trainer, config, prompts
+        self.tokenizer, self.scorer, self.write = tokenizer, scorer, write
         longest, model = trainer.config.max_completion_len, trainer.model.config
-        if task.longest + longest > model.max_seq_len:
-            raise ConfigError(
-                f"the longest prompt has {task.longest} tokens and max_completion_len={longest}: "
-                f"{task.longest + longest} exceed the model's context of {model.max_seq_len}"
-            )
+        check_context(prompts, longest, model.max_seq_len)
         step = math.lcm(16, sharding.axis_size(sharding.TRAINING.tokens))
-        self.prompt_width = -(-task.longest // step) * step
+        self.prompt_width = -(-max(len(prompt.ids) for prompt in prompts) // step) * step
         # Each costs a compilation, made before the first step.
         widths = {max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (1, 2, 4)}
         self._widths = tuple(sorted(widths))
@@ -70,58 +97,61 @@ class Sampler:
             temperature=trainer.config.temperature, top_p=config.top_p, top_k=config.top_k
         )
 
-    def __call__(
+    def sample(
         self, policy: Params, prompts: Sequence[Prompt], keys: jax.Array, clock: Phases
     ) -> Rollout:
-        """Samples a group a prompt and scores it.
+        """Samples a group per prompt and scores it.
 
         Args:
             policy: see `decoding_params`.
-            prompts: as many each time.
+            prompts: B, the same number each time.
             keys: [B] PRNG keys.
             clock: told of "rollout" and "reward".
 
         Raises:
-            TrainError: a reward function failed, if that is to end the run.
+            TrainError: a reward function failed, and the scorer does not go on then.
         """
         B, G, C = len(prompts), self.config.group_size, self._widths[-1]
         with clock("rollout"):
             ids, model = [prompt.ids for prompt in prompts], self.trainer.model
             done = generate(model, policy, ids, self._sampler, self._generation, key=keys)
         with clock("reward"):
-            rows = [done.row(i) for i in range(B * G)]
-            stopped = [reason == "stop" for reason in done.finish_reason]
             texts = [done.text(i, self.tokenizer) for i in range(B * G)]
-            questions, columns = reward_rows(prompts, G)
-            scores = self.pool(questions, texts, rows, columns, G)
-            rewards = scores.total([reward.weight for reward in self.task.rewards])
+            rows = [done.row(i) for i in range(B * G)]
+            scores, rewards = self.scorer.score(prompts, texts, rows, G)
         inside = np.arange(done.tokens.shape[1]) < done.lengths[:, None]
-        fill = lambda x: np.pad(x * inside, ((0, 0), (0, C - x.shape[1]))).reshape(B, G, C)
+
+        def fill(x):  # [R, up to C] -> [B, G, C]
+            return np.pad(x * inside, ((0, 0), (0, C - x.shape[1]))).reshape(B, G, C)
+
         rollout = Rollout(
             prompts=list(prompts),
             texts=[texts[i : i + G] for i in range(0, B * G, G)],
-            functions=tuple(reward.name for reward in self.task.rewards),
+            functions=self.scorer.names,
             tokens=fill(done.tokens),
             lengths=done.lengths.reshape(B, G),
-            stopped=np.asarray(stopped).reshape(B, G),
+            stopped=np.asarray([x == "stop" for x in done.finish_reason]).reshape(B, G),
             logprobs=fill(done.logprobs),
-            scores=scores.values.T.reshape(B, G, -1),
+            scores=scores.reshape(B, G, -1),
             rewards=rewards.reshape(B, G),
             advantages=np.zeros((B, G), np.float32),
         )
         return rollout.with_advantages(self.config.scale)
 
     def layout(self, longest: int) -> Layout:
-        """The smallest shape for completions of so many tokens."""
+        """The smallest shape for completions of up to `longest` tokens."""
         width = next(w for w in self._widths if w >= longest)
         branches = self.config.branches or self.config.group_size
         return Layout(prompt_width=self.prompt_width, width=width, branches=branches)
 
-    def empty_batches(self) -> list[Batch]:
+    def batches(self) -> "RolloutBatches":
+        """An iterator without end."""
+        return RolloutBatches(self)
+
+    def preflight_batches(self) -> list[Batch]:
         """A batch of zeros of each shape that there may be, the largest first."""
         B, G, C = self.config.prompts_per_step, self.config.group_size, self._widths[-1]
         numbers, by_token = np.zeros((B, G)), np.zeros((B, G, C), np.float32)
-        c = self.trainer.config
         empty = Rollout(
             prompts=[Prompt(text="", ids=(), columns={})] * B,
             texts=[[""] * G] * B,
@@ -134,7 +164,7 @@ class Sampler:
             rewards=numbers,
             advantages=numbers.astype(np.float32),
             old_logprobs=by_token if self.config.updates > 1 else None,
-            ref_logprobs=by_token if c.beta > 0 else None,
+            ref_logprobs=by_token if self.trainer.config.beta > 0 else None,
         )
         n = self.config.mini_batches
         batches = [empty.batch(self.layout(width)) for width in reversed(self._widths)]
@@ -150,59 +180,58 @@ def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> 
 
 
 class RolloutBatches(Batches):
-    """Rollouts without end. The position is how many prompts were taken."""
+    """Batches of rollouts without end; the position is the number of prompts taken."""
 
-    def __init__(self, sampler: Sampler, log: MetricsLog | None):
-        self._sampler, self._log = sampler, log
+    def __init__(self, data: RolloutData):
+        self._data = data
         self._batches: list[Batch] = []
         self._report: dict[str, Any] = {}
         self._position, self._warned = 0, False
-        order = grain.MapDataset.range(len(sampler.task.prompts))
-        self._order = order.shuffle(seed=sampler.config.seed).repeat()
+        order = grain.MapDataset.range(len(data.prompts))
+        self._order = order.shuffle(seed=data.config.seed).repeat()
 
     def sample(self, state: TrainState, frozen: Params, clock: Phases) -> None:
         if self._batches:
             return
-        sampler, config = self._sampler, self._sampler.config
+        data, config = self._data, self._data.config
         start = time.monotonic()
         with clock("rollout"):
-            policy = jax.block_until_ready(decoding_params(sampler.trainer, state, frozen))
+            policy = jax.block_until_ready(decoding_params(data.trainer, state, frozen))
         # A step splits the state's key, so that no rollout has the key of another.
         key = jax.random.fold_in(state.key, 1)
-        sampled = sampler(policy, *self._take(key), clock)
+        sampled = data.sample(policy, *self._take(key), clock)
         for _ in range(config.refills):
             if sampled.varied.sum() >= config.prompts_per_step:
                 break
-            sampled = sampled.joined(sampler(policy, *self._take(key), clock))
+            sampled = sampled.joined(data.sample(policy, *self._take(key), clock))
         del policy
         seconds = time.monotonic() - start
         # Groups with something to learn first, then others, all in the order of their sampling.
         chosen = np.argsort(~sampled.varied, kind="stable")[: config.prompts_per_step]
         rollout = sampled.take(sorted(chosen)).with_advantages(config.scale)
-        layout = sampler.layout(int(rollout.lengths.max()))
+        layout = data.layout(int(rollout.lengths.max()))
         rollout = self._scored(rollout, layout, state, frozen, clock)
-        if self._log is not None:
-            step = int(state.step) + 1
-            self._log.write(to_record(step, rollout, layout, sampler.tokenizer))
+        if data.write is not None:
+            data.write(to_record(int(state.step) + 1, rollout, layout, data.tokenizer))
         speed = float(sampled.lengths.sum()) / seconds
         self._report = sampled.metrics() | {"rollout_tokens_per_s": speed}
         self._warn_if_none_ended(sampled)
-        batch = rollout.batch(layout, mask_truncated=sampler.trainer.config.mask_truncated)
+        batch = rollout.batch(layout, mask_truncated=data.trainer.config.mask_truncated)
         self._batches = parts(batch, config.mini_batches) * config.iterations
 
     def _take(self, key: jax.Array) -> tuple[list[Prompt], jax.Array]:
-        """(the next prompts, a key each: a prompt that comes again gets another one)."""
+        """(the next prompts, a key for each: a prompt that comes again gets another one)."""
         start = self._position
-        self._position += self._sampler.config.prompts_per_step
-        prompts = self._sampler.task.prompts
+        self._position += self._data.config.prompts_per_step
+        prompts = self._data.prompts
         taken = [prompts[int(self._order[i])] for i in range(start, self._position)]
         numbers = jnp.arange(start, self._position, dtype=jnp.uint32)
         return taken, jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
 
     def _scored(self, rollout: Rollout, layout: Layout, state, frozen, clock) -> Rollout:
-        """With the log-probs that the loss needs beside the sampler's."""
-        sampler, more = self._sampler, {}
-        score = sampler.trainer.score
+        """The rollout with the log-probs that the loss needs besides the sampler's."""
+        data, more = self._data, {}
+        score = data.trainer.score
         G, C = rollout.tokens.shape[1:]
 
         def logprobs(reference: bool) -> np.ndarray:
@@ -211,9 +240,9 @@ class RolloutBatches(Batches):
                 values = np.asarray(rows).reshape(-1, G, layout.width)
                 return np.pad(values, ((0, 0), (0, 0), (0, C - layout.width)))
 
-        if sampler.config.updates > 1:
+        if data.config.updates > 1:
             more["old_logprobs"] = logprobs(False)
-        if sampler.trainer.config.beta > 0:
+        if data.trainer.config.beta > 0:
             more["ref_logprobs"] = logprobs(True)
         return dataclasses.replace(rollout, **more)
 
@@ -222,7 +251,7 @@ class RolloutBatches(Batches):
             self._warned = True
             warnings.warn(
                 f"all {rollout.stopped.size} completions were cut at max_completion_len="
-                f"{self._sampler.trainer.config.max_completion_len}: is the prompt in the model's "
+                f"{self._data.trainer.config.max_completion_len}: is the prompt in the model's "
                 "chat format, and is the limit long enough?",
                 stacklevel=2,
             )
@@ -242,51 +271,3 @@ class RolloutBatches(Batches):
 
     def set_state(self, state: dict) -> None:
         self._position = state["prompts"]
-
-
-class RolloutData:
-    """What `fit` trains a GRPOTrainer on.
-
-    Attributes:
-        sampler: makes the rollouts.
-        log: gets a record a rollout, see `rollout_file.to_record`; None: they are not kept.
-    """
-
-    def __init__(self, sampler: Sampler, log: MetricsLog | None = None):
-        self.sampler, self.log = sampler, log
-
-    def batches(self) -> RolloutBatches:
-        """An iterator without end."""
-        return RolloutBatches(self.sampler, self.log)
-
-    def preflight_batches(self) -> list[Batch]:
-        """One of each shape, the largest first."""
-        return self.sampler.empty_batches()
-
-
-class TaskEvaluation(Evaluation):
-    """Completions of held-out prompts, scored by a task's rewards."""
-
-    def __init__(
-        self,
-        trainer: GRPOTrainer,
-        task: Task,
-        tokenizer: Tokenizer,
-        pool: RewardPool,
-        config: EvaluationConfig,
-    ):
-        self._trainer, self._task, self._pool = trainer, task, pool
-        self._tokenizer, self._config = tokenizer, config
-
-    def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
-        """`reward`, with the ends of its 95 % interval, and each function's mean."""
-        policy = decoding_params(self._trainer, state, frozen)
-        found = evaluate_task(
-            self._trainer.model, policy, self._tokenizer, self._task, self._pool, self._config
-        )
-        total = found["total"]["mean"]
-        values = {name: measures["mean"]["value"] for name, measures in found["rewards"].items()}
-        values |= {"reward": total["value"], "reward_low": total["low"]}
-        values |= {"reward_high": total["high"], "length_mean": found["mean_length"]}
-        reward = total["value"]
-        return values | {"score": math.inf if reward is None else -reward}

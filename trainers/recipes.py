@@ -13,9 +13,9 @@ from trainers.data import Dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
 from trainers.metrics import MetricsLog
-from trainers.on_policy import RolloutData, Sampler, TaskEvaluation
+from trainers.on_policy import RolloutData
 from trainers.planning.estimate import grpo_bytes, sft_bytes
-from trainers.rewards.accuracy import EvaluationConfig
+from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
 from trainers.rollout import RolloutConfig
@@ -121,12 +121,11 @@ class GRPORecipe(Recipe):
     def open(self, trainer, folder, start_step, stack):
         scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
         pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
-        log, evaluation = None, None
+        write, evaluation = None, None
         if self.rollouts:
-            log = stack.enter_context(
-                MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
-            )
-        sampler = Sampler(trainer, self.rollout, self.task, self.tokenizer, pool)
+            log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
+            write = stack.enter_context(log).write
+        data = RolloutData(trainer, self.rollout, self.task.prompts, self.tokenizer, pool, write)
         if self.evaluated is not None:
             config = EvaluationConfig(
                 samples=self.eval_samples,
@@ -135,7 +134,7 @@ class GRPORecipe(Recipe):
                 batch_size=self.rollout.prompts_per_step * 2,
             )
             evaluation = TaskEvaluation(trainer, self.evaluated, self.tokenizer, pool, config)
-        return RolloutData(sampler, log), evaluation
+        return data, evaluation
 
 
 def _in_whole_rounds(config: TrainConfig) -> TrainConfig:

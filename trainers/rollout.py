@@ -1,4 +1,4 @@
-"""Rollouts on the host: completions with rewards and advantages, as batches and as lines of a file.
+"""Rollouts on the host: completions with rewards and advantages, as batches and as lines of rollouts.jsonl.
 
 Dimension key: B prompts, G completions of each (group_size), P prompt tokens, C completion tokens, F
 reward functions.
@@ -6,16 +6,18 @@ reward functions.
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from models.llama.decoding import Detokenizer
 from trainers.grpo_trainer import SCALES, group_advantages
-from trainers.rewards.tasks import Prompt
 from trainers.trainer import Batch
-from utils.errors import is_int
+from utils.errors import ConfigError, DataError, is_int
 from utils.fields import ALWAYS, CONFIG, Config, field, integer, number, one_of
+
+_BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +116,34 @@ def rows_at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | Non
     return max(micro_batch_size // branches, 1), branches
 
 
+def check_context(prompts: Sequence["Prompt"], max_completion_len: int, context: int) -> None:
+    """Raises ConfigError if the longest prompt and a completion exceed the model's context."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if longest + max_completion_len > context:
+        raise ConfigError(
+            f"the longest prompt has {longest} tokens and max_completion_len={max_completion_len}: "
+            f"{longest + max_completion_len} exceed the model's context of {context}; shorten either"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        text: as rewards see it; of a conversation, its last user's message.
+        ids: as the model reads it, with the tokens that start an assistant's answer.
+        columns: the other fields of its row, for rewards.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Completions with all that was found out about them.
+    """Completions with their rewards and advantages.
 
     Attributes:
         prompts: B.
@@ -186,7 +213,7 @@ class Rollout:
         return Rollout(**{n: both(getattr(self, n), getattr(other, n)) for n in names})
 
     def batch(self, layout: "Layout", *, mask_truncated: bool = False) -> Batch:
-        """What GRPOTrainer trains on."""
+        """The batch that GRPOTrainer trains on; see its `loss`."""
         B, G = self.lengths.shape
         mask_BGC = np.arange(layout.width) < self.lengths[..., None]
         mask_BGC &= self.valid[..., None]
@@ -197,9 +224,16 @@ class Rollout:
             row[: len(prompt.ids)] = prompt.ids
         # A row is a prompt with `branches` of its completions.
         times = G // layout.branches
-        by_prompt = lambda x: np.repeat(x, times, axis=0)
-        cut = lambda x: x.reshape(-1, layout.branches, *x.shape[2:])
-        by_token = lambda x: cut(x[..., : layout.width])
+
+        def by_prompt(x):  # [B, …] -> [rows, …]
+            return np.repeat(x, times, axis=0)
+
+        def cut(x):  # [B, G, …] -> [rows, branches, …]
+            return x.reshape(-1, layout.branches, *x.shape[2:])
+
+        def by_token(x):  # [B, G, C] -> [rows, branches, width]
+            return cut(x[..., : layout.width])
+
         batch = {
             "prompts": by_prompt(prompts_BP),
             "prompt_lengths": by_prompt(np.asarray([len(p.ids) for p in self.prompts], np.int32)),
@@ -215,15 +249,14 @@ class Rollout:
         return batch
 
     def metrics(self) -> dict[str, Any]:
-        """What a run says of it: rewards, lengths, how many groups have nothing to learn."""
+        """Numbers for the step's record: rewards, lengths, the share of groups with nothing to learn."""
         known = self.rewards[self.valid]
-        mean = lambda x: float(np.mean(x)) if x.size else None
         by_function = {
-            name: mean(scores[~np.isnan(scores)])
+            name: _mean(scores[~np.isnan(scores)])
             for name, scores in zip(self.functions, np.moveaxis(self.scores, -1, 0))
         }
         return {
-            "reward": mean(known),
+            "reward": _mean(known),
             "reward_std": float(np.std(known)) if known.size else None,
             "rewards": by_function,
             "zero_std": float(np.mean(~self.varied)),
@@ -252,3 +285,100 @@ class Layout:
 def parts(batch: Batch, n: int) -> list[Batch]:
     """A batch in n of equally many rows."""
     return [{name: np.split(x, n)[i] for name, x in batch.items()} for i in range(n)]
+
+
+def to_record(
+    step: int, rollout: Rollout, layout: Layout, tokenizer: Detokenizer
+) -> dict[str, Any]:
+    """A line of rollouts.jsonl, with all that a step needs to be computed again.
+
+    `step` is the first update on the rollout.
+
+    `prompts`, each with `text`, `ids`, `columns` and `completions`; each of these with `text`, `ids`,
+    `tokens` (the text of each id), `mask`, `logprobs`, where there are `old_logprobs` and
+    `ref_logprobs`, `rewards` by function, `reward` (null: unscorable), `advantage` and `finish`.
+    """
+
+    def completion(b: int, g: int) -> dict[str, Any]:
+        n = int(rollout.lengths[b, g])
+        ids = rollout.tokens[b, g, :n].tolist()
+        scores = dict(zip(rollout.functions, map(_number, rollout.scores[b, g])))
+        arrays = {name: getattr(rollout, name) for name in _BY_TOKEN}
+        return {
+            "text": rollout.texts[b][g],
+            "ids": ids,
+            "tokens": [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids],
+            "mask": [int(rollout.valid[b, g])] * n,
+            **{k: _floats(x[b, g, :n]) for k, x in arrays.items() if x is not None},
+            "rewards": scores,
+            "reward": _number(rollout.rewards[b, g]),
+            "advantage": _floats(rollout.advantages[b, g : g + 1])[0],
+            "finish": "stop" if rollout.stopped[b, g] else "length",
+        }
+
+    prompts = [
+        {
+            "text": prompt.text,
+            "ids": list(prompt.ids),
+            "columns": dict(prompt.columns),
+            "completions": [completion(b, g) for g in range(rollout.lengths.shape[1])],
+        }
+        for b, prompt in enumerate(rollout.prompts)
+    ]
+    shape = {"prompt_width": layout.prompt_width, "width": layout.width}
+    return {"step": step, **shape, "branches": layout.branches, "prompts": prompts}
+
+
+def from_record(record: dict[str, Any], where: str) -> tuple[Rollout, Layout]:
+    """The rollout of a `to_record`. Raises DataError, naming `where`, if something is missing."""
+    try:
+        layout = Layout(**{k: int(record[k]) for k in ("prompt_width", "width", "branches")})
+        groups = [prompt["completions"] for prompt in record["prompts"]]
+        lengths = np.asarray([[len(c["ids"]) for c in group] for group in groups], np.int64)
+
+        def by_token(name: str, dtype: Any) -> np.ndarray | None:
+            if name not in groups[0][0]:
+                return None
+            out = np.zeros((*lengths.shape, layout.width), dtype)
+            for b, group in enumerate(groups):
+                for g, one in enumerate(group):
+                    out[b, g, : lengths[b, g]] = one[name]
+            return out
+
+        def each(name: str) -> list[list]:
+            return [[one[name] for one in group] for group in groups]
+
+        functions = tuple(groups[0][0]["rewards"])
+        scores = [[[one["rewards"][f] for f in functions] for one in group] for group in groups]
+        rollout = Rollout(
+            prompts=[
+                Prompt(text=p["text"], ids=tuple(p["ids"]), columns=p["columns"])
+                for p in record["prompts"]
+            ],
+            texts=each("text"),
+            functions=functions,
+            tokens=by_token("ids", np.int32),
+            lengths=lengths,
+            stopped=np.asarray([[f == "stop" for f in row] for row in each("finish")]),
+            scores=np.asarray(scores, np.float64),
+            rewards=np.asarray(each("reward"), np.float64),
+            advantages=np.asarray(each("advantage"), np.float32),
+            **{name: by_token(name, np.float32) for name in _BY_TOKEN},
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        text = f"{where}: not a rollout of this program ({type(e).__name__}: {e!s:.100})"
+        raise DataError(f"{text}; it is written by `train.py grpo`") from e
+    return rollout, layout
+
+
+def _floats(values: np.ndarray) -> list[float]:
+    """float32 numbers in the shortest form that reads back as the same float32."""
+    return [float(str(value)) for value in values.astype(np.float32)]
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.mean(values)) if values.size else None

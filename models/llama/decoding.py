@@ -75,13 +75,22 @@ class GenerationConfig(Config):
 
 
 class Detokenizer(Protocol):
-    """A tokenizer that turns ids into text (`models.llama.tokenizer.Tokenizer`)."""
+    """A tokenizer that turns ids into text (`models.llama.tokenizer.Tokenizer`).
+
+    Attributes:
+        stop_ids: ids that end a row.
+    """
+
+    stop_ids: frozenset[int]
 
     def decode(self, ids: Iterable[int], skip_special: bool) -> str:
         """The text of whole rows, without control tokens where `skip_special`."""
 
     def stream(self, skip_special: bool):
         """Decoder of a new row, whose `push(token)` and `finish()` return the new text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,13 @@ from models.llama.generation import generate, random_key
 from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from sampling import TopP
-from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import Prompt, Task, reward_rows
+from trainers.grpo_trainer import GRPOTrainer
+from trainers.loop import Evaluation
+from trainers.on_policy import decoding_params
+from trainers.rewards.pool import RewardPool, reward_rows
+from trainers.rewards.tasks import Task
+from trainers.rollout import Prompt, check_context
+from trainers.trainer import TrainState
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, is_int
 from utils.fields import Config, field, integer, number
@@ -135,12 +140,12 @@ def evaluate_task(
             task's columns.
         TrainError: as the pool.
     """
-    _check_context(model, task, config)
+    check_context(task.prompts, config.max_completion_len, model.config.max_seq_len)
     # Of no rows: before anything is sampled it says whether the rewards take these columns.
     pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
     clock = PhaseClock()
-    found = _Found(task, config.samples, write)
+    found = _Found(pool.names, config.samples, write)
     size = min(config.batch_size, len(task.prompts))
     try:
         for start in range(0, len(task.prompts), size):
@@ -160,14 +165,29 @@ def evaluate_task(
     return asked | dataclasses.asdict(config) | found.summary(config.k, seconds)
 
 
-def _check_context(model: LLaMa, task: Task, config: EvaluationConfig) -> None:
-    context, needed = model.config.max_seq_len, task.longest + config.max_completion_len
-    if needed > context:
-        raise ConfigError(
-            f"the longest prompt has {task.longest} tokens and max_completion_len is "
-            f"{config.max_completion_len}: {needed} exceed the model's context of {context}; "
-            "shorten either"
-        )
+class TaskEvaluation(Evaluation):
+    """Completions of held-out prompts, scored by a task's rewards."""
+
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        task: Task,
+        tokenizer: Tokenizer,
+        pool: RewardPool,
+        config: EvaluationConfig,
+    ):
+        self._trainer = trainer
+        self._how = tokenizer, task, pool, config
+
+    def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
+        """`reward`, with the ends of its 95 % interval, and each function's mean."""
+        policy = decoding_params(self._trainer, state, frozen)
+        found = evaluate_task(self._trainer.model, policy, *self._how)
+        total = found["total"]["mean"]
+        values = {name: measures["mean"]["value"] for name, measures in found["rewards"].items()}
+        values |= {"reward": total["value"], "reward_low": total["low"]}
+        values |= {"reward_high": total["high"], "length_mean": found["mean_length"]}
+        return values | {"score": math.inf if total["value"] is None else -total["value"]}
 
 
 def _sample(
@@ -203,10 +223,10 @@ def _sample(
 class _Found:
     """Scores and lengths of completions, batch by batch."""
 
-    def __init__(self, task: Task, n: int, write: Callable[[dict[str, Any]], None] | None):
-        self._names = [reward.name for reward in task.rewards]
-        self._weights = [reward.weight for reward in task.rewards]
-        self._n, self._write = n, write
+    def __init__(
+        self, names: Sequence[str], n: int, write: Callable[[dict[str, Any]], None] | None
+    ):
+        self._names, self._n, self._write = names, n, write
         self._values: list[np.ndarray] = []  # of a batch: [rewards, prompts, n]
         self._totals: list[np.ndarray] = []  # of a batch: [prompts, n]
         self._lengths: list[int] = []
@@ -224,22 +244,21 @@ class _Found:
         rows = range(len(prompts) * self._n)
         ids = [done.row(i) for i in rows]
         texts = [done.text(i, tokenizer) for i in rows]
-        asked, columns = reward_rows(prompts, self._n)
-        scores = pool(asked, texts, ids, columns, self._n)
-        self._values.append(scores.values.reshape(len(self._names), len(prompts), self._n))
-        self._totals.append(scores.total(self._weights).reshape(len(prompts), self._n))
+        scores, totals = pool.score(prompts, texts, ids, self._n)
+        self._values.append(scores.T.reshape(len(self._names), len(prompts), self._n))
+        self._totals.append(totals.reshape(len(prompts), self._n))
         self._failures += pool.failures
         self._lengths += [len(row) for row in ids]
         self._truncated += sum(done.finish_reason[i] == "length" for i in rows)
         for i in rows if self._write is not None else ():
             self._write(
                 {
-                    "prompt": asked[i],
+                    "prompt": prompts[i // self._n].text,
                     "sample": i % self._n,
                     "completion": texts[i],
                     "ids": ids[i],
                     "finish_reason": done.finish_reason[i],
-                    "scores": dict(zip(self._names, map(_finite, scores.values[:, i]))),
+                    "scores": dict(zip(self._names, map(_finite, scores[i]))),
                 }
             )
 

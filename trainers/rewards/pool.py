@@ -17,6 +17,7 @@ import numpy as np
 
 from trainers.rewards.functions import READY_MADE
 from trainers.rewards.process import RewardProcess
+from trainers.rollout import Prompt
 from utils import distributed
 from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
 
@@ -126,6 +127,13 @@ class Scores:
         return np.where(unscorable, np.nan, total)
 
 
+def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:
+    """(texts, columns) for a RewardPool: one row per completion, a prompt's completions together."""
+    rows = [prompt for prompt in prompts for _ in range(group_size)]
+    columns = {name: [row.columns[name] for row in rows] for name in prompts[0].columns}
+    return [row.text for row in rows], columns
+
+
 class RewardPool:
     """Runs rewards, each in a worker process of its own, all at once. A context manager.
 
@@ -135,6 +143,7 @@ class RewardPool:
     that started it, and Ctrl-C does not reach it.
 
     Attributes:
+        names: of the rewards, in the order of their scores.
         failures: of the last call, one line each: "reward 'f' on prompt 3 ('What is …'): timed out …".
     """
 
@@ -161,7 +170,9 @@ class RewardPool:
         if on_failure not in ("unscorable", "stop"):
             problems.append(f"on_failure is {on_failure!r}, expected 'unscorable' or 'stop'")
         raise_all("rewards", problems)
+        self.names = tuple(names)
         self.failures: list[str] = []
+        self._weights = [reward.weight for reward in rewards]
         self._stop = on_failure == "stop"
         self._processes = [
             RewardProcess(reward.name, reward.function, timeout) for reward in rewards
@@ -177,6 +188,18 @@ class RewardPool:
         """Ends all workers; the next call would start new ones."""
         for process in self._processes:
             process.kill()
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        group_size: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores groups of completions, see `__call__`: ([R, F] values, [R] weighted sums)."""
+        texts, columns = reward_rows(prompts, group_size)
+        scores = self(texts, completions, completion_ids, columns, group_size)
+        return scores.values.T, scores.total(self._weights)
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym
 from trainers.rewards.pool import Reward, load_reward
+from trainers.rollout import Prompt
 from utils.errors import ConfigError, DataError, is_int, raise_all
 from utils.fields import Config, field, number
 from utils.files import parse_json
@@ -25,21 +26,6 @@ RESERVED = ("prompts", "completions", "completion_ids")
 _SEED_STRIDE = 1 << 20
 # How many items are looked at, for one that is asked for, where some are to be left out.
 _TRIES = 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One prompt.
-
-    Attributes:
-        text: as rewards see it; of a conversation, its last user's message.
-        ids: what the model reads, with what starts an assistant's answer.
-        columns: the other fields of its row, for rewards.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    columns: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,13 +130,6 @@ class TaskFlags(Config):
             return load_prompts(path, tokenizer, self.rewards, skip_bad=skip_bad, **chat)
         sizes = dict(size=size, seed=seed, exclude=exclude)
         return load_task(self.task, tokenizer, args=self.args, **sizes, **chat)
-
-
-def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:
-    """(texts, columns) for a RewardPool: a row a completion, those of a prompt one after the other."""
-    rows = [prompt for prompt in prompts for _ in range(group_size)]
-    columns = {name: [row.columns[name] for row in rows] for name in prompts[0].columns}
-    return [row.text for row in rows], columns
 
 
 def load_task(
