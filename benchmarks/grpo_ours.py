@@ -27,7 +27,8 @@ from models.llama.tokenizer import load_tokenizer  # noqa: E402
 from sampling import TopP  # noqa: E402
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer  # noqa: E402
 from trainers.on_policy import RolloutBatches, RolloutData, decoding_params  # noqa: E402
-from trainers.rewards.pool import Reward, RewardPool  # noqa: E402
+from trainers.rewards.functions import Reward  # noqa: E402
+from trainers.rewards.pool import RewardPool  # noqa: E402
 from trainers.rollout import Prompt, RolloutConfig  # noqa: E402
 from utils.clock import PhaseClock  # noqa: E402
 

@@ -31,7 +31,8 @@ from trainers.loop import fit
 from trainers.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
-from trainers.rewards.pool import RewardPool, load_reward
+from trainers.rewards.functions import load_reward
+from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task, load_prompts
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer

@@ -13,7 +13,8 @@ from tests import tiny
 from tests.grpo_rewards import even, ones
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.on_policy import RolloutData
-from trainers.rewards.pool import Reward, RewardPool
+from trainers.rewards.functions import Reward
+from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
 from trainers.rollout import Prompt, RolloutConfig
 

@@ -18,7 +18,8 @@ from sampling import Greedy, TopP
 from tests import cli
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task, pass_at_k
-from trainers.rewards.pool import Reward, RewardPool, Scores
+from trainers.rewards.functions import Reward
+from trainers.rewards.pool import RewardPool, Scores
 from trainers.rewards.tasks import Task
 from trainers.rollout import Prompt
 from utils.errors import ConfigError

@@ -19,7 +19,7 @@ from trainers.on_policy import RolloutData, decoding_params
 from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
-from trainers.rewards.pool import Reward
+from trainers.rewards.functions import Reward
 from trainers.rollout import Layout, Rollout, RolloutConfig, from_record, parts, to_record
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError, TrainError

@@ -20,8 +20,8 @@ import pytest
 from tests import reward_faults
 from tests.reward_faults import FAULTS, HARMLESS, OnBad, lengths, whoami
 from trainers.rewards import worker
-from trainers.rewards.pool import Reward, RewardPool
-from trainers.rewards.process import RewardProcess
+from trainers.rewards.functions import Reward
+from trainers.rewards.pool import RewardPool, RewardProcess
 from utils.errors import TrainError
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +226,8 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_hang(tmp_path):
     code = """if True:
         import functools, sys
         from tests.reward_faults import note_pids
-        from trainers.rewards.pool import Reward, RewardPool
+        from trainers.rewards.functions import Reward
+        from trainers.rewards.pool import RewardPool
         reward = Reward(name="f", function=functools.partial(note_pids, sys.argv[1]))
         RewardPool([reward])(["p"], ["c"], [[1]], {}, 1)
     """
@@ -275,7 +276,8 @@ def test_a_worker_starts_light_and_has_the_path_of_its_parent(tmp_path, monkeypa
 
 def test_functions_of_a_notebook_can_be_sent():
     code = """if True:
-        from trainers.rewards.pool import Reward, RewardPool
+        from trainers.rewards.functions import Reward
+        from trainers.rewards.pool import RewardPool
         OFFSET = 2
         def helper(text):
             return len(text) + OFFSET

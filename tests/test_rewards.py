@@ -23,12 +23,14 @@ from trainers.rewards.functions import (
     FormatMatch,
     NumberMatch,
     ReasoningGym,
+    Reward,
     SoftOverlong,
     answer_text,
     exact_match,
     extract_number,
+    load_reward,
 )
-from trainers.rewards.pool import Reward, RewardPool, Scores, load_reward
+from trainers.rewards.pool import RewardPool, Scores
 from trainers.rewards.worker import check
 from utils.errors import ConfigError, DataError, TrainError
 
@@ -221,7 +223,7 @@ def test_all_that_is_wrong_with_a_pool_is_told_at_once():
     for timeout in (-1.0, NAN, math.inf, "60", True):
         with pytest.raises(ConfigError, match="timeout is"):
             RewardPool([load_reward("number")], timeout=timeout)
-    with pytest.raises(ConfigError, match="'number' is there twice"):
+    with pytest.raises(ConfigError, match="'number' is given twice"):
         RewardPool([load_reward("number"), load_reward("number=2")])
 
 
@@ -243,7 +245,7 @@ def test_lists_that_do_not_fit_together():
             call(pool, ["1", "2"], answer=["1"])
         with pytest.raises(DataError, match="names"):
             call(pool, ["1", "2"], prompts=["1", "2"])
-        with pytest.raises(DataError, match="3 rows are no groups of 2"):
+        with pytest.raises(DataError, match="3 rows, expected a multiple of group_size=2"):
             call(pool, ["1", "2", "3"])
         assert call(pool, []).values.shape == (1, 0)
 

@@ -10,7 +10,8 @@ import reasoning_gym
 
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
-from trainers.rewards.pool import Reward, reward_rows
+from trainers.rewards.functions import Reward
+from trainers.rewards.pool import reward_rows
 from trainers.rewards.tasks import Task, load_prompts, load_task
 from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError

@@ -1,4 +1,4 @@
-r"""Ready-made rewards: pure functions of text and token counts, importable in a few milliseconds.
+r"""Rewards: how a function becomes one, and ready-made ones, importable in a few milliseconds.
 
 Each is called as `RewardPool` calls any reward: by keyword, with `prompts`, `completions` (text),
 `completion_ids` and the prompts' columns, a list each; it returns one number per row, or None where
@@ -8,12 +8,16 @@ in a module of yours is `--reward my_module:polite`.
 
 import dataclasses
 import functools
+import importlib
 import json
+import math
+import operator
 import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from utils.errors import ConfigError, is_int, raise_all
+from utils.errors import ConfigError, is_int, is_number, raise_all
 
 # The layout of R1-style training: thoughts, then the answer, and nothing around them.
 THINK_FORMAT = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
@@ -27,6 +31,38 @@ _NUMBER = re.compile(
 )
 # Python refuses to convert longer ones, and nobody asks for them.
 _MAX_DIGITS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A reward function with its weight.
+
+    Attributes:
+        name: as logs name it.
+        function: called by keyword with `prompts` and `completions` (lists of text), `completion_ids`
+            (lists of token ids) and one list per column of the data, so it may name those that it
+            wants and take the others as `**_`. Returns a list of one number per completion; None or
+            NaN for one that it cannot score. It sees the whole batch at once, groups of one prompt
+            together; after a failure, one prompt's completions at a time.
+        weight: of this function in the total; 0: it is only logged.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+
+    name: str
+    function: Callable[..., Sequence[float | None]]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.name, str) or not self.name:
+            problems.append(f"name is {self.name!r}, expected a text")
+        if not callable(self.function):
+            problems.append(f"{self.function!r} is {type(self.function).__name__}, not callable")
+        if not is_number(self.weight) or not math.isfinite(self.weight):
+            problems.append(f"weight is {self.weight!r}, expected a finite number")
+        raise_all(f"reward {self.name!r}", problems)
 
 
 def answer_text(completion: str) -> str:
@@ -220,3 +256,38 @@ READY_MADE = {
     "strict_number": NumberMatch(strict=True),
     "think_format": FormatMatch(THINK_FORMAT),
 }
+
+
+def load_reward(spec: str) -> Reward:
+    """The reward that a flag names.
+
+    Args:
+        spec: a name in READY_MADE or "module:function", with "=0.5" for a weight other than 1.
+
+    Raises:
+        ConfigError: no such name, module or function, or importing the module fails.
+    """
+    name, equals, weight = str(spec).partition("=")
+    try:
+        weight = float(weight) if equals else 1.0
+    except ValueError as error:
+        text = f"reward {spec!r}: the weight is {weight!r}, expected a number"
+        raise ConfigError(f"{text}, for example {name}=0.5") from error
+    if name in READY_MADE:
+        return Reward(name=name, function=READY_MADE[name], weight=weight)
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        known = ", ".join(READY_MADE)
+        raise ConfigError(f"reward {name!r}: expected module:function, or one of {known}")
+    try:
+        loaded = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ModuleNotFoundError):
+            text += "; is its folder on PYTHONPATH?"
+        raise ConfigError(f"reward {name!r}: importing {module} fails: {text}") from error
+    try:
+        function = operator.attrgetter(attribute)(loaded)
+    except AttributeError as error:
+        raise ConfigError(f"reward {name!r}: {module} has no {attribute}") from error
+    return Reward(name=f"{module}.{attribute}", function=function, weight=weight)

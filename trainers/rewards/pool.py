@@ -1,104 +1,44 @@
-"""Rewards: plain Python functions, each in a process of its own, so that none can take a run along.
+"""Rewards in processes: each function runs in its own, so that none can take the run down with it.
 
-A crash, an exception or a hang costs the prompt that it happens on, by name; a wrong type, a wrong
-length or an infinity is a bug in the function and stops the run.
+A crash, an exception or a hang costs the prompt that it happens on, and is reported by name. A wrong
+type, a wrong length or an infinity is a bug in the function and stops the run.
 """
 
 import dataclasses
-import importlib
+import inspect
+import json
 import math
-import operator
+import os
+import pickle
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
+from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import numpy as np
 
-from trainers.rewards.functions import READY_MADE
-from trainers.rewards.process import RewardProcess
+from trainers.rewards.functions import Reward
 from trainers.rollout import Prompt
 from utils import distributed
 from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
 
-# So many prompts in a row time out, and a function is not asked about the rest of the batch.
+# After this many time-outs in a row, a function is not asked about the rest of the batch.
 MAX_TIMEOUTS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reward:
-    """A reward function with its weight.
-
-    Attributes:
-        name: as logs name it.
-        function: called by keyword with `prompts` and `completions` (lists of text), `completion_ids`
-            (lists of token ids) and one list per column of the data, so it may name those that it
-            wants and take the others as `**_`. Returns a list of one number per completion; None or
-            NaN for one that it cannot score. It sees the whole batch at once, groups of one prompt
-            together; after a failure, one prompt's completions at a time.
-        weight: of this function in the total; 0: it is only logged.
-
-    Raises:
-        ConfigError: lists everything that is wrong.
-    """
-
-    name: str
-    function: Callable[..., Sequence[float | None]]
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not isinstance(self.name, str) or not self.name:
-            problems.append(f"name is {self.name!r}, expected a text")
-        if not callable(self.function):
-            problems.append(f"{self.function!r} is {type(self.function).__name__}, not callable")
-        if not is_number(self.weight) or not math.isfinite(self.weight):
-            problems.append(f"weight is {self.weight!r}, expected a finite number")
-        raise_all(f"reward {self.name!r}", problems)
-
-
-def load_reward(spec: str) -> Reward:
-    """The reward that a flag names.
-
-    Args:
-        spec: a name in READY_MADE or "module:function", with "=0.5" for a weight other than 1.
-
-    Raises:
-        ConfigError: no such name, module or function, or importing the module fails.
-    """
-    name, equals, weight = str(spec).partition("=")
-    try:
-        weight = float(weight) if equals else 1.0
-    except ValueError as error:
-        text = f"reward {spec!r}: the weight is {weight!r}, expected a number"
-        raise ConfigError(f"{text}, for example {name}=0.5") from error
-    if name in READY_MADE:
-        return Reward(name=name, function=READY_MADE[name], weight=weight)
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        known = ", ".join(READY_MADE)
-        raise ConfigError(f"reward {name!r}: expected module:function, or one of {known}")
-    try:
-        loaded = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, ModuleNotFoundError):
-            text += "; is its folder on PYTHONPATH?"
-        raise ConfigError(f"reward {name!r}: importing {module} fails: {text}") from error
-    try:
-        function = operator.attrgetter(attribute)(loaded)
-    except AttributeError as error:
-        raise ConfigError(f"reward {name!r}: {module} has no {attribute}") from error
-    return Reward(name=f"{module}.{attribute}", function=function, weight=weight)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What F functions say of R rows.
+    """Scores of R rows by F functions.
 
     Attributes:
         values: [F, R] float64; NaN where the function gave None or NaN, or failed.
-        failed: [F, R] bool; whole groups, on which the function raised, crashed or timed out.
+        failed: [F, R] bool; True for the whole group on which a function raised, crashed or timed out.
     """
 
     values: np.ndarray
@@ -107,10 +47,9 @@ class Scores:
     def total(self, weights: Sequence[float]) -> np.ndarray:
         """The weighted sum of each row, [R] float64; NaN for a row that is unscorable.
 
-        A function that gave None for a row is left out there, as one that does not apply. A row that
-        no function scored is unscorable, and so is a whole group that a function failed on: with a
-        part missing, its rewards would compare what is not comparable. Functions of weight 0 have no
-        say.
+        A function that gave None for a row does not apply there and is left out. A row that no
+        function scored is unscorable, and so is a whole group that a function failed on: its rewards
+        could not be compared with one another. Functions of weight 0 do not count.
 
         Raises:
             TrainError: a sum is infinite.
@@ -127,6 +66,100 @@ class Scores:
         return np.where(unscorable, np.nan, total)
 
 
+class RewardProcess:
+    """The process of one reward, seen from outside: started by the first `ask`, ended by `kill`.
+
+    Inside it runs `trainers.rewards.worker`.
+
+    Attributes:
+        title: names the reward in messages.
+        connection: becomes readable when the answer is there, or the process has ended.
+        deadline: latest time of the answer (time.monotonic).
+    """
+
+    def __init__(self, name: str, function: Callable, timeout: float):
+        """
+        Args:
+            name: the reward's.
+            function: see `Reward`; sent with cloudpickle, so that a notebook's functions can be too.
+            timeout: seconds per answer.
+
+        Raises:
+            ConfigError: the function cannot be sent.
+        """
+        self.title = f"reward {name!r}"
+        self.connection: connection.Connection | None = None
+        self.deadline = 0.0
+        self._timeout = timeout
+        self._process: subprocess.Popen | None = None
+        self._function = function
+        try:
+            self._code = cloudpickle.dumps(function)
+        except Exception as error:  # whatever the function drags along raises what it likes
+            text = f"{self.title} cannot be sent to a process of its own: {error}"
+            raise ConfigError(f"{text}; define it in a module") from error
+
+    def check_takes(self, batch: dict[str, list]) -> None:
+        """Raises ConfigError if the function cannot be called with these arguments."""
+        try:
+            inspect.signature(self._function).bind(**batch)
+        except TypeError as error:
+            text = f"{self.title} is called with {', '.join(batch)}: {error}"
+            raise ConfigError(f"{text}; take what it does not use as **_") from error
+        except ValueError:  # a builtin without a signature
+            pass
+
+    def ask(self, batch: dict[str, list], start: int, stop: int) -> "RewardProcess":
+        """Sends some rows of the batch; returns itself."""
+        part = {name: list(values)[start:stop] for name, values in batch.items()}
+        frames = [pickle.dumps(part)]
+        if self._process is None:
+            self._start()
+            frames = [pickle.dumps(sys.path), self._code, *frames]
+        with suppress(OSError):  # it has died: `answer` will say so
+            for frame in frames:
+                self.connection.send_bytes(frame)
+        self.deadline = time.monotonic() + self._timeout
+        return self
+
+    def answer(self) -> dict[str, Any]:
+        """The function's "values"; "invalid" and "row"; or "failed", and whether by "timeout"."""
+        try:
+            if self.connection.poll():
+                return {"timeout": False} | json.loads(self.connection.recv_bytes())
+            self.kill()
+            return {"failed": f"timed out after {self._timeout:g} s", "timeout": True}
+        except (EOFError, OSError):
+            # A process that has closed its connection may be about to exit: its code says why.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
+            code = self.kill()
+            how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+            return {"failed": f"its process ended ({how})", "timeout": False}
+
+    def _start(self) -> None:
+        self.connection, theirs = connection.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("worker.py")],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us; and one signal ends all that it forks
+            )
+
+    def kill(self) -> int:
+        """Ends the process, if there is one, with its group. Returns its exit code."""
+        if self._process is None:
+            return 0
+        # The group outlives its leader as long as a forked child does. macOS refuses where all have ended.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self.connection.close()
+        self._process = None
+        return code
+
+
 def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:
     """(texts, columns) for a RewardPool: one row per completion, a prompt's completions together."""
     rows = [prompt for prompt in prompts for _ in range(group_size)]
@@ -135,16 +168,16 @@ def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], 
 
 
 class RewardPool:
-    """Runs rewards, each in a worker process of its own, all at once. A context manager.
+    """Runs rewards side by side, each in a worker process of its own. A context manager.
 
-    Workers start at the first call and stay. One whose function crashes or times out is killed with
-    all that it has forked, and a new one is asked prompt by prompt, so that only the prompts are lost
-    that it really fails on. Prints of a function go to standard error. A worker ends with the process
-    that started it, and Ctrl-C does not reach it.
+    Workers start at the first call and stay. A worker whose function crashes or times out is killed
+    with everything that it has forked, and a new one is asked prompt by prompt, so that only the
+    prompts that the function fails on are lost. A function prints to standard error. A worker ends
+    with the process that started it, and Ctrl-C does not reach it.
 
     Attributes:
         names: of the rewards, in the order of their scores.
-        failures: of the last call, one line each: "reward 'f' on prompt 3 ('What is …'): timed out …".
+        failures: one line per failure in the last call: "reward 'f' on prompt 3 ('What is …'): timed out …".
     """
 
     def __init__(
@@ -152,9 +185,9 @@ class RewardPool:
     ):
         """
         Args:
-            rewards: one at least; names differ.
-            timeout: seconds for a call, be it of a batch or of one prompt. When 3 prompts in a row
-                time out, the rest of the batch counts as failed without being asked about.
+            rewards: at least one; their names differ.
+            timeout: seconds per call, for a batch or for one prompt. After 3 prompts in a row that
+                time out, the rest of the batch counts as failed and is not asked about.
             on_failure: "unscorable": the groups of rows that a function fails on are marked in
                 `Scores.failed`. "stop": the first one raises TrainError.
 
@@ -162,7 +195,7 @@ class RewardPool:
             ConfigError: lists everything that is wrong.
         """
         names = [reward.name for reward in rewards]
-        problems = [f"{n!r} is there twice" for n in sorted(set(names)) if names.count(n) > 1]
+        problems = [f"{n!r} is given twice" for n in sorted(set(names)) if names.count(n) > 1]
         if not names:
             problems.append("no reward is given")
         if not is_number(timeout) or not 0 < timeout < math.inf:
@@ -209,17 +242,17 @@ class RewardPool:
         columns: dict[str, list],
         group_size: int,
     ) -> Scores:
-        """Scores a batch. Of several processes the first does, and tells the others.
+        """Scores a batch. Where there are several processes, the first one does and tells the others.
 
         Args:
             prompts: the text of each row's prompt, R of them.
             completions: the text of each row.
             completion_ids: the tokens of each row.
             columns: further fields of the prompts, R values each.
-            group_size: that many consecutive rows belong to one prompt.
+            group_size: consecutive rows that belong to one prompt.
 
         Raises:
-            TrainError: a function returned what is no reward, or failed while that is to stop.
+            TrainError: a function returned something that is not a reward, or failed with on_failure="stop".
             ConfigError: a function cannot take these columns.
             DataError: the lists do not fit together.
         """
@@ -237,7 +270,7 @@ class RewardPool:
         if batch.keys() & columns.keys() or len(set(lengths.values())) > 1:
             raise DataError(f"rewards: columns must have names and lengths that fit, got {lengths}")
         if (n := len(batch["prompts"])) % group_size:
-            raise DataError(f"rewards: {n} rows are no groups of {group_size}")
+            raise DataError(f"rewards: {n} rows, expected a multiple of group_size={group_size}")
         batch |= columns
         for process in self._processes:
             process.check_takes(batch)
@@ -261,7 +294,7 @@ class RewardPool:
         batch: dict[str, list],
         group_size: int,
     ) -> Generator[RewardProcess, dict, None]:
-        """Fills one function's rows; yields its process when it has been asked, gets the answer."""
+        """Fills one function's rows. Yields its process after each question; is sent the answer."""
         rows = len(values)
         whole = answer = yield process.ask(batch, 0, rows)
         if _store(process, answer, values, 0):
@@ -292,7 +325,7 @@ class RewardPool:
 
 
 def _store(process: RewardProcess, answer: dict, values: np.ndarray, start: int) -> bool:
-    """Writes the answer for rows from `start` on; whether it has values. Raises TrainError for a bug."""
+    """Stores an answer's values; returns whether it has any. Raises TrainError for a bug."""
     if "invalid" in answer:
         row = "" if answer["row"] is None else f", row {start + answer['row']}"
         raise TrainError(f"{process.title}{row}: {answer['invalid']}")

@@ -11,8 +11,7 @@ from typing import Any
 from models.llama.chat_format import ChatFormat, Message, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
-from trainers.rewards.functions import ReasoningGym
-from trainers.rewards.pool import Reward, load_reward
+from trainers.rewards.functions import ReasoningGym, Reward, load_reward
 from trainers.rollout import Prompt
 from utils.errors import ConfigError, DataError, is_int, raise_all
 from utils.fields import Config, field, number
