@@ -70,22 +70,22 @@ def test_numbers_and_unscorable_rows(value, expected):
 @pytest.mark.parametrize(
     "value, shown",
     [
-        ("1.0", "'1.0' (str), which is no real number"),
-        (b"1", "b'1' (bytes), which is no real number"),
-        (True, "True (bool), which is no real number"),
-        (np.bool_(True), "True (bool), which is no real number"),
-        (1j, "1j (complex), which is no real number"),
-        (np.complex64(1), "(complex64), which is no real number"),
-        (Decimal(1), "Decimal('1') (Decimal), which is no real number"),
-        ([1.0], "[1.0] (list), which is no real number"),
-        (np.array([1.0]), "array([1.]) (ndarray), which is no real number"),
-        (np.array("1.0"), "(ndarray), which is no real number"),
-        (torch.tensor([1.0]), "tensor([1.]) (Tensor), which is no real number"),
+        ("1.0", "'1.0' (str), which is not a real number"),
+        (b"1", "b'1' (bytes), which is not a real number"),
+        (True, "True (bool), which is not a real number"),
+        (np.bool_(True), "True (bool), which is not a real number"),
+        (1j, "1j (complex), which is not a real number"),
+        (np.complex64(1), "(complex64), which is not a real number"),
+        (Decimal(1), "Decimal('1') (Decimal), which is not a real number"),
+        ([1.0], "[1.0] (list), which is not a real number"),
+        (np.array([1.0]), "array([1.]) (ndarray), which is not a real number"),
+        (np.array("1.0"), "(ndarray), which is not a real number"),
+        (torch.tensor([1.0]), "tensor([1.]) (Tensor), which is not a real number"),
         (math.inf, "inf (float), which is infinite"),
         (-math.inf, "-inf (float), which is infinite"),
         (np.float32("inf"), "(float32), which is infinite"),
         (np.array(-math.inf), "(ndarray), which is infinite"),
-        (10**400, "(int), which no float64 holds"),
+        (10**400, "(int), which float64 cannot hold"),
     ],
 )
 def test_what_is_no_reward(value, shown):
@@ -146,7 +146,10 @@ def call(pool, texts, group_size=2, **columns):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        ("x", "reward 'f', row 3: returned 'x' (str), which is no real number; expected a finite"),
+        (
+            "x",
+            "reward 'f', row 3: returned 'x' (str), which is not a real number; expected a finite",
+        ),
         (math.inf, "reward 'f', row 3: returned inf (float), which is infinite; expected a finite"),
         ([], "reward 'f': returned 5 values for 6 completions"),
     ],
@@ -449,7 +452,7 @@ def test_format_match_is_of_the_whole_text_across_lines():
     texts = [think, "4", think + "!", think.replace("<answer>", "")]
     assert FormatMatch(THINK_FORMAT)(completions=texts) == [1, 0, 0, 0]
     for pattern in ("(", 3):
-        with pytest.raises(ConfigError, match="is no pattern"):
+        with pytest.raises(ConfigError, match="is not a pattern"):
             FormatMatch(pattern)
 
 

@@ -302,5 +302,5 @@ def test_a_task_without_prompts_or_with_rewards_that_clash_is_none():
     with pytest.raises(DataError, match="t has no prompts"):
         Task(name="t", prompts=(), rewards=tuple(REWARDS))
     for rewards in ((), ("r", "r")):
-        with pytest.raises(ConfigError, match="expected one or more, each once"):
+        with pytest.raises(ConfigError, match="expected at least one, each with another name"):
             made(rewards=rewards)

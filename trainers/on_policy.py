@@ -33,7 +33,7 @@ class Scorer(Protocol):
     """Scores completions; `trainers.rewards.pool.RewardPool` does.
 
     Attributes:
-        names: of F functions.
+        names: names of the F functions.
     """
 
     names: tuple[str, ...]
@@ -81,10 +81,10 @@ class RolloutData:
         check_context(prompts, longest, model.max_seq_len)
         step = math.lcm(16, sharding.axis_size(sharding.TRAINING.tokens))
         self.prompt_width = -(-max(len(prompt.ids) for prompt in prompts) // step) * step
-        # Each costs a compilation, made before the first step.
+        # Each width costs a compilation, made before the first step.
         widths = {max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (1, 2, 4)}
         self._widths = tuple(sorted(widths))
-        for width in self._widths:  # max_completion_len and what it is halved to
+        for width in self._widths:  # max_completion_len, a half and a quarter of it
             sharding.check_tokens(model.n_heads, max_completion_len=width)
         self._generation = GenerationConfig(
             max_new_tokens=longest,
@@ -149,7 +149,7 @@ class RolloutData:
         return RolloutBatches(self)
 
     def preflight_batches(self) -> list[Batch]:
-        """A batch of zeros of each shape that there may be, the largest first."""
+        """A batch of zeros for each possible shape, the largest first."""
         B, G, C = self.config.prompts_per_step, self.config.group_size, self._widths[-1]
         numbers, by_token = np.zeros((B, G)), np.zeros((B, G, C), np.float32)
         empty = Rollout(

@@ -22,10 +22,10 @@ _BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig(Config):
-    """How completions are sampled, and how often they are used.
+    """Sampling of completions, and the number of updates on them.
 
     `refills` is dynamic sampling (DAPO, 2503.14476, section 3.2). After the first of several
-    `iterations`, ratios are not 1. `scale` is that of `group_advantages`.
+    `iterations`, ratios are not 1. For `scale` see `group_advantages`.
     """
 
     prompts_per_step: int = field(8, "prompts per rollout", integer(1), resume=CONFIG)
@@ -102,12 +102,12 @@ class RolloutConfig(Config):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.iterations * self.mini_batches
 
 
 def rows_at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | None]:
-    """Completions at once as (rows of a batch at once, completions a row: RolloutConfig.branches)."""
+    """Completions at once as (rows at once, completions per row, see RolloutConfig.branches)."""
     both = is_int(micro_batch_size) and is_int(group_size)
     if not both or micro_batch_size < 1 or group_size < 1:
         return micro_batch_size, None  # the configs complain
@@ -184,13 +184,13 @@ class Rollout:
         return (self.advantages != 0).any(axis=1)
 
     def with_advantages(self, scale: str) -> "Rollout":
-        """The same with advantages by `group_advantages`."""
+        """The rollout with advantages by `group_advantages`."""
         rewards = np.nan_to_num(self.rewards).astype(np.float32)
         advantages = group_advantages(rewards, self.valid, scale)
         return dataclasses.replace(self, advantages=np.asarray(advantages))
 
     def take(self, groups: Sequence[int]) -> "Rollout":
-        """Some of its groups."""
+        """The rollout of some of the groups."""
         groups = list(groups)
 
         def some(x):
@@ -202,7 +202,7 @@ class Rollout:
         return Rollout(**{f.name: some(getattr(self, f.name)) for f in fields})
 
     def joined(self, other: "Rollout") -> "Rollout":
-        """Its groups, and those of another one."""
+        """The rollout of both rollouts' groups."""
 
         def both(x, y):
             if isinstance(x, np.ndarray):
@@ -274,7 +274,7 @@ class Layout:
     Attributes:
         prompt_width: tokens P of a prompt, padded.
         width: tokens C of a completion, padded.
-        branches: completions a row.
+        branches: completions per row.
     """
 
     prompt_width: int
@@ -283,7 +283,7 @@ class Layout:
 
 
 def parts(batch: Batch, n: int) -> list[Batch]:
-    """A batch in n of equally many rows."""
+    """The batch in n parts with the same number of rows."""
     return [{name: np.split(x, n)[i] for name, x in batch.items()} for i in range(n)]
 
 

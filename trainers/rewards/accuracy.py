@@ -1,4 +1,4 @@
-"""How well a model does a task: means of rewards and pass@k over its prompts, with intervals."""
+"""Accuracy of a model on a task: means of rewards and pass@k over its prompts, with intervals."""
 
 import dataclasses
 import math
@@ -28,13 +28,13 @@ from utils.fields import Config, field, integer, number
 # A completion is right if its score is at least this.
 SOLVED = 1.0
 
-# Resamples at once: with 1000 prompts they take 8 MB.
+# Number of resamples drawn at once; with 1000 prompts they take 8 MB.
 _CHUNK = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Config):
-    """How a task is evaluated."""
+    """Samples and measures of a task's evaluation."""
 
     samples: int = field(1, "completions per prompt", integer(1, 1 << 16))
     k: tuple[int, ...] = field((1,), "k's of pass@k, at most samples")
@@ -58,13 +58,13 @@ class EvaluationConfig(Config):
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The probability that at least one of k samples is right, of n of which c are: unbiased.
+    """An unbiased estimate of the probability that at least one of k samples is right.
 
-    1 - (n - c choose k) / (n choose k), in integers. Source: Chen et al. (2107.03374), equation 1.
+    It is 1 - (n - c choose k) / (n choose k), in integers. Source: Chen et al. (2107.03374), equation 1.
 
     Args:
         n: samples.
-        c: right ones among them, 0 to n.
+        c: the right ones among them, 0 to n.
         k: 1 to n.
     """
     if not 0 <= c <= n or not 1 <= k <= n:
@@ -76,16 +76,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, samples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """An interval for the mean over all prompts of a task, from some of them: percentile bootstrap.
+    """An interval for the mean over all prompts of a task, from some of them, by percentile bootstrap.
 
-    The prompts are drawn again, so that it covers both which prompts there happened to be and the
-    luck of their samples. Where all values are equal it is that value, however few there are.
+    Prompts are resampled, so the interval covers both the choice of prompts and the luck of their
+    samples. Where all values are equal it is that single value, however few there are.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
 
     Args:
-        values: one a prompt; none is NaN.
-        level: that share of the resampled means lies within.
-        samples: how often the prompts are drawn again.
+        values: one per prompt; none is NaN.
+        level: share of the resampled means within the interval.
+        samples: number of resamples.
         seed: the same seed gives the same interval.
 
     Returns:
@@ -121,11 +121,11 @@ def evaluate_task(
         params: its parameters, as for `generate`.
         tokenizer: the model's.
         task: prompts and rewards.
-        pool: of the task's rewards.
-        config: how.
-        report: called with ("prompts", done, in all).
+        pool: runs the task's rewards.
+        config: see EvaluationConfig.
+        report: called with ("prompts", done, total).
         write: called with each completion: prompt, sample, completion, ids, finish_reason, and
-            scores by the reward's name, null where it is unscorable.
+            scores by the reward's name, None where it is unscorable.
 
     Returns:
         `rewards`: for each reward `mean` (of the prompts' means), `pass@k` and the number of
@@ -133,15 +133,15 @@ def evaluate_task(
         measure is {value, low, high, prompts}: 95 % interval, and prompts that count; all null if
         none does. `truncated`: the share of completions without a stop; `mean_length` in tokens;
         `tokens_per_s` without compilation; `seconds` by phase; `failures` of rewards, as texts;
-        and what was asked for.
+        and the task and the config.
 
     Raises:
         ConfigError: a prompt and max_completion_len exceed the context, or a reward cannot take the
             task's columns.
-        TrainError: as the pool.
+        TrainError: see RewardPool.
     """
     check_context(task.prompts, config.max_completion_len, model.config.max_seq_len)
-    # Of no rows: before anything is sampled it says whether the rewards take these columns.
+    # A call without rows shows, before anything is sampled, whether the rewards take these columns.
     pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
     clock = PhaseClock()
@@ -151,7 +151,7 @@ def evaluate_task(
         for start in range(0, len(task.prompts), size):
             if report is not None:
                 report("prompts", start, len(task.prompts))
-            # The last batch is filled up: one of another size would be compiled anew.
+            # The last batch is filled up, since another size would compile again.
             indices = np.minimum(np.arange(start, start + size), len(task.prompts) - 1)
             with clock("generation"):
                 done = _sample(model, params, tokenizer, task, config, indices)
@@ -200,8 +200,8 @@ def _sample(
 ) -> Completions:
     """Completions of the prompts with these numbers.
 
-    Each number has a key of its own, that of an equal prompt too: both are draws from the task, and
-    the interval takes them for independent.
+    Each number has its own key, so that equal prompts get different samples: the interval takes them
+    for independent draws from the task.
     """
     key = random_key(config.seed)
     generation = GenerationConfig(
@@ -263,7 +263,7 @@ class _Found:
             )
 
     def summary(self, ks: Sequence[int], seconds: dict[str, float]) -> dict[str, Any]:
-        """What evaluate_task returns."""
+        """The measures that evaluate_task returns."""
         values, tokens = np.concatenate(self._values, axis=1), sum(self._lengths)
         rewards = {name: _measures(rows, ks) for name, rows in zip(self._names, values)}
         sampling = max(seconds["generation"] - seconds["compilation"], 1e-9)

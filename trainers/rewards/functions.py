@@ -38,13 +38,13 @@ class Reward:
     """A reward function with its weight.
 
     Attributes:
-        name: as logs name it.
+        name: its name in logs.
         function: called by keyword with `prompts` and `completions` (lists of text), `completion_ids`
-            (lists of token ids) and one list per column of the data, so it may name those that it
-            wants and take the others as `**_`. Returns a list of one number per completion; None or
-            NaN for one that it cannot score. It sees the whole batch at once, groups of one prompt
-            together; after a failure, one prompt's completions at a time.
-        weight: of this function in the total; 0: it is only logged.
+            (lists of token ids) and one list per column of the data; it may take the ones that it
+            does not need as `**_`. Returns one number per completion, None or NaN for one that it
+            cannot score. It sees the whole batch at once, a prompt's completions together; after a
+            failure, one prompt's completions at a time.
+        weight: factor in the total; 0: the score is only logged.
 
     Raises:
         ConfigError: lists everything that is wrong.
@@ -66,17 +66,14 @@ class Reward:
 
 
 def answer_text(completion: str) -> str:
-    """What a completion gives as its answer: what its last <answer>…</answer> holds, or all of it.
-
-    Stripped of blanks.
-    """
+    """The answer of a completion: the inside of its last <answer>…</answer>, or all of it, stripped."""
     before, closed, _ = completion.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     return (inside if closed and opened else completion).strip()
 
 
 def extract_number(text: str, strict: bool) -> Fraction | None:
-    """The number that a completion gives as its answer.
+    """The number in a completion's answer.
 
     Args:
         text: the completion.
@@ -94,7 +91,7 @@ def extract_number(text: str, strict: bool) -> Fraction | None:
 
 
 def _find_number(text: str, strict: bool) -> str | None:
-    """As extract_number: the number in Python's spelling."""
+    """The number of `extract_number` in Python's spelling."""
     text = answer_text(text)
     if strict:
         match = _NUMBER.fullmatch(text)
@@ -109,10 +106,7 @@ def _find_number(text: str, strict: bool) -> str | None:
 
 
 def exact_match(completions: list[str], answer: list, **_) -> list[float | None]:
-    """1 where the completion is the answer, blanks around them aside; else 0.
-
-    None where the row has no answer.
-    """
+    """Returns 1 where the stripped completion is the answer, else 0; None where the row has no answer."""
     return [
         None if right is None else float(text.strip() == str(right).strip())
         for text, right in zip(completions, answer)
@@ -121,9 +115,9 @@ def exact_match(completions: list[str], answer: list, **_) -> list[float | None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NumberMatch:
-    """1 where the completion's number is the answer's, compared exactly ("0.50" is "1/2"); else 0.
+    """Gives 1 where the completion's number is exactly the answer's ("0.50" is "1/2"), else 0.
 
-    None where the row's answer has no number. The answer's last number counts, so GSM8K's answers
+    It gives None where the row's answer has no number. The answer's last number counts, so GSM8K's answers
     can be used as they are.
 
     Attributes:
@@ -143,7 +137,7 @@ class NumberMatch:
 
 @dataclasses.dataclass(frozen=True)
 class FormatMatch:
-    r"""1 where the whole completion matches a regular expression, else 0.
+    r"""Gives 1 where the whole completion matches a regular expression, else 0.
 
     `.` matches newlines too: completions have several lines.
 
@@ -151,7 +145,7 @@ class FormatMatch:
         pattern: for example r"<think>.*</think>\s*<answer>.*</answer>".
 
     Raises:
-        ConfigError: it is no regular expression.
+        ConfigError: the pattern is not a regular expression.
     """
 
     pattern: str
@@ -160,7 +154,7 @@ class FormatMatch:
         try:
             re.compile(self.pattern, re.DOTALL)
         except (re.error, TypeError) as error:
-            raise ConfigError(f"FormatMatch: {self.pattern!r} is no pattern: {error}") from error
+            raise ConfigError(f"FormatMatch: {self.pattern!r} is not a pattern: {error}") from error
 
     def __call__(self, completions: list[str], **_) -> list[float]:
         """See the class."""
@@ -172,10 +166,10 @@ class FormatMatch:
 class SoftOverlong:
     """A penalty on length: 0 up to max_len - cache tokens, falling to -1 at max_len, -1 beyond.
 
-    DAPO (2503.14476), eq. 13.
+    Source: DAPO (2503.14476), equation 13.
 
     Attributes:
-        max_len: tokens, the stop token counted.
+        max_len: tokens, with the stop token.
         cache: tokens over which the penalty grows; 0: it is -1 beyond max_len and 0 before.
 
     Raises:
@@ -202,15 +196,15 @@ class SoftOverlong:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """The score that a task of reasoning-gym gives; needs the column `entry`.
+    """Scores by a task of reasoning-gym; needs the column `entry`.
 
     Attributes:
         task: the dataset's name, for example "chain_sum".
-        args: what the dataset is configured with.
+        args: the dataset's configuration.
         strict: the task judges `answer_text` as it is. Otherwise, where the right answer is a
             number, the last number in it is judged, by its value.
-        partial: scores between 0 and 1 count; else only 1 does, and the mean is an accuracy. (Tasks
-            give some credit for a text that has the answer somewhere in it.)
+        partial: keep scores between 0 and 1; otherwise they become 0, and the mean is an accuracy.
+            (Tasks give some credit for a text that has the answer somewhere in it.)
     """
 
     task: str
@@ -228,7 +222,7 @@ class ReasoningGym:
         return scores if self.partial else [float(score >= 1) for score in scores]
 
     def _answer(self, completion: str, entry: dict[str, Any]) -> str:
-        """What the task is to judge."""
+        """The text for the task to judge."""
         right = extract_number(str(entry["answer"]), strict=True)
         if self.strict or right is None:
             return answer_text(completion)
@@ -237,15 +231,22 @@ class ReasoningGym:
         return _find_number(completion, strict=False) or ""
 
 
-@functools.cache
-def _dataset(task: str, args: str) -> Any:
-    """The dataset, of one item: only its scoring is used."""
+def import_reasoning_gym() -> Any:
+    """The package, which is optional and slow to import. Raises ConfigError if it is missing."""
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ConfigError("reasoning-gym is missing: pip install 'altiplano[rl]'") from error
+        text = "reasoning_gym tasks need a package: pip install 'altiplano[rl]'"
+        raise ConfigError(text) from error
+    return reasoning_gym
+
+
+@functools.cache
+def _dataset(task: str, args: str) -> Any:
+    """The task's dataset with a single item, since only its scoring is used."""
+    gym = import_reasoning_gym()
     try:
-        return reasoning_gym.create_dataset(task, **{"size": 1, "seed": 0} | json.loads(args))
+        return gym.create_dataset(task, **{"size": 1, "seed": 0} | json.loads(args))
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"reasoning_gym:{task} with {args}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Prompts with their rewards: what GRPO trains on, and what `evaluate.py task` measures."""
+"""Tasks: prompts with their rewards, for GRPO to train on and `evaluate.py task` to measure."""
 
 import dataclasses
 import difflib
@@ -11,19 +11,19 @@ from typing import Any
 from models.llama.chat_format import ChatFormat, Message, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
-from trainers.rewards.functions import ReasoningGym, Reward, load_reward
+from trainers.rewards.functions import ReasoningGym, Reward, import_reasoning_gym, load_reward
 from trainers.rollout import Prompt
-from utils.errors import ConfigError, DataError, is_int, raise_all
-from utils.fields import Config, field, number
+from utils.errors import ConfigError, DataError, raise_all
+from utils.fields import Config, field, integer, number
 from utils.files import parse_json
 
-# What a reward is called with besides the columns.
+# Arguments of a reward besides the columns.
 RESERVED = ("prompts", "completions", "completion_ids")
 
-# A task of reasoning_gym has for each number an item of its own: item i of seed s is item i - 1 of
-# seed s + 1. Seeds this far apart share none, and are still small enough for numpy's 32 bits.
+# In reasoning_gym, item i of seed s is item i - 1 of seed s + 1. Seeds this far apart share no item,
+# and still fit numpy's 32 bits.
 _SEED_STRIDE = 1 << 20
-# How many items are looked at, for one that is asked for, where some are to be left out.
+# Items looked at per prompt wanted, where some are left out.
 _TRIES = 20
 
 
@@ -32,7 +32,7 @@ class Task:
     """Prompts, and the rewards of their completions.
 
     Attributes:
-        name: for messages and for the digest.
+        name: stands in messages and in the digest.
         prompts: at least one; all have the same columns.
         rewards: at least one; their names differ.
     """
@@ -46,11 +46,13 @@ class Task:
             raise DataError(f"{self.name} has no prompts, expected at least one")
         names = [reward.name for reward in self.rewards]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"{self.name}: rewards {names}, expected one or more, each once")
+            raise ConfigError(
+                f"{self.name}: rewards {names}, expected at least one, each with another name"
+            )
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 of the prompts' ids and columns, and of the names of the task and its rewards."""
+        """SHA-256 over the prompts' ids and columns and the names of the task and its rewards."""
         found = hashlib.sha256(repr((self.name, [r.name for r in self.rewards])).encode())
         for prompt in self.prompts:
             found.update(repr((list(prompt.ids), sorted(prompt.columns.items()))).encode())
@@ -64,7 +66,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFlags(Config):
-    """The flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
+    """Flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
 
     task: str | None = field(None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum")
     task_args: str | None = field(None, "JSON object with the task's own arguments")
@@ -79,7 +81,7 @@ class TaskFlags(Config):
         "with commas between",
     )
     chat: bool | None = field(
-        None, "prompts are messages of a user; default: if the model has a chat template"
+        None, "prompts are a user's messages; default: if the model has a chat template"
     )
     system: str | None = field(None, "system message")
     chat_format: str | None = field(
@@ -104,12 +106,12 @@ class TaskFlags(Config):
 
     @functools.cached_property
     def args(self) -> dict[str, Any] | None:
-        """`task_args`, read."""
+        """The JSON object of `task_args`."""
         return parse_json(self.task_args.encode(), "--task_args") if self.task_args else None
 
     @functools.cached_property
     def rewards(self) -> list[Reward]:
-        """The functions that `reward` names."""
+        """Rewards named by the flag `reward`."""
         return [load_reward(one.strip()) for one in self.reward.split(",")] if self.reward else []
 
     def load(
@@ -144,20 +146,20 @@ def load_task(
     system: str | None = None,
     chat_format: str | None = None,
 ) -> Task:
-    """A task of reasoning_gym, with the columns `answer` and `entry`, as reasoning_gym gives it.
+    """A task of reasoning_gym, with its columns `answer` and `entry`.
 
     Prompts of two seeds are drawn independently, so some may be equal: there are only 200 sums and
-    differences of one digit and another. Load what is held out first, and the training's prompts
-    with that as `exclude`: both are then the same each time, and have no prompt in common.
+    differences of two digits. Load the held-out task first, and pass it as `exclude` when loading the
+    training task: both are then the same each time, and have no prompt in common.
 
     Args:
         spec: `reasoning_gym:NAME`, for example `reasoning_gym:chain_sum`.
         tokenizer: the model's.
-        args: of the task's config in reasoning_gym, for example {"max_terms": 2}.
-        size: prompts.
-        seed: of the prompts.
-        exclude: leave out the prompts of that task.
-        weights: of the rewards "strict" (the completion is the answer and nothing else) and
+        args: the task's arguments in reasoning_gym, for example {"max_terms": 2}.
+        size: number of prompts.
+        seed: the prompts' seed.
+        exclude: a task whose prompts are left out.
+        weights: weights of the rewards "strict" (the completion is the answer and nothing else) and
             "lenient" (the answer is taken from it); default: 0.5 each.
         chat: the question is a user's message; False: plain text; None: a message if the model has
             a chat template.
@@ -165,7 +167,8 @@ def load_task(
         chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
 
     Raises:
-        ConfigError: an unknown task, wrong args, too few prompts are left, or no reasoning_gym.
+        ConfigError: the task is unknown, its arguments are wrong, too few prompts are left, or
+            reasoning_gym is not installed.
     """
     weights = {"strict": 0.5, "lenient": 0.5} if weights is None else weights
     _check(size, seed, args, weights)
@@ -213,16 +216,16 @@ def load_prompts(
     Args:
         path: as for `read_records`.
         tokenizer: the model's.
-        rewards: of the completions.
+        rewards: score the completions.
         chat: whether a text is a user's message; None: if the model has a chat template. A list
-            of messages always is a conversation.
-        system: the system message, of conversations that have none.
+            of messages is always a conversation.
+        system: the system message of conversations that have none.
         chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
-        skip_bad: so many rows that are broken, or that the chat format refuses, are left out.
+        skip_bad: number of broken rows, or rows that the chat format refuses, that may be left out.
 
     Raises:
-        DataError: as `read_records`; a column has the name of something else that rewards are
-            given; a prompt without tokens; no rows.
+        DataError: see `read_records`; or a column has the name of another argument of rewards, a
+            prompt has no tokens, or there are no rows.
         ArtifactError: the model has no chat format, and needs it.
     """
     records = read_records(path, kinds=("prompt",), skip_bad=skip_bad)
@@ -246,7 +249,7 @@ def load_prompts(
 
 
 class _Encoder:
-    """From a prompt, a text or a list of messages, to token ids; arguments as in load_prompts."""
+    """Encodes prompts, each a text or a list of messages; for the arguments see load_prompts."""
 
     def __init__(
         self,
@@ -257,7 +260,7 @@ class _Encoder:
     ):
         asked = system is not None or chat_format is not None
         if chat is False and asked:
-            raise ConfigError("system and chat_format are for chats, and chat is off")
+            raise ConfigError("system and chat_format need a chat, and chat is off")
         self._is_chat = asked or tokenizer.chat_template is not None if chat is None else chat
         self._tokenizer, self._system, self._name = tokenizer, system, chat_format
 
@@ -266,7 +269,7 @@ class _Encoder:
         return chat_format_for(self._tokenizer, self._name)
 
     def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
-        """Raises DataError for a prompt without tokens, or that the chat format refuses."""
+        """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
         text, ids = prompt, None
         if isinstance(prompt, str) and not self._is_chat:
             ids = self._tokenizer.encode(prompt, bos=self._tokenizer.adds_bos)
@@ -283,14 +286,13 @@ class _Encoder:
 
 
 def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:
-    """Raises ConfigError that lists what is wrong with the arguments of load_task."""
-    problems = []
-    for name, value, low, high in (
-        ("size", size, 1, _SEED_STRIDE),
-        ("seed", seed, 0, (1 << 32) - 1),
-    ):
-        if not is_int(value) or not low <= value <= high:
-            problems.append(f"{name} is {value!r:.40}, expected an integer, {low} to {high}")
+    """Raises ConfigError that lists everything wrong with the arguments of load_task."""
+    ranges = (("size", size, integer(1, _SEED_STRIDE)), ("seed", seed, integer(0, 2**32 - 1)))
+    problems = [
+        f"{name} is {value!r:.40}, expected {allowed.expected}"
+        for name, value, allowed in ranges
+        if not allowed.fits(value)
+    ]
     if args is not None and not isinstance(args, dict):
         problems.append(f"task_args is {args!r:.80}, expected an object of names and values")
     if not weights or not set(weights) <= {"strict", "lenient"}:
@@ -306,7 +308,7 @@ def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
             f"unknown task {spec!r:.80}; tasks are reasoning_gym:NAME, for example "
             "reasoning_gym:chain_sum"
         )
-    gym = _import_reasoning_gym()
+    gym = import_reasoning_gym()
     if name not in gym.factory.DATASETS:
         close = difflib.get_close_matches(name, gym.factory.DATASETS)
         close = f"did you mean {' or '.join(close)}?" if close else "see its list of tasks"
@@ -326,11 +328,3 @@ def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
             f"reasoning_gym cannot make {name} with the arguments {args}: {type(e).__name__}: "
             f"{' '.join(str(e).split())[:300]}"
         ) from e
-
-
-def _import_reasoning_gym() -> Any:
-    try:
-        import reasoning_gym  # optional, and slow to import
-    except ImportError as e:
-        raise ConfigError("this task needs reasoning-gym: pip install 'altiplano[rl]'") from e
-    return reasoning_gym

@@ -1,8 +1,8 @@
-"""The process that one reward function runs in: calls come pickled, answers go back as JSON.
+"""The process that one reward function runs in: calls arrive pickled, answers go back as JSON.
 
-`trainers.rewards.RewardPool` starts this file by its path, so it imports nothing of this package and is
-up in some 50 ms. Whatever the function does to its process, the pool sees an answer, a closed socket
-or silence.
+`trainers.rewards.pool.RewardProcess` starts this file by its path, so it imports nothing of this
+package and is up in some 50 ms. Whatever the function does to its process, the pool sees an answer, a
+closed socket or silence.
 """
 
 import errno
@@ -22,17 +22,17 @@ from typing import Any
 
 
 def main() -> None:
-    """Serves the socket that is its standard input: first sys.path, then the function, then calls."""
+    """Serves the socket on standard input, which carries sys.path, then the function, then calls."""
     connection = Connection(os.dup(0))
-    # A child that the function forks must neither answer, nor take calls, nor hold the socket open.
+    # A child that the function forks must not answer, take calls or hold the socket open.
     os.register_at_fork(after_in_child=connection.close)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout = sys.stderr
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, frames), daemon=True).start()
-    # Whatever started the run may have had it ignored, and what is ignored is handed on.
+    # A parent that ignores SIGINT passes that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # The function runs in the main thread: those that use signals (SIGALRM) need it.
+    # The function runs in the main thread, which functions with signals (SIGALRM) need.
     sys.path[:] = pickle.loads(frames.get())
     code = frames.get()
     function = None
@@ -46,23 +46,23 @@ def main() -> None:
         # SystemExit too: nothing that the function raises ends the worker.
         except BaseException as error:
             answer = {"failed": describe(error)}
-        if connection.closed:  # a child that the function has forked, and not ended
+        if connection.closed:  # this is a child that the function forked and did not end
             return
         connection.send_bytes(json.dumps(answer).encode())
 
 
 def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
-    """Reads at all times, so that a hanging function too ends with the process that asked for it.
+    """Reads at all times, so that even a hanging function ends when the run's process does.
 
-    Not one in native code that holds the interpreter's lock: that one the pool's timeout ends.
+    Native code that holds the interpreter's lock keeps running until the pool's timeout.
     """
     try:
         while True:
             frames.put(connection.recv_bytes())
     except (EOFError, OSError) as error:
         if getattr(error, "errno", None) == errno.EBADF:
-            return  # the function has closed it: whoever asked knows, and its exit code says more
-        # The worker leads a group of its own; what the function has forked goes with it.
+            return  # the function closed the socket; the pool notices, and the exit code says more
+        # The worker leads its own process group, so its forked children end with it.
         os.killpg(os.getpid(), signal.SIGKILL)
 
 
@@ -70,7 +70,7 @@ def describe(error: BaseException) -> str:
     """One line: the exception's type, text and the place that raised it."""
     try:
         text = " ".join(str(error).split())[:200]
-    except Exception:  # of a class that cannot even print itself
+    except Exception:  # some exceptions cannot even be printed
         text = ""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     place = f"{Path(frame.f_code.co_filename).name}:{line}"
@@ -78,15 +78,15 @@ def describe(error: BaseException) -> str:
 
 
 def check(result: Any, rows: int) -> dict[str, Any]:
-    """What a reward function has returned, as plain numbers.
+    """The result of a reward function as plain numbers.
 
     Args:
         result: a list, a tuple or an array of rank 1 (numpy, torch, jax).
-        rows: how many completions it was asked about.
+        rows: number of completions that the function was asked about.
 
     Returns:
-        {"values": [float | None]}, None for a row that it cannot score (None or NaN), or
-        {"invalid": what is wrong, "row": index or None}: a bug, which no other prompt would mend.
+        {"values": [float | None]}, None for a row that the function cannot score (None or NaN); or
+        {"invalid": the bug, "row": index or None}: asking about other prompts would not help.
     """
     if getattr(result, "ndim", 0) == 1 and hasattr(result, "tolist"):
         result = result.tolist()
@@ -110,11 +110,11 @@ def _number(value: Any) -> float | str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return "which is no real number"
+        return "which is not a real number"
     try:
         value = float(value)
     except OverflowError:
-        return "which no float64 holds"
+        return "which float64 cannot hold"
     if math.isinf(value):
         return "which is infinite"
     return None if math.isnan(value) else value
