@@ -2,10 +2,10 @@
 
     python examples/arithmetic.py
 
-A tiny Llama with a tokenizer of 14 characters first learns the form of an answer from examples of
-which many digits are wrong; it then answers as badly as they do. GRPO has only a reward, 1 for a right
-sum and 0 else, and makes it right. Sums are of two numbers with two digits, without a carry; those it
-is measured on are in no training data. Prints the accuracy before and after GRPO.
+A tiny Llama with a tokenizer of 14 tokens first learns the form of an answer from examples with
+many wrong digits; it then answers as badly as they do. GRPO has only a reward, 1 for a right sum and 0
+otherwise, and corrects it. The sums have two numbers of two digits and no carry; the sums in the
+measurement are in no training data. Prints the accuracy before and after GRPO.
 """
 
 import json
@@ -37,7 +37,7 @@ from trainers.rewards.tasks import Task, load_prompts
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
-RIGHT = 0.52  # of the digits in the examples
+RIGHT = 0.52  # share of right digits in the examples
 MODEL = ModelConfig(
     dim=64,
     n_layers=2,
@@ -58,7 +58,7 @@ MODEL = ModelConfig(
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
-    """One token a character: digits, + and =, with a start and an end."""
+    """One token per character: digits, + and =, with a start and an end."""
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *"0123456789+="])}
     made = tokenizers.Tokenizer(tokenizer_models.BPE(vocabulary, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,12 +77,17 @@ def write_data(folder: Path, seed: int) -> None:
         (a, b) for a in range(100) for b in range(100) if a % 10 + b % 10 < 10 > a // 10 + b // 10
     ]
     draw.shuffle(sums)
-    digit = lambda d: d if draw.random() < RIGHT else draw.choice("0123456789")
-    example = lambda a, b: {
-        "prompt": f"{a:02}+{b:02}=",
-        "completion": "".join(map(digit, f"{a + b:02}")),
-    }
-    prompt = lambda a, b: {"prompt": f"{a:02}+{b:02}=", "answer": f"{a + b:02}"}
+
+    def digit(right: str) -> str:
+        return right if draw.random() < RIGHT else draw.choice("0123456789")
+
+    def example(a: int, b: int) -> dict[str, str]:
+        completion = "".join(map(digit, f"{a + b:02}"))
+        return {"prompt": f"{a:02}+{b:02}=", "completion": completion}
+
+    def prompt(a: int, b: int) -> dict[str, str]:
+        return {"prompt": f"{a:02}+{b:02}=", "answer": f"{a + b:02}"}
+
     held_out, rest = sums[:200], sums[200:]
     for name, rows in (
         ("examples", [example(*s) for s in rest for _ in range(4)]),
@@ -103,7 +108,7 @@ def accuracy(llama: LLaMa, params, tokenizer: Tokenizer, task: Task, pool: Rewar
 def run(
     folder: Path, *, seed: int = 0, sft_steps: int = 280, steps: int = 120
 ) -> tuple[float, float]:
-    """(accuracy after fine-tuning, after GRPO) on held-out sums; both metrics stay in the folder."""
+    """Accuracy on held-out sums (after fine-tuning, after GRPO); the folder keeps both metrics."""
     tokenizer, llama = make_tokenizer(folder), LLaMa(MODEL)
     write_data(folder, seed)
     data = DataConfig(seq_len=16, batch_size=256, seed=seed)

@@ -1,9 +1,9 @@
-"""A loss of one's own on `Trainer`: sums and a weight; batches, micro-batches and devices follow.
+"""Your own loss on `Trainer`: return sums and a weight; micro-batches and devices add up by themselves.
 
     python examples/custom_loss.py
 
 The loss is cross-entropy with a z-loss, which keeps the logarithm of the softmax's denominator near 0
-(PaLM, 2204.02311, section 5). `fit`, LoRA, checkpoints and meshes take such a trainer as it is.
+(PaLM, 2204.02311, section 5). `fit`, LoRA, checkpoints and meshes work with such a trainer unchanged.
 """
 
 import sys
@@ -25,7 +25,7 @@ class ZLossTrainer(SFTTrainer):
     """Cross-entropy + 1e-2 · log² Z, per target."""
 
     def loss(self, params, batch, key) -> Loss:
-        """Sums over a micro-batch's targets; `log_z` is logged."""
+        """Sums over the targets of a micro-batch; `log_z` becomes a metric."""
         targets_BT, weights_BT = next_tokens(batch)
         logits_BTV, _ = self.model.apply({"params": params}, batch["tokens"])
         log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -39,7 +39,7 @@ class ZLossTrainer(SFTTrainer):
 
 
 def run(steps: int = 20) -> list[float]:
-    """The loss of each step on one batch of counting rows."""
+    """The loss of each step, on one batch of rows that count upwards."""
     tokens = (np.arange(16)[:, None] + np.arange(12)) % MODEL.vocab_size
     batch = {"tokens": tokens.astype(np.int32), "target_mask": np.ones(tokens.shape, bool)}
     trainer = ZLossTrainer(LLaMa(MODEL), SFTConfig(learning_rate=1e-2, max_steps=steps))

@@ -2,8 +2,8 @@
 
     python examples/grpo_step.py
 
-`train.py grpo` does the same with real prompts, rewards in processes of their own, checkpoints and a log. Left
-out here: the KL penalty, several updates per rollout, and everything that survives a crash.
+`train.py grpo` does the same with real prompts, rewards in processes of their own, checkpoints and a
+log. Left out here: the KL penalty, several updates per rollout, and recovery after a crash.
 
 Dimension key: B prompts, G completions of each (group_size), C completion tokens.
 """
@@ -28,12 +28,12 @@ GROUP_SIZE, MAX_COMPLETION_LEN, PROMPT_WIDTH = 8, 4, 16
 
 
 def reward(text: str) -> float:
-    """The share of even digits: something that random weights can learn at once."""
+    """The share of even digits: random weights learn it within a few steps."""
     return sum(character in "02468" for character in text) / MAX_COMPLETION_LEN
 
 
 def step(trainer: GRPOTrainer, state, tokenizer, texts: list[str]) -> tuple:
-    """(the state after one update, the mean reward of what was sampled before it, metrics)."""
+    """One update: (the new state, the mean reward of the completions it learned from, metrics)."""
     # 1. Sample a group of completions of each prompt. The prompt is computed once for its group.
     prompts = [Prompt(text=text, ids=tuple(tokenizer.encode(text)), columns={}) for text in texts]
     done = generate(
@@ -47,9 +47,7 @@ def step(trainer: GRPOTrainer, state, tokenizer, texts: list[str]) -> tuple:
             stop_ids=tokenizer.stop_ids,
             vocab_limit=tokenizer.vocab_size,
         ),
-        key=jax.random.fold_in(
-            state.key, 1
-        ),  # a step splits the state's key: each rollout has its own
+        key=jax.random.fold_in(state.key, 1),  # each step splits state.key: a new one per rollout
     )
     B, G, C = len(prompts), GROUP_SIZE, MAX_COMPLETION_LEN
     widen = ((0, 0), (0, C - done.tokens.shape[1]))
@@ -79,13 +77,13 @@ def step(trainer: GRPOTrainer, state, tokenizer, texts: list[str]) -> tuple:
     )
     batch = rollout.batch(Layout(prompt_width=PROMPT_WIDTH, width=C, branches=G))
 
-    # 5. One clipped policy-gradient step; `loss` in trainers/grpo_trainer.py says of what.
+    # 5. One clipped policy-gradient step: `GRPOTrainer.loss` in trainers/grpo_trainer.py.
     state, metrics = trainer.train_step(state, {}, batch)
     return state, rewards_BG.mean(), metrics
 
 
 def run(steps: int = 30) -> list[float]:
-    """The mean reward of each step, from random weights on."""
+    """The mean reward of each step, starting from random weights."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
     config = GRPOConfig(

@@ -2,8 +2,8 @@
 
     python examples/sft_json.py
 
-A sentence comes in, an object with four fields goes out. Who, what and where of a held-out sentence
-are together in no training sentence. Prints the share of exactly right answers before and after, and
+A sentence comes in, an object with four fields goes out. No training sentence combines the who, what
+and where of a held-out sentence. Prints the share of exactly right answers before and after, and
 draws the loss to sft_json.png (matplotlib).
 """
 
@@ -46,7 +46,7 @@ SENTENCES = (
 
 
 def conversations(n_train: int, n_held_out: int) -> tuple[list[dict], list[dict]]:
-    """Sentences and what is to be answered: (for training, held out)."""
+    """Sentences with their answers: (for training, held out)."""
     draw = random.Random(0)
     triples = list(itertools.product(*WORDS))
     draw.shuffle(triples)
@@ -60,7 +60,7 @@ def conversations(n_train: int, n_held_out: int) -> tuple[list[dict], list[dict]
 
 
 def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
-    """Share of rows that greedy decoding answers to the letter."""
+    """Share of rows that greedy decoding answers exactly."""
     form = chat_format_for(tokenizer)
     prompts = [form.encode_chat(row["messages"][:1]) for row in rows]
     config = GenerationConfig(max_new_tokens=40, stop_ids=tokenizer.stop_ids)
@@ -70,7 +70,7 @@ def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
 
 
 def run(folder: Path, max_steps: int = 40, seed: int = 0) -> tuple[float, float]:
-    """(exact match before, after) training; metrics.jsonl is left in the folder."""
+    """Exact match (before, after) training; the folder keeps metrics.jsonl."""
     path = resolve("smollm2-135m-instruct")
     model_config, params = load_checkpoint(path, dtype="float32")
     tokenizer, llama = load_tokenizer(path), LLaMa(model_config)
@@ -93,14 +93,14 @@ def run(folder: Path, max_steps: int = 40, seed: int = 0) -> tuple[float, float]
 
 
 def draw(folder: Path, to: Path) -> None:
-    """The loss by step, from metrics.jsonl."""
+    """Draws the loss by step, from metrics.jsonl."""
     import matplotlib.pyplot as plt
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plt.figure(figsize=(6, 3))
     plt.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     plt.xlabel("step")
-    plt.ylabel("loss, nats a token")
+    plt.ylabel("loss, nats per token")
     plt.yscale("log")
     plt.tight_layout()
     plt.savefig(to, dpi=120)
