@@ -1,4 +1,4 @@
-"""What examples/ has runs, and shows what it promises."""
+"""The examples run, and do what they promise."""
 
 from pathlib import Path
 
