@@ -3,9 +3,9 @@
     python examples/arithmetic.py
 
 A tiny Llama with a tokenizer of 14 tokens first learns the form of an answer from examples with
-many wrong digits; it then answers as badly as they do. GRPO has only a reward, 1 for a right sum and 0
-otherwise, and corrects it. The sums have two numbers of two digits and no carry; the sums in the
-measurement are in no training data. Prints the accuracy before and after GRPO.
+many wrong digits; it then answers as badly as they do. GRPO has only a reward, 1 for a right sum and
+0 otherwise, and corrects it. The sums have two numbers of two digits and no carry; held-out sums
+are in no training data. Prints the accuracy before and after GRPO.
 """
 
 import json

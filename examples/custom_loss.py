@@ -1,9 +1,9 @@
-"""Your own loss on `Trainer`: return sums and a weight; micro-batches and devices add up by themselves.
+"""Your own loss on `Trainer`: return sums and a weight; micro-batches and devices add up alone.
 
     python examples/custom_loss.py
 
-The loss is cross-entropy with a z-loss, which keeps the logarithm of the softmax's denominator near 0
-(PaLM, 2204.02311, section 5). `fit`, LoRA, checkpoints and meshes work with such a trainer unchanged.
+The loss is cross-entropy with a z-loss, which keeps the logarithm of the softmax's denominator near
+0 (PaLM, 2204.02311, section 5). `fit`, LoRA, checkpoints and meshes work with it unchanged.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python examples/grpo_step.py
 
-`train.py grpo` does the same with real prompts, rewards in processes of their own, checkpoints and a
-log. Left out here: the KL penalty, several updates per rollout, and recovery after a crash.
+`train.py grpo` does the same with real prompts, rewards in processes of their own, checkpoints and
+a log. Left out here: the KL penalty, several updates per rollout, and recovery after a crash.
 
 Dimension key: B prompts, G completions of each (group_size), C completion tokens.
 """

@@ -2,8 +2,8 @@
 
     python examples/sft_json.py
 
-A sentence comes in, an object with four fields goes out. No training sentence combines the who, what
-and where of a held-out sentence. Prints the share of exactly right answers before and after, and
+A sentence comes in, an object with four fields goes out. No training sentence combines the who,
+what and where of a held-out sentence. Prints the share of exactly right answers before and after, and
 draws the loss to sft_json.png (matplotlib).
 """
 

@@ -1,4 +1,4 @@
-"""The paths, names and commands in README.md, CLAUDE.md and docs/ exist, and README's Python runs."""
+"""Paths, names and commands in README.md, CLAUDE.md and docs/ exist, and README's Python runs."""
 
 import ast
 import doctest
