@@ -33,7 +33,7 @@ from trainers.on_policy import RolloutData
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.functions import load_reward
 from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import Task, load_prompts
+from trainers.rewards.tasks import PromptEncoder, Task, load_prompts
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
@@ -119,10 +119,9 @@ def run(
     with MetricsLog(folder / "sft") as log:
         state, _ = fit(sft, state, {}, dataset, log=log)
 
-    reward = load_reward("exact_match")
+    reward, encode = load_reward("exact_match"), PromptEncoder(tokenizer, chat=False)
     train, held_out = (
-        load_prompts(folder / f"{name}.jsonl", tokenizer, [reward], chat=False)
-        for name in ("train", "held_out")
+        load_prompts(folder / f"{name}.jsonl", encode, [reward]) for name in ("train", "held_out")
     )
     trainer = GRPOTrainer(
         llama,

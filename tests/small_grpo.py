@@ -36,10 +36,8 @@ def task(count: int = 10, rewards=REWARDS) -> Task:
     """Prompts of several lengths; answer i of prompt i."""
     draw = random.Random(0)
     texts = ["".join(draw.choices("0123456789", k=1 + i % 5)) + "=" for i in range(count)]
-    encode = lambda text: tuple(tokenizer().encode(text, bos=True))
-    prompts = [
-        Prompt(text=text, ids=encode(text), columns={"answer": i}) for i, text in enumerate(texts)
-    ]
+    ids = [tuple(tokenizer().encode(text, bos=True)) for text in texts]
+    prompts = [Prompt(text=text, ids=ids[i], columns={"answer": i}) for i, text in enumerate(texts)]
     return Task(name="sums", prompts=tuple(prompts), rewards=tuple(rewards))
 
 

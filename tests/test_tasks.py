@@ -12,7 +12,7 @@ from models.llama.tokenizer import load_tokenizer
 from tests import cli
 from trainers.rewards.functions import Reward
 from trainers.rewards.pool import reward_rows
-from trainers.rewards.tasks import Task, load_prompts, load_task
+from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task
 from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -56,7 +56,7 @@ def ids_of(text: str, tokenizer) -> tuple[int, ...]:
 
 
 def test_a_task_has_the_items_of_reasoning_gym(tokenizer):
-    task = load_task(SUM, tokenizer, args=ONE_DIGIT, size=7, seed=3)
+    task = load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=7, seed=3)
     theirs = reasoning_gym.create_dataset("chain_sum", size=7, seed=3 << 20, **ONE_DIGIT)
     assert len(task.prompts) == 7
     for prompt, entry in zip(task.prompts, theirs):
@@ -64,12 +64,18 @@ def test_a_task_has_the_items_of_reasoning_gym(tokenizer):
         assert prompt.ids == ids_of(chat(("user", entry["question"])), tokenizer)
         assert prompt.columns == {"answer": entry["answer"], "entry": entry}
     assert task.longest == max(len(prompt.ids) for prompt in task.prompts)
-    assert task.digest == load_task(SUM, tokenizer, args=ONE_DIGIT, size=7, seed=3).digest
-    assert task.digest != load_task(SUM, tokenizer, args=ONE_DIGIT, size=7, seed=4).digest
+    assert (
+        task.digest
+        == load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=7, seed=3).digest
+    )
+    assert (
+        task.digest
+        != load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=7, seed=4).digest
+    )
 
 
 def test_an_item_is_scored_by_its_task_strictly_and_leniently(tokenizer):
-    task = load_task(SUM, tokenizer, size=3)
+    task = load_task(SUM, PromptEncoder(tokenizer), size=3)
     rewards = {reward.name: reward for reward in task.rewards}
     assert {name: reward.weight for name, reward in rewards.items()} == dict(
         strict=0.5, lenient=0.5
@@ -83,13 +89,13 @@ def test_an_item_is_scored_by_its_task_strictly_and_leniently(tokenizer):
         }
         assert scores["lenient"] == [1, 1, 0]
         assert scores["strict"][0] == 1 and scores["strict"][1] < 1 and scores["strict"][2] == 0
-    task = load_task(SUM, tokenizer, size=3, weights={"lenient": 2.0})
+    task = load_task(SUM, PromptEncoder(tokenizer), size=3, weights={"lenient": 2.0})
     assert [(reward.name, reward.weight) for reward in task.rewards] == [("lenient", 2.0)]
 
 
 def test_an_item_is_scored_as_if_it_had_never_left_its_data_set(tokenizer):
     # JSON would make lists of its tuples, and this task compares with those.
-    task = load_task("reasoning_gym:rearc", tokenizer, size=2)
+    task = load_task("reasoning_gym:rearc", PromptEncoder(tokenizer), size=2)
     strict = next(reward.function for reward in task.rewards if reward.name == "strict")
     _, columns = reward_rows(task.prompts, 1)
     assert strict(completions=columns["answer"], **columns) == [1, 1]
@@ -98,17 +104,20 @@ def test_an_item_is_scored_as_if_it_had_never_left_its_data_set(tokenizer):
 def test_seeds_share_no_items(tokenizer):
     # reasoning_gym's own seeds do: item 1 of seed 0 is item 0 of seed 1.
     first, second = (
-        {prompt.text for prompt in load_task(SUM, tokenizer, args=SIX_DIGITS, seed=s).prompts}
+        {
+            prompt.text
+            for prompt in load_task(SUM, PromptEncoder(tokenizer), args=SIX_DIGITS, seed=s).prompts
+        }
         for s in (0, 1)
     )
     assert len(first) == len(second) == 1000 and not first & second
 
 
 def test_what_is_held_out_is_left_out_of_the_training(tokenizer):
-    held_out = load_task(SUM, tokenizer, args=ONE_DIGIT, size=40, seed=1)
+    held_out = load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=40, seed=1)
     options = dict(args=ONE_DIGIT, size=200, seed=0)
-    either = load_task(SUM, tokenizer, **options)
-    train = load_task(SUM, tokenizer, **options, exclude=held_out)
+    either = load_task(SUM, PromptEncoder(tokenizer), **options)
+    train = load_task(SUM, PromptEncoder(tokenizer), **options, exclude=held_out)
     seen = {prompt.ids for prompt in held_out.prompts}
     assert any(
         prompt.ids in seen for prompt in either.prompts
@@ -117,15 +126,17 @@ def test_what_is_held_out_is_left_out_of_the_training(tokenizer):
     assert not any(prompt.ids in seen for prompt in train.prompts)
     kept = [prompt for prompt in either.prompts if prompt.ids not in seen]
     assert list(train.prompts[: len(kept)]) == kept
-    assert train.digest == load_task(SUM, tokenizer, **options, exclude=held_out).digest
+    assert (
+        train.digest == load_task(SUM, PromptEncoder(tokenizer), **options, exclude=held_out).digest
+    )
 
 
 def test_too_few_prompts_are_left(tokenizer):
-    held_out = load_task(SUM, tokenizer, args=ONE_DIGIT, size=3000, seed=1)
+    held_out = load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=3000, seed=1)
     with pytest.raises(
         ConfigError, match=r"only 0 of 100 items .* of reasoning_gym:chain_sum, and 5"
     ):
-        load_task(SUM, tokenizer, args=ONE_DIGIT, size=5, exclude=held_out)
+        load_task(SUM, PromptEncoder(tokenizer), args=ONE_DIGIT, size=5, exclude=held_out)
 
 
 @pytest.mark.parametrize(
@@ -145,19 +156,23 @@ def test_too_few_prompts_are_left(tokenizer):
         (SUM, dict(args=dict(seed=1)), "seed has a flag of its own"),
         (SUM, dict(args=[1], size=0, seed=-1), "size is 0.*seed is -1.*task_args is .1."),
         (SUM, dict(size=True, weights=dict(exact=1)), "size is True.*weights of .'exact'."),
-        (SUM, dict(chat=False, system="Be brief."), "chat is off"),
     ],
 )
 def test_a_task_that_cannot_be_is_one_line(tokenizer, spec, options, pattern):
     with pytest.raises(ConfigError, match=pattern) as caught:
-        load_task(spec, tokenizer, **options)
+        load_task(spec, PromptEncoder(tokenizer), **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_message_needs_a_chat(tokenizer):
+    with pytest.raises(ConfigError, match="^system and chat_format need a chat, and chat is off$"):
+        PromptEncoder(tokenizer, chat=False, system="Be brief.")
 
 
 def test_reasoning_gym_is_optional(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"pip install 'altiplano\[rl\]'"):
-        load_task(SUM, tokenizer)
+        load_task(SUM, PromptEncoder(tokenizer))
 
 
 # Prompts of a file ------------------------------------------------------------------------------
@@ -170,12 +185,12 @@ def test_a_text_is_a_users_message_and_a_conversation_is_written_as_it_is(tokeni
     tool = [dict(role="user", content="e"), dict(role="tool", content="f")]
     rows = [{"prompt": prompt} for prompt in ("1+1", messages, own, tool, tool[1:])]
     path = write(tmp_path, *rows)
-    task = load_prompts(path, tokenizer, REWARDS)
+    task = load_prompts(path, PromptEncoder(tokenizer), REWARDS)
     assert [prompt.text for prompt in task.prompts] == ["1+1", "c", "d", "e", "f"]
     expected = [chat(("user", "1+1")), chat(*talk), chat(("system", "own"), ("user", "d"))]
     expected += [chat(("user", "e"), ("tool", "f")), chat(("tool", "f"))]
     assert [prompt.ids for prompt in task.prompts] == [ids_of(t, tokenizer) for t in expected]
-    task = load_prompts(write(tmp_path, *rows[:3]), tokenizer, REWARDS, system="new")
+    task = load_prompts(write(tmp_path, *rows[:3]), PromptEncoder(tokenizer, system="new"), REWARDS)
     first = ("system", "new")
     expected = [chat(first, ("user", "1+1")), chat(first, *talk), expected[2]]
     assert [prompt.ids for prompt in task.prompts] == [ids_of(t, tokenizer) for t in expected]
@@ -184,27 +199,27 @@ def test_a_text_is_a_users_message_and_a_conversation_is_written_as_it_is(tokeni
 def test_a_text_is_plain_where_there_is_no_chat(tokenizer, plain, tmp_path):
     path = write(tmp_path, {"prompt": "1+<|im_end|>"})
     for given, options in ((plain, {}), (tokenizer, dict(chat=False))):
-        (prompt,) = load_prompts(path, given, REWARDS, **options).prompts
+        (prompt,) = load_prompts(path, PromptEncoder(given, **options), REWARDS).prompts
         # One BOS, and what a user types is no control token.
         assert prompt.ids == (0, *tokenizer.encode("1+<|im_end|>")) and 1 not in prompt.ids
         assert prompt.text == "1+<|im_end|>"
     for options in (dict(chat=True), dict(system="Be brief.")):
         with pytest.raises(ArtifactError, match="no default chat template"):
-            load_prompts(path, plain, REWARDS, **options)
+            load_prompts(path, PromptEncoder(plain, **options), REWARDS)
     with pytest.raises(ArtifactError, match="no '<.begin_of_text.>'"):
-        load_prompts(path, plain, REWARDS, chat_format="llama3")
+        load_prompts(path, PromptEncoder(plain, chat_format="llama3"), REWARDS)
     path = write(tmp_path, {"prompt": [dict(role="user", content="?")]})
     with pytest.raises(ArtifactError, match="no default chat template"):
-        load_prompts(path, plain, REWARDS)
+        load_prompts(path, PromptEncoder(plain), REWARDS)
     plain.adds_bos = False
     path = write(tmp_path, {"prompt": "?"}, {"prompt": ""})
     with pytest.raises(DataError, match=r"prompts.jsonl:2: the prompt is empty"):
-        load_prompts(path, plain, REWARDS)
+        load_prompts(path, PromptEncoder(plain), REWARDS)
 
 
 def test_other_fields_are_columns_in_every_row(tokenizer, tmp_path):
     rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "hint": ["x"], "answer": None}]
-    task = load_prompts(write(tmp_path, *rows), tokenizer, REWARDS)
+    task = load_prompts(write(tmp_path, *rows), PromptEncoder(tokenizer), REWARDS)
     assert [prompt.columns for prompt in task.prompts] == [
         {"answer": 1, "hint": None},
         {"answer": None, "hint": ["x"]},
@@ -232,14 +247,19 @@ def test_rows_that_are_no_prompts_are_named(tokenizer, tmp_path):
         ({"prompt": "b", "completion_ids": [1]}, ":2: the field 'completion_ids'"),
     ):
         with pytest.raises(DataError, match="prompts.jsonl" + pattern):
-            load_prompts(write(tmp_path, good, row), tokenizer, REWARDS)
+            load_prompts(write(tmp_path, good, row), PromptEncoder(tokenizer), REWARDS)
     path = write(tmp_path, good, {"text": "a"}, {"prompt": "b"})
-    assert len(load_prompts(path, tokenizer, REWARDS, skip_bad=1).prompts) == 2
+    assert len(load_prompts(path, PromptEncoder(tokenizer), REWARDS, skip_bad=1).prompts) == 2
     late = [user, dict(role="system", content="!")]
     with pytest.raises(DataError, match="2 bad rows, and skip_bad=1"):
-        load_prompts(write(tmp_path, {"prompt": late}, {}, good), tokenizer, REWARDS, skip_bad=1)
+        load_prompts(
+            write(tmp_path, {"prompt": late}, {}, good),
+            PromptEncoder(tokenizer),
+            REWARDS,
+            skip_bad=1,
+        )
     with pytest.raises(DataError, match="has no prompts"):
-        load_prompts(write(tmp_path), tokenizer, REWARDS)
+        load_prompts(write(tmp_path), PromptEncoder(tokenizer), REWARDS)
 
 
 def test_a_row_that_the_chat_format_refuses_is_named_and_may_be_skipped(tokenizer, tmp_path):
@@ -248,11 +268,16 @@ def test_a_row_that_the_chat_format_refuses_is_named_and_may_be_skipped(tokenize
     rows = [{"prompt": "a"}, {"prompt": users}, {"prompt": users}]
     path = write(tmp_path, *rows[:2])
     with pytest.raises(DataError, match=":2: message 1 .*take turns"):
-        load_prompts(path, tokenizer, REWARDS, chat_format="llama2")
-    task = load_prompts(path, tokenizer, REWARDS, chat_format="llama2", skip_bad=1)
+        load_prompts(path, PromptEncoder(tokenizer, chat_format="llama2"), REWARDS)
+    task = load_prompts(path, PromptEncoder(tokenizer, chat_format="llama2"), REWARDS, skip_bad=1)
     assert [prompt.text for prompt in task.prompts] == ["a"]
     with pytest.raises(DataError, match="2 bad rows, and skip_bad=1; .*:2: message 1"):
-        load_prompts(write(tmp_path, *rows), tokenizer, REWARDS, chat_format="llama2", skip_bad=1)
+        load_prompts(
+            write(tmp_path, *rows),
+            PromptEncoder(tokenizer, chat_format="llama2"),
+            REWARDS,
+            skip_bad=1,
+        )
 
 
 # Task -------------------------------------------------------------------------------------------
@@ -282,8 +307,9 @@ def test_the_digest_is_of_names_ids_and_columns():
 
 def test_the_digest_is_the_same_in_every_process(tokenizer):
     code = "import sys\nfrom models.llama.tokenizer import load_tokenizer\n"
-    code += "from trainers.rewards.tasks import load_task\n"
-    code += "print(load_task(sys.argv[2], load_tokenizer(sys.argv[1]), size=5).digest)"
+    code += "from trainers.rewards.tasks import PromptEncoder, load_task\n"
+    code += "encode = PromptEncoder(load_tokenizer(sys.argv[1]))\n"
+    code += "print(load_task(sys.argv[2], encode, size=5).digest)"
     found = {
         subprocess.run(
             [sys.executable, "-c", code, cli.checkpoint(), SUM],
@@ -295,7 +321,7 @@ def test_the_digest_is_the_same_in_every_process(tokenizer):
         ).stdout.strip()
         for seed in ("1", "2")
     }
-    assert found == {load_task(SUM, tokenizer, size=5).digest}
+    assert found == {load_task(SUM, PromptEncoder(tokenizer), size=5).digest}
 
 
 def test_a_task_without_prompts_or_with_rewards_that_clash_is_none():

@@ -145,8 +145,8 @@ def evaluate_task(
     pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
     clock = PhaseClock()
-    found = _Found(pool.names, config.samples, write)
     size = min(config.batch_size, len(task.prompts))
+    scores, totals, lengths, cut, failures = [], [], [], [], []
     try:
         for start in range(0, len(task.prompts), size):
             if report is not None:
@@ -156,13 +156,34 @@ def evaluate_task(
             with clock("generation"):
                 done = _sample(model, params, tokenizer, task, config, indices)
             with clock("rewards"):
-                found.add(task.prompts[start : start + size], done, tokenizer, pool)
+                prompts = task.prompts[start : start + size]
+                records, *found = _scored(prompts, config.samples, done, tokenizer, pool)
+            scores.append(found[0])
+            totals.append(found[1])
+            failures += pool.failures
+            for record in records:
+                lengths.append(len(record["ids"]))
+                cut.append(record["finish_reason"] == "length")
+                if write is not None:
+                    write(record)
         lap = clock.take()
-        seconds = lap.seconds | {"compilation": sum(lap.compiling.values())}
     finally:
         clock.close()
-    asked = {"task": task.name, "digest": task.digest, "prompts": len(task.prompts)}
-    return asked | dataclasses.asdict(config) | found.summary(config.k, seconds)
+    by_reward = zip(pool.names, np.moveaxis(np.concatenate(scores), -1, 0))
+    compilation = sum(lap.compiling.values())
+    return {
+        "task": task.name,
+        "digest": task.digest,
+        "prompts": len(task.prompts),
+        **dataclasses.asdict(config),
+        "rewards": {name: _measures(values, config.k) for name, values in by_reward},
+        "total": _measures(np.concatenate(totals), ()),
+        "failures": failures,
+        "truncated": float(np.mean(cut)),
+        "mean_length": float(np.mean(lengths)),
+        "tokens_per_s": sum(lengths) / max(lap.seconds["generation"] - compilation, 1e-9),
+        "seconds": lap.seconds | {"compilation": compilation},
+    }
 
 
 class TaskEvaluation(Evaluation):
@@ -220,62 +241,25 @@ def _sample(
     )
 
 
-class _Found:
-    """Scores and lengths of completions, batch by batch."""
-
-    def __init__(
-        self, names: Sequence[str], n: int, write: Callable[[dict[str, Any]], None] | None
-    ):
-        self._names, self._n, self._write = names, n, write
-        self._values: list[np.ndarray] = []  # of a batch: [rewards, prompts, n]
-        self._totals: list[np.ndarray] = []  # of a batch: [prompts, n]
-        self._lengths: list[int] = []
-        self._truncated = 0
-        self._failures: list[str] = []
-
-    def add(
-        self,
-        prompts: Sequence[Prompt],
-        done: Completions,
-        tokenizer: Tokenizer,
-        pool: RewardPool,
-    ) -> None:
-        """Scores the rows of these prompts; later rows of `done` are left out."""
-        rows = range(len(prompts) * self._n)
-        ids = [done.row(i) for i in rows]
-        texts = [done.text(i, tokenizer) for i in rows]
-        scores, totals = pool.score(prompts, texts, ids, self._n)
-        self._values.append(scores.T.reshape(len(self._names), len(prompts), self._n))
-        self._totals.append(totals.reshape(len(prompts), self._n))
-        self._failures += pool.failures
-        self._lengths += [len(row) for row in ids]
-        self._truncated += sum(done.finish_reason[i] == "length" for i in rows)
-        for i in rows if self._write is not None else ():
-            self._write(
-                {
-                    "prompt": prompts[i // self._n].text,
-                    "sample": i % self._n,
-                    "completion": texts[i],
-                    "ids": ids[i],
-                    "finish_reason": done.finish_reason[i],
-                    "scores": dict(zip(self._names, map(_finite, scores[i]))),
-                }
-            )
-
-    def summary(self, ks: Sequence[int], seconds: dict[str, float]) -> dict[str, Any]:
-        """The measures that evaluate_task returns."""
-        values, tokens = np.concatenate(self._values, axis=1), sum(self._lengths)
-        rewards = {name: _measures(rows, ks) for name, rows in zip(self._names, values)}
-        sampling = max(seconds["generation"] - seconds["compilation"], 1e-9)
-        return {
-            "rewards": rewards,
-            "total": _measures(np.concatenate(self._totals), ()),
-            "failures": self._failures,
-            "truncated": self._truncated / len(self._lengths),
-            "mean_length": tokens / len(self._lengths),
-            "tokens_per_s": tokens / sampling,
-            "seconds": seconds,
+def _scored(
+    prompts: Sequence[Prompt], n: int, done: Completions, tokenizer: Tokenizer, pool: RewardPool
+) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """The rows of these prompts, of n samples each: (their records, [P, n, F] scores, [P, n] totals)."""
+    rows = range(len(prompts) * n)  # later rows only fill up the batch
+    texts, ids = [done.text(i, tokenizer) for i in rows], [done.row(i) for i in rows]
+    scores, totals = pool.score(prompts, texts, ids, n)
+    records = [
+        {
+            "prompt": prompts[i // n].text,
+            "sample": i % n,
+            "completion": texts[i],
+            "ids": ids[i],
+            "finish_reason": done.finish_reason[i],
+            "scores": dict(zip(pool.names, map(_finite, scores[i]))),
         }
+        for i in rows
+    ]
+    return records, scores.reshape(len(prompts), n, -1), totals.reshape(len(prompts), n)
 
 
 def _measures(scores_PN: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:

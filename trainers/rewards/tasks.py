@@ -125,26 +125,75 @@ class TaskFlags(Config):
         data: str | None = None,
     ) -> Task:
         """The task's prompts as `load_task` and `load_prompts` make them; `data` is another file."""
-        chat = dict(chat=self.chat, system=self.system, chat_format=self.chat_format)
+        encode = PromptEncoder(tokenizer, self.chat, self.system, self.chat_format)
         if self.task is None:
             path = data or self.data
-            return load_prompts(path, tokenizer, self.rewards, skip_bad=skip_bad, **chat)
+            return load_prompts(path, encode, self.rewards, skip_bad=skip_bad)
         sizes = dict(size=size, seed=seed, exclude=exclude)
-        return load_task(self.task, tokenizer, args=self.args, **sizes, **chat)
+        return load_task(self.task, encode, args=self.args, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoder:
+    """Encodes prompts, each a text or a list of messages.
+
+    Attributes:
+        tokenizer: the model's.
+        chat: whether a text is a user's message; None: if the model has a chat template. A list of
+            messages is always a conversation.
+        system: the system message of conversations that have none.
+        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
+
+    Raises:
+        ConfigError: a system message or a chat format without a chat.
+    """
+
+    tokenizer: Tokenizer
+    chat: bool | None = None
+    system: str | None = None
+    chat_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.chat is False and (self.system is not None or self.chat_format is not None):
+            raise ConfigError("system and chat_format need a chat, and chat is off")
+
+    @functools.cached_property
+    def _format(self) -> ChatFormat:
+        return chat_format_for(self.tokenizer, self.chat_format)
+
+    @property
+    def _is_chat(self) -> bool:
+        if self.chat is not None:
+            return self.chat
+        asked = self.system is not None or self.chat_format is not None
+        return asked or self.tokenizer.chat_template is not None
+
+    def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
+        """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
+        text, ids = prompt, None
+        if isinstance(prompt, str) and not self._is_chat:
+            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            users = [m["content"] for m in messages if m["role"] == "user"]
+            text = users[-1] if users else messages[-1]["content"]
+            if self.system is not None and messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": self.system}, *messages]
+            ids = self._format.encode_chat(messages)
+        if not ids:
+            raise DataError("the prompt is empty: it has no token to start from")
+        return Prompt(text=text, ids=tuple(ids), columns=columns)
 
 
 def load_task(
     spec: str,
-    tokenizer: Tokenizer,
+    encode: PromptEncoder,
     *,
     args: dict[str, Any] | None = None,
     size: int = 1000,
     seed: int = 0,
     exclude: Task | None = None,
     weights: Mapping[str, float] | None = None,
-    chat: bool | None = None,
-    system: str | None = None,
-    chat_format: str | None = None,
 ) -> Task:
     """A task of reasoning_gym, with its columns `answer` and `entry`.
 
@@ -154,17 +203,13 @@ def load_task(
 
     Args:
         spec: `reasoning_gym:NAME`, for example `reasoning_gym:chain_sum`.
-        tokenizer: the model's.
+        encode: makes the prompts' ids.
         args: the task's arguments in reasoning_gym, for example {"max_terms": 2}.
         size: number of prompts.
         seed: the prompts' seed.
         exclude: a task whose prompts are left out.
         weights: weights of the rewards "strict" (the completion is the answer and nothing else) and
             "lenient" (the answer is taken from it); default: 0.5 each.
-        chat: the question is a user's message; False: plain text; None: a message if the model has
-            a chat template.
-        system: the system message.
-        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
 
     Raises:
         ConfigError: the task is unknown, its arguments are wrong, too few prompts are left, or
@@ -173,12 +218,11 @@ def load_task(
     weights = {"strict": 0.5, "lenient": 0.5} if weights is None else weights
     _check(size, seed, args, weights)
     args = args or {}
-    encoder = _Encoder(tokenizer, chat, system, chat_format)
     seen = {prompt.ids for prompt in exclude.prompts} if exclude else set()
     tries = min(_TRIES * size, _SEED_STRIDE) if exclude else size
     prompts: list[Prompt] = []
     for entry in _entries(spec, args, tries, seed * _SEED_STRIDE):
-        prompt = encoder(entry["question"], {"answer": entry["answer"], "entry": entry})
+        prompt = encode(entry["question"], {"answer": entry["answer"], "entry": entry})
         if prompt.ids not in seen:
             prompts.append(prompt)
         if len(prompts) == size:
@@ -203,24 +247,17 @@ def load_task(
 
 def load_prompts(
     path: str | os.PathLike,
-    tokenizer: Tokenizer,
+    encode: PromptEncoder,
     rewards: Sequence[Reward],
     *,
-    chat: bool | None = None,
-    system: str | None = None,
-    chat_format: str | None = None,
     skip_bad: int = 0,
 ) -> Task:
     """Reads rows of {"prompt": …}, a text or a list of messages; their other fields are columns.
 
     Args:
         path: as for `read_records`.
-        tokenizer: the model's.
+        encode: makes the prompts' ids.
         rewards: score the completions.
-        chat: whether a text is a user's message; None: if the model has a chat template. A list
-            of messages is always a conversation.
-        system: the system message of conversations that have none.
-        chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
         skip_bad: number of broken rows, or rows that the chat format refuses, that may be left out.
 
     Raises:
@@ -229,7 +266,6 @@ def load_prompts(
         ArtifactError: the model has no chat format, and needs it.
     """
     records = read_records(path, kinds=("prompt",), skip_bad=skip_bad)
-    encoder = _Encoder(tokenizer, chat, system, chat_format)
     names = {name for record in records.rows for name in record.fields} - {"prompt"}
     if clash := names.intersection(RESERVED):
         first = next(r for r in records.rows if clash.intersection(r.fields))
@@ -241,48 +277,11 @@ def load_prompts(
     for record in records.rows:
         columns = {name: record.fields.get(name) for name in sorted(names)}
         try:
-            prompts.append(encoder(record.fields["prompt"], columns))
+            prompts.append(encode(record.fields["prompt"], columns))
         except DataError as e:
             records.bad.add(DataError(f"{record.where}: {e}"))
     records.bad.check(path)
     return Task(name=records.path, prompts=tuple(prompts), rewards=tuple(rewards))
-
-
-class _Encoder:
-    """Encodes prompts, each a text or a list of messages; for the arguments see load_prompts."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        chat: bool | None,
-        system: str | None,
-        chat_format: str | None,
-    ):
-        asked = system is not None or chat_format is not None
-        if chat is False and asked:
-            raise ConfigError("system and chat_format need a chat, and chat is off")
-        self._is_chat = asked or tokenizer.chat_template is not None if chat is None else chat
-        self._tokenizer, self._system, self._name = tokenizer, system, chat_format
-
-    @functools.cached_property
-    def _format(self) -> ChatFormat:
-        return chat_format_for(self._tokenizer, self._name)
-
-    def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
-        """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
-        text, ids = prompt, None
-        if isinstance(prompt, str) and not self._is_chat:
-            ids = self._tokenizer.encode(prompt, bos=self._tokenizer.adds_bos)
-        else:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            users = [m["content"] for m in messages if m["role"] == "user"]
-            text = users[-1] if users else messages[-1]["content"]
-            if self._system is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": self._system}, *messages]
-            ids = self._format.encode_chat(messages)
-        if not ids:
-            raise DataError("the prompt is empty: it has no token to start from")
-        return Prompt(text=text, ids=tuple(ids), columns=columns)
 
 
 def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:
