@@ -1,5 +1,6 @@
 """Accuracy of a model on a task: means of rewards and pass@k over its prompts, with intervals."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from trainers.rewards.pool import RewardPool, reward_rows
 from trainers.rewards.tasks import Task
 from trainers.rollout import Prompt, check_context
 from trainers.trainer import TrainState
-from utils.clock import PhaseClock
+from utils.clock import Lap, PhaseClock
 from utils.errors import ConfigError, is_int
 from utils.fields import Config, field, integer, number
 
@@ -144,10 +145,9 @@ def evaluate_task(
     # A call without rows shows, before anything is sampled, whether the rewards take these columns.
     pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
-    clock = PhaseClock()
     size = min(config.batch_size, len(task.prompts))
     scores, totals, lengths, cut, failures = [], [], [], [], []
-    try:
+    with contextlib.closing(PhaseClock()) as clock:
         for start in range(0, len(task.prompts), size):
             if report is not None:
                 report("prompts", start, len(task.prompts))
@@ -161,27 +161,24 @@ def evaluate_task(
             scores.append(found[0])
             totals.append(found[1])
             failures += pool.failures
-            for record in records:
-                lengths.append(len(record["ids"]))
-                cut.append(record["finish_reason"] == "length")
-                if write is not None:
-                    write(record)
+            lengths += [len(record["ids"]) for record in records]
+            cut += [record["finish_reason"] == "length" for record in records]
+            for record in records if write is not None else ():
+                write(record)
         lap = clock.take()
-    finally:
-        clock.close()
-    by_reward = zip(pool.names, np.moveaxis(np.concatenate(scores), -1, 0))
+    asked = {"task": task.name, "digest": task.digest, "prompts": len(task.prompts)}
+    asked |= dataclasses.asdict(config)
+    found = _measured(pool.names, np.concatenate(scores), np.concatenate(totals), config.k)
+    found |= {"failures": failures, "truncated": float(np.mean(cut))}
+    return asked | found | {"mean_length": float(np.mean(lengths))} | _speed(lap, sum(lengths))
+
+
+def _speed(lap: Lap, tokens: int) -> dict[str, Any]:
+    """`tokens_per_s` without compilation, and `seconds` by phase."""
     compilation = sum(lap.compiling.values())
+    generation = max(lap.seconds["generation"] - compilation, 1e-9)
     return {
-        "task": task.name,
-        "digest": task.digest,
-        "prompts": len(task.prompts),
-        **dataclasses.asdict(config),
-        "rewards": {name: _measures(values, config.k) for name, values in by_reward},
-        "total": _measures(np.concatenate(totals), ()),
-        "failures": failures,
-        "truncated": float(np.mean(cut)),
-        "mean_length": float(np.mean(lengths)),
-        "tokens_per_s": sum(lengths) / max(lap.seconds["generation"] - compilation, 1e-9),
+        "tokens_per_s": tokens / generation,
         "seconds": lap.seconds | {"compilation": compilation},
     }
 
@@ -260,6 +257,13 @@ def _scored(
         for i in rows
     ]
     return records, scores.reshape(len(prompts), n, -1), totals.reshape(len(prompts), n)
+
+
+def _measured(names, scores: np.ndarray, totals: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
+    """`rewards` and `total` of [prompts, samples, F] scores and [prompts, samples] weighted sums."""
+    by_reward = zip(names, np.moveaxis(scores, -1, 0))
+    rewards = {name: _measures(values, ks) for name, values in by_reward}
+    return {"rewards": rewards, "total": _measures(totals, ())}
 
 
 def _measures(scores_PN: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
