@@ -355,7 +355,7 @@ def test_a_filled_cache_goes_on():
     second = Generation(model, params, Greedy(), config)
     second.start([done.row(0)[-1:]], cache=first.state.cache)
     assert PROMPTS[3] + done.row(0) + finish(second).row(0) == row
-    with pytest.raises(SamplingError, match="one sample a prompt"):
+    with pytest.raises(SamplingError, match="n=2 with a filled cache, expected n=1"):
         Generation(model, params, Greedy(), GenerationConfig(n=2, max_new_tokens=1)).start(
             [[5]], cache=second.state.cache
         )

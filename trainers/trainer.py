@@ -302,7 +302,9 @@ class Trainer(abc.ABC):
 
 def model_specs(model: LLaMa, params: Params, lora: LoRAConfig | None = None) -> Params:
     """PartitionSpecs of a model's parameters, or of its adapters, on the context mesh."""
-    axes = param_axes(model.config) if lora is None else adapters.adapter_axes(lora)
+    axes = {}
+    if sharding.current_mesh() is not None:  # else nothing is sharded, and `model` may be any
+        axes = param_axes(model.config) if lora is None else adapters.adapter_axes(lora)
     return sharding.param_specs(params, axes, sharding.TRAINING)
 
 
