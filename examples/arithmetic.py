@@ -30,6 +30,7 @@ from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import fit
 from trainers.metrics import MetricsLog
 from trainers.on_policy import RolloutData
+from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.functions import load_reward
 from trainers.rewards.pool import RewardPool
@@ -137,7 +138,8 @@ def run(
     ):
         before = accuracy(llama, state.params, tokenizer, held_out, pool)
         config = RolloutConfig(prompts_per_step=64, group_size=8, seed=seed)
-        data = RolloutData(trainer, config, train.prompts, tokenizer, pool, rollouts.write)
+        write = recorder(rollouts.write, tokenizer)
+        data = RolloutData(trainer, config, train.prompts, tokenizer, pool, write)
         state, frozen = trainer.init(state.params, jax.random.key(seed))
         state, _ = fit(trainer, state, frozen, data, log=log)
         after = accuracy(llama, state.params, tokenizer, held_out, pool)

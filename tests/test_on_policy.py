@@ -20,7 +20,8 @@ from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.functions import Reward
-from trainers.rollout import Layout, Rollout, RolloutConfig, from_record, parts, to_record
+from trainers.report.rollouts import from_record, recorder, to_record
+from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError, TrainError
 
@@ -42,7 +43,7 @@ def run(of, folder, *, state=None, checkpointer=None, progress=Progress(), stop=
     with (
         MetricsLog(folder, start_step=first) as log,
         MetricsLog(folder, name="rollouts.jsonl", start_step=first) as rollouts,
-        sampler(of, write=rollouts.write, **config) as data,
+        sampler(of, write=recorder(rollouts.write, tokenizer()), **config) as data,
     ):
         return fit(
             of,
@@ -436,7 +437,7 @@ def test_a_rollout_is_read_back_as_it_was(tmp_path):
     state, frozen = start(of)
     with (
         MetricsLog(tmp_path, name="rollouts.jsonl") as log,
-        sampler(of, write=log.write, iterations=2) as by,
+        sampler(of, write=recorder(log.write, tokenizer()), iterations=2) as by,
     ):
         batches = by.batches()
         batches.sample(state, frozen, PhaseClock())

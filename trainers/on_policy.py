@@ -22,7 +22,7 @@ from models.llama.generation import generate
 from models.llama.model import Params, for_decoding
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.loop import Batches, Phases
-from trainers.rollout import Layout, Prompt, Rollout, RolloutConfig, check_context, parts, to_record
+from trainers.rollout import Layout, Prompt, Rollout, RolloutConfig, check_context, parts
 from trainers.trainer import Batch, TrainState
 from utils import sharding
 
@@ -62,7 +62,7 @@ class RolloutData:
         prompts: Sequence[Prompt],
         tokenizer: Detokenizer,
         scorer: Scorer,
-        write: Callable[[dict[str, Any]], None] | None = None,
+        write: Callable[[int, Rollout, Layout], None] | None = None,
     ):
         """
         Args:
@@ -70,7 +70,8 @@ class RolloutData:
             prompts: at least one.
             tokenizer: the model's.
             scorer: rewards completions.
-            write: called with a record per rollout, see `rollout.to_record`; None: they are not kept.
+            write: called with the number of a rollout's first update, the rollout and its layout;
+                None: rollouts are not kept.
 
         Raises:
             ConfigError: prompts and completions do not fit the model's context.
@@ -212,7 +213,7 @@ class RolloutBatches(Batches):
         layout = data.layout(int(rollout.lengths.max()))
         rollout = self._scored(rollout, layout, state, frozen, clock)
         if data.write is not None:
-            data.write(to_record(int(state.step) + 1, rollout, layout, data.tokenizer))
+            data.write(int(state.step) + 1, rollout, layout)
         speed = float(sampled.lengths.sum()) / seconds
         self._report = sampled.metrics() | {"rollout_tokens_per_s": speed}
         self._warn_if_none_ended(sampled)

@@ -15,6 +15,7 @@ from trainers.loop import Data, Evaluation
 from trainers.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.planning.estimate import grpo_bytes, sft_bytes
+from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
@@ -124,7 +125,7 @@ class GRPORecipe(Recipe):
         write, evaluation = None, None
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
-            write = stack.enter_context(log).write
+            write = recorder(stack.enter_context(log).write, self.tokenizer)
         data = RolloutData(trainer, self.rollout, self.task.prompts, self.tokenizer, pool, write)
         if self.evaluated is not None:
             config = EvaluationConfig(

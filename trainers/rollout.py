@@ -1,4 +1,4 @@
-"""Rollouts on the host: completions with rewards and advantages, as batches and as lines of rollouts.jsonl.
+"""Rollouts on the host: completions with rewards and advantages, and the batches made of them.
 
 Dimension key: B prompts, G completions of each (group_size), P prompt tokens, C completion tokens, F
 reward functions.
@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from models.llama.decoding import Detokenizer
 from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.trainer import Batch
-from utils.errors import ConfigError, DataError, is_int
+from utils.errors import ConfigError, is_int
 from utils.fields import ALWAYS, CONFIG, Config, field, integer, number, one_of
-
-_BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,99 +282,6 @@ class Layout:
 def parts(batch: Batch, n: int) -> list[Batch]:
     """The batch in n parts with the same number of rows."""
     return [{name: np.split(x, n)[i] for name, x in batch.items()} for i in range(n)]
-
-
-def to_record(
-    step: int, rollout: Rollout, layout: Layout, tokenizer: Detokenizer
-) -> dict[str, Any]:
-    """A line of rollouts.jsonl, with all that a step needs to be computed again.
-
-    `step` is the first update on the rollout.
-
-    `prompts`, each with `text`, `ids`, `columns` and `completions`; each of these with `text`, `ids`,
-    `tokens` (the text of each id), `mask`, `logprobs`, where there are `old_logprobs` and
-    `ref_logprobs`, `rewards` by function, `reward` (null: unscorable), `advantage` and `finish`.
-    """
-
-    def completion(b: int, g: int) -> dict[str, Any]:
-        n = int(rollout.lengths[b, g])
-        ids = rollout.tokens[b, g, :n].tolist()
-        scores = dict(zip(rollout.functions, map(_number, rollout.scores[b, g])))
-        arrays = {name: getattr(rollout, name) for name in _BY_TOKEN}
-        return {
-            "text": rollout.texts[b][g],
-            "ids": ids,
-            "tokens": [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids],
-            "mask": [int(rollout.valid[b, g])] * n,
-            **{k: _floats(x[b, g, :n]) for k, x in arrays.items() if x is not None},
-            "rewards": scores,
-            "reward": _number(rollout.rewards[b, g]),
-            "advantage": _floats(rollout.advantages[b, g : g + 1])[0],
-            "finish": "stop" if rollout.stopped[b, g] else "length",
-        }
-
-    prompts = [
-        {
-            "text": prompt.text,
-            "ids": list(prompt.ids),
-            "columns": dict(prompt.columns),
-            "completions": [completion(b, g) for g in range(rollout.lengths.shape[1])],
-        }
-        for b, prompt in enumerate(rollout.prompts)
-    ]
-    shape = {"prompt_width": layout.prompt_width, "width": layout.width}
-    return {"step": step, **shape, "branches": layout.branches, "prompts": prompts}
-
-
-def from_record(record: dict[str, Any], where: str) -> tuple[Rollout, Layout]:
-    """The rollout of a `to_record`. Raises DataError, naming `where`, if something is missing."""
-    try:
-        layout = Layout(**{k: int(record[k]) for k in ("prompt_width", "width", "branches")})
-        groups = [prompt["completions"] for prompt in record["prompts"]]
-        lengths = np.asarray([[len(c["ids"]) for c in group] for group in groups], np.int64)
-
-        def by_token(name: str, dtype: Any) -> np.ndarray | None:
-            if name not in groups[0][0]:
-                return None
-            out = np.zeros((*lengths.shape, layout.width), dtype)
-            for b, group in enumerate(groups):
-                for g, one in enumerate(group):
-                    out[b, g, : lengths[b, g]] = one[name]
-            return out
-
-        def each(name: str) -> list[list]:
-            return [[one[name] for one in group] for group in groups]
-
-        functions = tuple(groups[0][0]["rewards"])
-        scores = [[[one["rewards"][f] for f in functions] for one in group] for group in groups]
-        rollout = Rollout(
-            prompts=[
-                Prompt(text=p["text"], ids=tuple(p["ids"]), columns=p["columns"])
-                for p in record["prompts"]
-            ],
-            texts=each("text"),
-            functions=functions,
-            tokens=by_token("ids", np.int32),
-            lengths=lengths,
-            stopped=np.asarray([[f == "stop" for f in row] for row in each("finish")]),
-            scores=np.asarray(scores, np.float64),
-            rewards=np.asarray(each("reward"), np.float64),
-            advantages=np.asarray(each("advantage"), np.float32),
-            **{name: by_token(name, np.float32) for name in _BY_TOKEN},
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as e:
-        text = f"{where}: not a rollout of this program ({type(e).__name__}: {e!s:.100})"
-        raise DataError(f"{text}; it is written by `train.py grpo`") from e
-    return rollout, layout
-
-
-def _floats(values: np.ndarray) -> list[float]:
-    """float32 numbers in the shortest form that reads back as the same float32."""
-    return [float(str(value)) for value in values.astype(np.float32)]
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def _mean(values: np.ndarray) -> float | None:

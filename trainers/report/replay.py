@@ -16,7 +16,8 @@ from models.llama.model import LLaMa, Params
 from trainers.checkpoint import CheckpointReader
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.metrics import whole_lines
-from trainers.rollout import RolloutConfig, from_record, parts
+from trainers.report.rollouts import from_record
+from trainers.rollout import RolloutConfig, parts
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError, DataError
 from utils.files import parse_json, read_json
