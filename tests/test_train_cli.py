@@ -463,7 +463,11 @@ def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, 
 def test_what_is_wrong_with_an_evaluation_is_one_line(programs, files, tmp_path):
     options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint())
     for more, code, pattern in (
-        (dict(seq_len=1, batch_size=0, mask="some"), 2, "seq_len=1.*batch_size=0.*mask"),
+        (
+            dict(seq_len=1, batch_size=0, mask="some"),
+            2,
+            "--seq_len .*got 1; --batch_size .*got 0; --mask .*got 'some'",
+        ),
         (dict(dtype="int8"), 2, "int8"),
         (dict(chat_format="alpaca"), 2, "alpaca"),
         (dict(ckpt_dir=tmp_path / "none"), 3, "none"),
