@@ -1,7 +1,7 @@
-"""Training checkpoints: written behind the training's back, whole or not at all, read back checked.
+"""Training checkpoints: written in the background, whole or not at all, and checked when read.
 
     folder/step-00000012/manifest.json    digests of all the rest; written last
-                         meta.json        what is no array: config, position in the data
+                         meta.json        config and position in the data
                          state/           the arrays, in Orbax's format
 
 Names that start with a dot are being written or removed; no reader looks at them. Several processes
@@ -90,7 +90,7 @@ class CheckpointReader:
             return manifest.step
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays, without reading those.
+        """Reads the meta of a checkpoint without its arrays.
 
         Args:
             step: which; None for the newest whose files are all there. `restore` looks closer and
@@ -151,7 +151,7 @@ class CheckpointReader:
         return self.folder / f"step-{step:08d}"
 
     def _numbers(self) -> list[int]:
-        """Of all that are named like a checkpoint, in order. Times mean nothing: clocks jump."""
+        """Step numbers of folders named like checkpoints, sorted; times are ignored, since clocks jump."""
         digits = [name[5:] for name in self._names() if name.startswith("step-")]
         numbers = sorted(int(d) for d in digits if d.isdecimal() and d.isascii())
         return [n for n in numbers if self._path(n).name in self._names()]
@@ -213,7 +213,7 @@ class Checkpointer(CheckpointReader):
 
     @property
     def steps(self) -> list[int]:
-        """As CheckpointReader.steps, without what is being saved."""
+        """CheckpointReader.steps without the save that is under way."""
         # In a folder that was empty the first save under way is no broken past.
         return self._sort_out()[0] if self._base == -1 else super().steps
 
@@ -321,7 +321,7 @@ class Checkpointer(CheckpointReader):
             self._lock.release()
 
     def restore(self, like: Any, *, step: int | None = None) -> Restored:
-        """As CheckpointReader.restore; the next `save` goes on from there."""
+        """CheckpointReader.restore; the next `save` continues from that step."""
         self.wait()
         restored = super().restore(like, step=step)
         self._base = restored.step
@@ -360,7 +360,7 @@ class Checkpointer(CheckpointReader):
         self._base = step
 
     def _describe(self, folder: Path, known: dict[str, Any]) -> None:
-        """The last thing that is written; what is no past of this step is out of sight then."""
+        """Writes the manifest, which makes the checkpoint complete, and hides steps that are not its past."""
         fsync_tree(folder)
         write_manifest(folder, **known)
         self._hide((n for n in self._numbers() if n > self._base), even_if_read=True)

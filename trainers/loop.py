@@ -25,7 +25,7 @@ Phases = Callable[..., contextlib.AbstractContextManager]
 
 
 class Data(Protocol):
-    """What `fit` trains on; `trainers.data.Dataset` and `trainers.on_policy.RolloutData` are."""
+    """Data that `fit` trains on; `trainers.data.Dataset` and `trainers.on_policy.RolloutData` are."""
 
     def batches(self) -> Any:
         """`Batches`, or a plain iterator without end that has `get_state` and `set_state`."""
@@ -35,7 +35,7 @@ class Data(Protocol):
 
 
 class EvalData(Protocol):
-    """What a loss is evaluated on; `trainers.data.Dataset` is."""
+    """Data that a loss is evaluated on; `trainers.data.Dataset` is."""
 
     def epoch_batches(self) -> Iterable[Batch]:
         """Every row once."""

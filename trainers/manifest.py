@@ -25,7 +25,7 @@ _MAX_BYTES = 1 << 26
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What is known of one checkpoint.
+    """Contents of one checkpoint's folder.
 
     Attributes:
         step: its number.

@@ -9,7 +9,7 @@ import jax
 
 
 class Lap(NamedTuple):
-    """What a PhaseClock saw since the last one.
+    """Times that a PhaseClock measured since the last lap.
 
     Attributes:
         seconds: by phase.

@@ -161,13 +161,13 @@ def start(launch: Launch, say: Callable[[str], None]) -> None:
 
 
 def _on_bug(*error: Any) -> None:
-    """What nobody handles ends the others too: the interpreter's own end would wait for them."""
+    """Ends all processes on an unhandled exception: a normal exit would hang waiting for the others."""
     sys.__excepthook__(*error)
     leave(1)
 
 
 def _client():
-    """That of JAX's coordination service, for which there is no public name."""
+    """The client of JAX's coordination service, which has no public name."""
     return multihost_utils.distributed.global_state.client
 
 
@@ -289,7 +289,7 @@ def gather(text: str) -> list[str]:
 
 
 def together(make: Callable[[], Any]) -> Any:
-    """What `make` returns here, once all processes have called theirs; raises on all if one fails."""
+    """Returns `make()` once all processes have called theirs; raises on all if one fails."""
     value, error = None, None
     try:
         value = make()
@@ -300,7 +300,7 @@ def together(make: Callable[[], Any]) -> Any:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, on all of them, as JSON has it; or its error."""
+    """Returns the first process's `make()` on all processes, as JSON holds it; raises its error."""
     if not several():
         return make()
     value = together(make if is_first() else lambda: None)

@@ -166,7 +166,7 @@ class Config:
             raise self.error(f"{type(self).__name__}: " + "; ".join(problems))
 
     def problems(self) -> list[str]:
-        """All that is wrong with the values, one text per problem."""
+        """Lists everything wrong with the values, one text per problem."""
         return field_problems(self)
 
 

@@ -72,7 +72,7 @@ class Topology(NamedTuple):
         return math.prod(self.grid)
 
     def tpu_devices(self) -> list[jax.Device]:
-        """Its devices, which need not be there. Raises ConfigError if libtpu does not know them."""
+        """JAX devices of the slice, which need not be there. Raises ConfigError if libtpu does not know them."""
         sides = (*self.grid, 1)[:3]
         options: dict[str, Any] = {"chip_config_name": "megacore"} if self.kind == "v4" else {}
         if self.n_chips < 4:

@@ -162,7 +162,7 @@ class _Program:
         return -(-int(bounds[0].operands[0]) // (step or 1))
 
     def _added(self, i: Instruction, within: Computation) -> int:
-        """What one round adds to its counter: XLA unrolls some loops without changing their bound."""
+        """Number that one round adds to a loop's counter: XLA unrolls some loops without changing their bound."""
         if i.opcode == "constant":
             return int(i.operands[0])
         operands = [within[name] for name in i.operands if name in within]

@@ -22,12 +22,12 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """Its bytes in main memory."""
+        """Bytes in main memory."""
         return 0 if self.on_chip else self.size
 
     @property
     def size(self) -> float:
-        """Its bytes, in main memory or on the chip."""
+        """Bytes, in main memory or on the chip."""
         return math.prod(self.dims) * self.bits / 8
 
 
@@ -73,7 +73,7 @@ class Instruction(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Its name in JAX."""
+        """Name of the instruction in JAX."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else self.name
 

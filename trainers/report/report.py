@@ -158,7 +158,7 @@ def _read_rollouts(path: Path) -> list[tuple[str, dict]]:
 
 
 def _facts(settings: dict, columns: Columns) -> list[tuple[str, str]]:
-    """What was run and how far it got."""
+    """Rows about the run's settings and how far it got."""
     rows = [("model", _model(settings.get("model")))]
     flat = flatten(settings)
     if "lora" in settings:
