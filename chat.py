@@ -27,7 +27,8 @@ from models.llama.generation import Generation, context_length, random_key, stre
 from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import decode_utf8
 from sampling import TopP
-from utils import cli, distributed
+from utils import distributed
+from utils.console import cli
 from utils.clock import PhaseClock
 from utils.errors import AltiplanoError, ConfigError, DataError, SamplingError
 from utils.fields import Config, field, integer, misfit, setting

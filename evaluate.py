@@ -21,7 +21,7 @@ from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import TaskFlags
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch
-from utils import cli
+from utils.console import cli
 from utils.distributed import from_first, is_first
 from utils.errors import ConfigError, is_int
 from utils.fields import Config, again, field, integer, integers

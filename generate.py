@@ -30,7 +30,8 @@ from models.llama.generation import (
 from models.llama.load import DecodingModelFlags, Model, load_model
 from models.llama.tokenizer import Tokenizer, decode_utf8
 from sampling import TopP
-from utils import cli, memory
+from utils import memory
+from utils.console import cli
 from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
 from utils.fields import Config, field, integer

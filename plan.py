@@ -20,7 +20,7 @@ from trainers.planning.compile import compile_job
 from trainers.planning.estimate import estimate_job
 from trainers.planning.job import Job, Program
 from trainers.planning.search import search_job
-from utils import cli
+from utils.console import cli
 from utils.fields import Config, field
 from utils.memory import human
 from utils.sharding import default_mesh, make_mesh, mesh_sizes

@@ -14,14 +14,14 @@ from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.grpo_trainer import GRPOConfig
-from trainers.recipes import GRPORecipe, SFTRecipe
+from trainers.runs.recipes import GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags
 from trainers.rollout import RolloutConfig, rows_at_once
-from trainers.run import RunConfig, load_source, train
+from trainers.runs.run import RunConfig, load_source, train
 from trainers.sft_trainer import SFTConfig
-from utils import cli
+from utils.console import cli
 from utils.fields import Config, again, field, integer, one_of
 
 # The seed of the prompts that `--eval_size` holds out: no run has it by chance.

@@ -11,7 +11,7 @@ from benchmarks.workers import serve
 from models.llama.load import load_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
-from trainers import metrics
+from trainers.runs import metrics
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
 

@@ -28,7 +28,7 @@ from models.llama.tokenizer import Tokenizer, load_tokenizer
 from trainers.data import DataConfig, load_dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import fit
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task

@@ -29,7 +29,7 @@ from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from trainers.data import DataConfig, load_dataset
 from trainers.loop import fit
-from trainers.metrics import MetricsLog, ProgressBar
+from trainers.runs.metrics import MetricsLog, ProgressBar
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
 WORDS = (

@@ -18,7 +18,7 @@ import tokenizers
 from transformers import LlamaConfig
 
 from tests import compiling, tiny
-from utils import cli as console
+from utils.console import cli as console
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tests import small_runs
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 from utils import sharding
 from utils.errors import TrainError
 from utils.distributed import check_replicas

@@ -15,7 +15,7 @@ import pytest
 
 from tests import cli
 from tests.small_runs import curve
-from trainers.checkpoint import CheckpointReader
+from trainers.runs.checkpoint import CheckpointReader
 
 
 class Done(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 from utils.errors import CheckpointError
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.llama.chat_format import MAX_TEMPLATE_CHARS, chat_format_for
 from models.llama.tokenizer import load_tokenizer
-from models.llama.tokenizer_bpe import chat_templates_of
+from models.llama.tokenizers.bpe import chat_templates_of
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError, ConfigError, DataError
 

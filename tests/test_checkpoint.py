@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from trainers import checkpoint
-from trainers.checkpoint import Checkpointer, CheckpointReader
-from trainers.manifest import check_digests, read_manifest, write_manifest
+from trainers.runs import checkpoint
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
+from trainers.runs.manifest import check_digests, read_manifest, write_manifest
 from utils.errors import CheckpointError, ConfigError
 from utils.files import FolderLock
 
@@ -523,7 +523,7 @@ def test_an_error_of_the_background_does_not_hide_the_one_under_way(tmp_path, mo
 @pytest.mark.covers("D27")
 def test_a_program_that_only_closes_exits_with_an_error(tmp_path):
     code = (
-        "import sys; from trainers import checkpoint as c; from tests.test_checkpoint import *\n"
+        "import sys; from trainers.runs import checkpoint as c; from tests.test_checkpoint import *\n"
         "c.write_arrays = failing\n"
         "try:\n with Checkpointer(sys.argv[1]) as w: w.save(1, tiny(1), {})\n"
         "except CheckpointError as e: print(e); sys.exit(e.exit_code)\n"
@@ -562,7 +562,7 @@ def test_only_numbers_order_steps(tmp_path, monkeypatch):
 
 HOLD = """
 import sys
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 writer = Checkpointer(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.save_script import state
-from trainers.checkpoint import CheckpointReader
+from trainers.runs.checkpoint import CheckpointReader
 
 ROOT = Path(__file__).parents[1]
 CALLS = """mkdir openat flock write writev pwrite64 fsync fdatasync rename renameat renameat2 unlink

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from generate import DEFAULT_QUESTION
 from tests import cli
-from utils import cli as console
+from utils.console import cli as console
 
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12"]
 # Its text goes on for longer than any test waits.

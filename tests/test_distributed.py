@@ -24,7 +24,7 @@ STEPS = 5
 
 # Turns the sign of one weight in this process's copy, once the run has loaded the model.
 ANOTHER_COPY = """
-import jax, numpy as np, trainers.run as training
+import jax, numpy as np, trainers.runs.run as training
 fit = training.fit
 def change_and_fit(trainer, state, *args, **options):
     mlp = state.params["layers"]["mlp"]
@@ -39,9 +39,9 @@ training.fit = change_and_fit
 
 # Saves the state that a run starts from once more.
 COPY_OF_THE_START = """
-import pathlib, trainers.run as training
+import pathlib, trainers.runs.run as training
 from jax.experimental import multihost_utils
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 fit = training.fit
 def save_and_fit(trainer, state, *args, **options):
     with Checkpointer(pathlib.Path({!r})) as copy:
@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     "victim, place",
     [
         (1, "trainers.loop._Run, '_account', 3"),
-        (0, "trainers.checkpoint, 'write_manifest', 3"),
+        (0, "trainers.runs.checkpoint, 'write_manifest', 3"),
         (1, "utils.distributed, 'start', 1"),
     ],
 )
@@ -205,7 +205,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
         (dict(lr=0.02), "", r"train\.learning_rate is 0\.02, and 0\.01 there"),
         (dict(data="other.jsonl"), "", r"data\.digest is"),
         ({}, "import jax; jax.__version__ = '0.1'", "jax is '0.1', and '0"),
-        ({}, "import trainers.run; trainers.run.files_digest = lambda _: 'x'", "checkpoint is 'x'"),
+        ({}, "import trainers.runs.run; trainers.runs.run.files_digest = lambda _: 'x'", "checkpoint is 'x'"),
     ],
 )  # fmt: skip
 def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):
@@ -308,7 +308,7 @@ def test_a_signal_to_one_saves_the_same_step_of_all(group, programs, files, pair
 @pytest.mark.covers("E7")
 def test_a_part_that_cannot_be_written_is_no_checkpoint(group, files, tmp_path):
     error = "OSError(errno.ENOSPC, 'No space left on device', 'part')"
-    patch = before("trainers.checkpoint, 'write_arrays', 3", f"raise {error}")
+    patch = before("trainers.runs.checkpoint, 'write_arrays', 3", f"raise {error}")
     done = group.run(2, "train.py", "sft", patches={1: patch}, **shared(files, tmp_path))
     assert codes(done) == [6, 6], done
     check_error(done[0], 6, "process 1: cannot save step 3.*no space left on device")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import compiling
-from utils import cli
+from utils.console import cli
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", "CLAUDE.md")

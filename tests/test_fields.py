@@ -10,7 +10,8 @@ import evaluate
 import generate
 import plan
 import train
-from utils import cli, fields
+from utils import fields
+from utils.console import cli
 from utils.errors import ConfigError
 from utils.fields import Config, field, integer, integers, number, one_of
 

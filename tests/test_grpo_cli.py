@@ -10,7 +10,7 @@ from models.llama.model import LLaMa
 from tests import cli, small_grpo
 from tests.programs import CODES, INT, TERM, assert_same_run, check_error, programs
 from trainers.grpo_trainer import GRPOConfig
-from trainers.recipes import GRPORecipe
+from trainers.runs.recipes import GRPORecipe
 from trainers.rollout import RolloutConfig
 from utils.errors import ConfigError
 from utils.sharding import MESH_AXES
@@ -107,7 +107,7 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
         "trainers.on_policy, 'generate', 3",
         "trainers.rewards.pool.RewardPool, '__call__', 3",
         "trainers.loop._Run, '_account', 3",
-        "trainers.checkpoint, 'write_arrays', 3",
+        "trainers.runs.checkpoint, 'write_arrays', 3",
     ],
 )
 def test_killed_anywhere_and_gone_on_with(programs, prompts, whole, tmp_path, place):

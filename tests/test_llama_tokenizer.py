@@ -14,7 +14,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models.llama.tokenizer import check_against_model, decode_utf8, load_tokenizer
-from models.llama.tokenizer_bpe import GGUF_PATTERNS
+from models.llama.tokenizers.bpe import GGUF_PATTERNS
 from tests.oracles import tokenizer_files as oracle
 from tests.test_tokenizer_save import small_metadata
 from utils.errors import ArtifactError, DataError, SamplingError

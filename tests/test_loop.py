@@ -7,10 +7,11 @@ import jax
 import pytest
 
 from tests.small_runs import POISON, SFTTrainer, curve, dataset, digest, start, trainer
-from trainers import checkpoint, loop
-from trainers.checkpoint import Checkpointer, CheckpointReader
+from trainers import loop
+from trainers.runs import checkpoint
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.loop import Batches, Evaluation, Progress, Session, fit
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 from trainers.sft_trainer import document_lengths
 from utils.errors import CheckpointError, TrainError
 

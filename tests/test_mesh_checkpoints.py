@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests import cli, small_runs
-from trainers.checkpoint import Checkpointer, CheckpointReader
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from utils.distributed import Launch, read_launch, start
 from utils.errors import CheckpointError, ConfigError
 

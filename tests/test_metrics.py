@@ -26,8 +26,8 @@ from tensorboardX.proto.event_pb2 import Event
 from models.llama.formats.hf import to_config
 from models.llama.model import LLaMa, init_params
 from tests import tiny
-from trainers import metrics
-from trainers.metrics import MetricsLog, ProgressBar
+from trainers.runs import metrics
+from trainers.runs.metrics import MetricsLog, ProgressBar
 from utils.errors import ConfigError
 from utils.memory import peak_memory_bytes
 

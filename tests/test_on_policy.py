@@ -11,10 +11,10 @@ from models.llama.lora import LoRAConfig
 from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
-from trainers.checkpoint import Checkpointer, CheckpointReader
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.loop import Progress, Session, fit
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData, decoding_params
 from trainers.report.replay import SavedRun, replay_step
 from trainers.rewards import accuracy

@@ -21,7 +21,7 @@ import PIL.Image
 import pytest
 
 from tests import small_runs
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 from trainers.report import charts
 from trainers.report.charts import CHARTS
 from trainers.report.report import write_report

@@ -6,9 +6,9 @@ import pytest
 
 from models.llama.lora import LoRAConfig
 from tests.small_runs import curve, dataset, digest, start, trainer
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 from trainers.loop import Progress, Session, fit
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 
 STEPS = 7
 LENGTHS = (5, 9, 30, 12, 70, 8, 21, 100, 33)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer, read_gguf
-from models.llama.tokenizer_bpe import read_tokenizer_json
-from models.llama.tokenizer_model import (
+from models.llama.tokenizers.bpe import read_tokenizer_json
+from models.llama.tokenizers.model import (
     parse_model,
     parse_ranks,
     read_sentencepiece,

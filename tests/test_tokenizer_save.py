@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import Tokenizer, load_tokenizer
-from models.llama.tokenizer_bpe import GGUF_PATTERNS
-from models.llama.tokenizer_model import parse_model
-from models.llama.tokenizer_save import write_tokenizer
+from models.llama.tokenizers.bpe import GGUF_PATTERNS
+from models.llama.tokenizers.model import parse_model
+from models.llama.tokenizers.save import write_tokenizer
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError
 

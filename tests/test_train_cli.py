@@ -21,7 +21,7 @@ from tests import cli
 from tests import programs as shared
 from tests.programs import CODES, INT, TERM, check_error, flags, programs, wait_for_lines
 from tests.small_runs import curve
-from trainers.checkpoint import CheckpointReader
+from trainers.runs.checkpoint import CheckpointReader
 
 STEPS = 5
 SMALL = dict(batch_size=4, micro_batch_size=2, seq_len=64, max_steps=STEPS, lr=0.01)
@@ -265,7 +265,7 @@ def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole,
 @pytest.mark.covers("D30")
 def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
     full = """
-import trainers.run as training
+import trainers.runs.run as training
 def save_checkpoint(*args, **options):
     raise OSError(28, "No space left on device", str(args[0]))
 training.save_checkpoint = save_checkpoint
@@ -277,7 +277,7 @@ training.save_checkpoint = save_checkpoint
     assert_same_run(tmp_path, whole)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     exporting = """
-import trainers.run as training
+import trainers.runs.run as training
 training.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
 """
     done = programs.run("train.py", "sft", patch=exporting, **options, resume=True)
@@ -295,7 +295,7 @@ PLACES = {
     "preflight and its compilation": ("trainers.loop._Run, '_preflight', 1", 0),
     "stepping": ("trainers.loop._Run, '_account', 2", 2),
     "in evaluation": ("trainers.loop._Run, '_evaluate', 1", 2),
-    "saving": ("trainers.checkpoint, 'write_arrays', 3", None),
+    "saving": ("trainers.runs.checkpoint, 'write_arrays', 3", None),
     "the last step": ("trainers.loop._Run, '_account', 5", 5),
 }
 
@@ -305,7 +305,7 @@ def signals_at(place: str, *signals: str) -> str:
     where = PLACES[place][0] if place in PLACES else place
     sent = ", ".join(signals)
     return (
-        "import signal, trainers.run, trainers.loop, trainers.checkpoint\n"
+        "import signal, trainers.runs.run, trainers.loop, trainers.runs.checkpoint\n"
         "from models.llama.load import Checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
@@ -355,7 +355,7 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
         assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     options = training(files, run, export=True, resume=True)
-    patch = signals_at("trainers.run, 'save_checkpoint', 1", TERM)
+    patch = signals_at("trainers.runs.run, 'save_checkpoint', 1", TERM)
     assert programs.run("train.py", "sft", patch=patch, **options).code == 75
     assert not (run / "export").exists()
     assert_same_run(run, whole)

@@ -14,7 +14,7 @@ import traceback
 
 import evaluate
 import train
-from utils import cli as console
+from utils.console import cli as console
 
 COMMANDS = {
     "train.py": train.COMMANDS,

@@ -1,7 +1,7 @@
 """The loop around a Trainer's steps: data, records, evaluations, checkpoints, the end.
 
-What it drives comes in by the protocols below. `trainers.data`, `trainers.on_policy`, `trainers.metrics`
-and `trainers.checkpoint` have one of each.
+What it drives comes in by the protocols below. `trainers.data`, `trainers.on_policy`, `trainers.runs.metrics`
+and `trainers.runs.checkpoint` have one of each.
 """
 
 import abc
@@ -123,14 +123,14 @@ class Recorder(Protocol):
 
 
 class Log(Protocol):
-    """Where records go; `trainers.metrics.MetricsLog` is one."""
+    """Where records go; `trainers.runs.metrics.MetricsLog` is one."""
 
     def recorder(self, trainer: Trainer) -> contextlib.AbstractContextManager[Recorder]:
         """Measures one run until the context ends."""
 
 
 class Checkpointer(Protocol):
-    """Where states are saved; `trainers.checkpoint.Checkpointer` is one."""
+    """Where states are saved; `trainers.runs.checkpoint.Checkpointer` is one."""
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], *, score: float | None = None

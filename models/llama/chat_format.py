@@ -15,7 +15,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from models.llama.tokenizer import Tokenizer, check_text
-from models.llama.tokenizer_bpe import Piece
+from models.llama.tokenizers.bpe import Piece
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
 
 Message = Mapping[str, str]

@@ -22,7 +22,7 @@ from models.llama.layout import DTYPES, Leaf, TensorSource, check_params, file_t
 from models.llama.model import LLaMa, Params
 from models.llama.stream import Progress, read_params
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
-from models.llama.tokenizer_save import token_ids, write_tokenizer
+from models.llama.tokenizers.save import token_ids, write_tokenizer
 from utils.errors import ArtifactError, CheckpointError, ConfigError, listed
 from utils.fields import Config, field, one_of
 from utils.files import atomic_directory, list_folder, member_path

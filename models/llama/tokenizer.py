@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizer_bpe import (
+from models.llama.tokenizers.bpe import (
     Piece,
     Vocabulary,
     chat_templates_of,
@@ -18,7 +18,7 @@ from models.llama.tokenizer_bpe import (
     read_tokenizer_json,
     token_name,
 )
-from models.llama.tokenizer_model import (
+from models.llama.tokenizers.model import (
     CONTROL,
     LLAMA3_PAD,
     LLAMA3_STOPS,

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizer_model import LLAMA3_SPECIAL
+from models.llama.tokenizers.model import LLAMA3_SPECIAL
 
 LLAMA3_MODEL = Path(llama_models.__file__).parent / "llama3" / "tokenizer.model"
 

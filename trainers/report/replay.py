@@ -13,9 +13,9 @@ import optax
 from models.llama.load import open_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
-from trainers.checkpoint import CheckpointReader
+from trainers.runs.checkpoint import CheckpointReader
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
-from trainers.metrics import whole_lines
+from trainers.runs.metrics import whole_lines
 from trainers.report.rollouts import from_record
 from trainers.rollout import RolloutConfig, parts
 from trainers.trainer import Batch, TrainState

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from models.llama.config import ModelConfig
-from trainers.metrics import whole_lines
+from trainers.runs.metrics import whole_lines
 from trainers.report.charts import Columns, draw_charts
 from utils.errors import ConfigError, DataError, is_int, is_number, printable
 from utils.files import atomic_file, flatten, parse_json, read_json

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.manifest import Manifest, Restored, check_digests, describe, finish_arrays
-from trainers.manifest import read_arrays, read_manifest, to_host, write_arrays, write_manifest
+from trainers.runs.manifest import Manifest, Restored, check_digests, describe, finish_arrays
+from trainers.runs.manifest import read_arrays, read_manifest, to_host, write_arrays, write_manifest
 from utils import distributed
 from utils.errors import CheckpointError, is_int, raise_all, reason
 from utils.fields import integer

@@ -19,17 +19,18 @@ from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model,
 from models.llama.lora import LoRAConfig
 from models.llama.model import REMATS, LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer
-from trainers.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer
 from trainers.data import DataConfig, tokenizer_digest
 from trainers.grpo_trainer import GRPOConfig
 from trainers.loop import Progress, Session, fit
-from trainers.metrics import MetricsLog, ProgressBar
+from trainers.runs.metrics import MetricsLog, ProgressBar
 from trainers.planning.estimate import check_memory
-from trainers.recipes import Recipe
+from trainers.runs.recipes import Recipe
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig
 from trainers.trainer import Trainer, TrainState
-from utils import cli, distributed, sharding
+from utils import distributed, sharding
+from utils.console import cli
 from utils.errors import ArtifactError, CheckpointError, ConfigError
 from utils.fields import (
     ALWAYS,
@@ -47,7 +48,7 @@ from utils.files import InputFile, atomic_file, flatten, list_folder
 from utils.distributed import check_replicas
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 # A digest covers this many blocks of a larger file, evenly spread: another model differs everywhere.
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 20

@@ -12,7 +12,7 @@ from models.llama.tokenizer import Tokenizer
 from trainers.data import Dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
-from trainers.metrics import MetricsLog
+from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.planning.estimate import grpo_bytes, sft_bytes
 from trainers.report.rollouts import recorder

@@ -16,7 +16,7 @@ from models.llama.tokenizer import (
     load_tokenizer,
     locate,
 )
-from models.llama.tokenizer_model import (
+from models.llama.tokenizers.model import (
     UNKNOWN,
     SentencePieceModel,
     parse_model,

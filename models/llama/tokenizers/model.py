@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import sentencepiece
 import tiktoken
 
-from models.llama.tokenizer_bpe import (
+from models.llama.tokenizers.bpe import (
     BYTE_OF,
     LLAMA3_PATTERN,
     Piece,
