@@ -19,7 +19,8 @@ from trainers.report.replay import read_run, replay_step
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags
 from trainers.rollout import RolloutConfig, rows_at_once
-from trainers.runs.run import RunConfig, load_source, train
+from trainers.runs.folder import RunConfig
+from trainers.runs.run import load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils.console import cli
 from utils.fields import Config, again, field, integer, one_of

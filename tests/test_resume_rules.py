@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.runs.run import check_resume
+from trainers.runs.resume import check_resume
 from trainers.sft_trainer import SFTConfig
 from utils.errors import ConfigError
 

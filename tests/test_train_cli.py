@@ -265,7 +265,7 @@ def test_metrics_that_cannot_be_written_cost_one_warning(programs, files, whole,
 @pytest.mark.covers("D30")
 def test_an_export_that_fails_costs_no_training(programs, files, whole, tmp_path):
     full = """
-import trainers.runs.run as training
+import trainers.runs.export as training
 def save_checkpoint(*args, **options):
     raise OSError(28, "No space left on device", str(args[0]))
 training.save_checkpoint = save_checkpoint
@@ -277,7 +277,7 @@ training.save_checkpoint = save_checkpoint
     assert_same_run(tmp_path, whole)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     exporting = """
-import trainers.runs.run as training
+import trainers.runs.export as training
 training.save_checkpoint = lambda folder, *args, **options: folder.mkdir()
 """
     done = programs.run("train.py", "sft", patch=exporting, **options, resume=True)
@@ -305,7 +305,7 @@ def signals_at(place: str, *signals: str) -> str:
     where = PLACES[place][0] if place in PLACES else place
     sent = ", ".join(signals)
     return (
-        "import signal, trainers.runs.run, trainers.loop, trainers.runs.checkpoint\n"
+        "import signal, trainers.runs.export, trainers.loop, trainers.runs.checkpoint\n"
         "from models.llama.load import Checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
@@ -355,7 +355,7 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
         assert not list((tmp_path / "a" / "checkpoints").glob("step-*"))
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     options = training(files, run, export=True, resume=True)
-    patch = signals_at("trainers.runs.run, 'save_checkpoint', 1", TERM)
+    patch = signals_at("trainers.runs.export, 'save_checkpoint', 1", TERM)
     assert programs.run("train.py", "sft", patch=patch, **options).code == 75
     assert not (run / "export").exists()
     assert_same_run(run, whole)

@@ -3,92 +3,34 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from models.llama.generation import random_key
-from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model, save_checkpoint
-from models.llama.lora import LoRAConfig
-from models.llama.model import REMATS, LLaMa, Params, init_params
+from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model
+from models.llama.model import LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer
-from trainers.runs.checkpoint import Checkpointer
-from trainers.data import DataConfig, tokenizer_digest
-from trainers.grpo_trainer import GRPOConfig
+from trainers.data import tokenizer_digest
 from trainers.loop import Progress, Session, fit
-from trainers.runs.metrics import MetricsLog, ProgressBar
 from trainers.planning.estimate import check_memory
+from trainers.runs.checkpoint import Checkpointer
+from trainers.runs.export import export
+from trainers.runs.folder import RunConfig, files_digest, versions
+from trainers.runs.metrics import MetricsLog, ProgressBar
 from trainers.runs.recipes import Recipe
-from trainers.rollout import RolloutConfig
-from trainers.sft_trainer import SFTConfig
+from trainers.runs.resume import check_resume
 from trainers.trainer import Trainer, TrainState
 from utils import distributed, sharding
 from utils.console import cli
-from utils.errors import ArtifactError, CheckpointError, ConfigError
-from utils.fields import (
-    ALWAYS,
-    CONFIG,
-    DATA,
-    NEVER,
-    Config,
-    Setting,
-    field,
-    integer,
-    one_of,
-    setting,
-)
-from utils.files import InputFile, atomic_file, flatten, list_folder
 from utils.distributed import check_replicas
+from utils.errors import CheckpointError
+from utils.files import atomic_file
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
-_ROOT = Path(__file__).parents[2]
-
-# A digest covers this many blocks of a larger file, evenly spread: another model differs everywhere.
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(Config):
-    """A run's folder: what is written there, and how it starts."""
-
-    out_dir: str = field(
-        help="folder for run.json, metrics.jsonl, checkpoints/ and the final export/"
-    )
-    resume: bool = field(False, "resume from the newest intact checkpoint in out_dir")
-    resume_step: int | None = field(None, "resume from the checkpoint of this step", integer(0))
-    allow_data_change: bool = field(False, "resume although the data is not the same")
-    allow_config_change: bool = field(
-        False, "resume although the learning rate, batch size and the like differ"
-    )
-    keep: int = field(2, "newest checkpoints to keep, beside the best one", integer(1))
-    export: bool = field(True, "write the model to out_dir/export in Hugging Face's format")
-    tensorboard: bool = field(False, "write TensorBoard's event files too")
-    check_every: int = field(
-        100, "steps between comparisons of the parameters' copies on a mesh; 0: none", integer(0)
-    )
-    remat: str = field(
-        "dots",
-        "what the backward pass computes again; block needs least memory",
-        one_of(*REMATS),
-        resume=ALWAYS,
-    )
-
-    @property
-    def folder(self) -> Path:
-        """`out_dir`."""
-        return Path(self.out_dir)
-
-    @property
-    def resumes(self) -> bool:
-        """Whether the run starts from a checkpoint."""
-        return self.resume or self.resume_step is not None
 
 
 class Source(NamedTuple):
@@ -150,7 +92,8 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
         cli.say(f"stopped; step {step} is saved, continue with --resume", "")
         return code
     if config.export:
-        export(run, state, frozen)
+        folder = config.folder / "export"
+        export(folder, run.trainer, state, frozen, source.tokenizer_path)
     return 0
 
 
@@ -281,18 +224,6 @@ def _check_copies(run: Run, state: TrainState) -> None:
         check_replicas(state.params, run.trainer.specs(state).params)
 
 
-def export(run: Run, state: TrainState, frozen: Params) -> None:
-    """Writes the trained model, adapters merged, in Hugging Face's format."""
-    folder = run.config.folder / "export"
-    save = functools.partial(
-        save_checkpoint, format="hf", tokenizer=run.source.tokenizer_path, overwrite=True
-    )
-    with cli.busy("exporting"):
-        params = distributed.to_first(run.trainer.export_params(state, frozen))
-        distributed.from_first(lambda: save(folder, run.trainer.model.config, params))
-    cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
-
-
 def describe(trainer: Trainer, source: Source, recipe: Recipe) -> dict[str, Any]:
     """The meta of a run's checkpoints: its model, tokenizer, data, settings and adapters."""
     numerics = {"dtype": jnp.dtype(trainer.model.dtype).name, "remat": trainer.model.remat}
@@ -304,95 +235,3 @@ def describe(trainer: Trainer, source: Source, recipe: Recipe) -> dict[str, Any]
         "train": dataclasses.asdict(trainer.config) | known["train"] | numerics,
         "lora": dataclasses.asdict(trainer.lora) if trainer.lora is not None else {},
     }
-
-
-# Settings by their path in a checkpoint's meta.
-_SETTINGS = {
-    f"train.{f.name}": setting(f)
-    for config in (SFTConfig, GRPOConfig, DataConfig, RolloutConfig, RunConfig)
-    for f in dataclasses.fields(config)
-} | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
-_SETTINGS["train.dtype"] = Setting(flag="dtype")
-
-# How each kind of difference is refused.
-_ADVICE = {
-    CONFIG: "change back, or pass --allow_config_change",
-    DATA: "change back, or pass --allow_data_change",
-    NEVER: "never allowed: start anew in another --out_dir",
-}
-
-
-def check_resume(
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    *,
-    allow_data_change: bool = False,
-    allow_config_change: bool = False,
-) -> list[str]:
-    """Compares the settings of a checkpoint with those of the run that resumes from it.
-
-    The rules stand on the configs' fields; a setting without one must not differ.
-
-    Args:
-        saved, now: as `describe` makes them; the "progress" of a checkpoint may differ.
-        allow_data_change: whether the data may differ.
-        allow_config_change: whether the learning rate, batch size and the like may.
-
-    Returns:
-        The differences that are allowed, "--flag saved → now" each.
-
-    Raises:
-        ConfigError: some are not allowed; all of those are named, with the flag that would allow them.
-    """
-    allowed, refused = [], {}
-    old, new = _flat_json(saved), _flat_json(now)
-    for path in sorted(old.keys() | new.keys()):
-        before, after = old.get(path, "absent"), new.get(path, "absent")
-        if before == after:
-            continue
-        known = _SETTINGS.get(path, Setting(resume=DATA if path.startswith("data.") else NEVER))
-        text = f"{f'--{known.flag}' if known.flag else path} {before} → {after}"
-        if known.resume == ALWAYS or {CONFIG: allow_config_change, DATA: allow_data_change}.get(
-            known.resume
-        ):
-            allowed.append(text)
-        else:
-            refused.setdefault(known.resume, []).append(text)
-    if refused:
-        listed = (f"{', '.join(texts)} ({_ADVICE[rule]})" for rule, texts in refused.items())
-        raise ConfigError("these settings differ from the checkpoint's: " + "; ".join(listed))
-    return allowed
-
-
-def _flat_json(meta: Mapping[str, Any]) -> dict[str, str]:
-    """A meta's values as JSON by their paths: a tuple is the list that it was saved as, 1 is not true."""
-    known = {name: value for name, value in meta.items() if name != "progress"}
-    return {path: json.dumps(value) for path, value in flatten(known, ".").items()}
-
-
-def versions() -> dict[str, str]:
-    """The versions of the code (a digest of its files) and of what it runs on."""
-    code = hashlib.sha256()
-    for room in ("models", "trainers", "utils"):
-        for path in sorted((_ROOT / room).rglob("*.py")):
-            code.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
-    python = ".".join(map(str, sys.version_info[:2]))
-    known = {"code": code.hexdigest()[:16], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    return known | {"python": python}
-
-
-def files_digest(path: Path) -> str:
-    """A digest of a checkpoint's files: names, sizes, and up to 64 MiB of the content of each.
-
-    Raises ArtifactError if a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in list_folder(path) if path.is_dir() else [""]:
-        if (path / name).is_dir():
-            continue
-        file = InputFile(path / name, ArtifactError)
-        digest.update(f"{name} {file.size} ".encode())
-        step = max(_BLOCK_BYTES, (file.size - _BLOCK_BYTES) // (_BLOCKS - 1))
-        for offset in range(0, file.size, step):
-            digest.update(file.read(offset, min(_BLOCK_BYTES, file.size - offset)))
-    return digest.hexdigest()[:16]

@@ -1,0 +1,21 @@
+"""Exporting: from a run's state to a model's folder."""
+
+import functools
+from pathlib import Path
+
+from models.llama.load import save_checkpoint
+from models.llama.model import Params
+from trainers.trainer import Trainer, TrainState
+from utils import distributed
+from utils.console import cli
+
+
+def export(
+    folder: Path, trainer: Trainer, state: TrainState, frozen: Params, tokenizer: Path
+) -> None:
+    """Writes the trained model, adapters merged, in Hugging Face's format; replaces an older export."""
+    save = functools.partial(save_checkpoint, format="hf", tokenizer=tokenizer, overwrite=True)
+    with cli.busy("exporting"):
+        params = distributed.to_first(trainer.export_params(state, frozen))
+        distributed.from_first(lambda: save(folder, trainer.model.config, params))
+    cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")

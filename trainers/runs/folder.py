@@ -1,0 +1,84 @@
+"""A run's folder: its flags, and run.json, which says what the run was made of."""
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from models.llama.model import REMATS
+from utils.errors import ArtifactError
+from utils.fields import ALWAYS, Config, field, integer, one_of
+from utils.files import InputFile, list_folder
+
+_ROOT = Path(__file__).parents[2]
+
+# A digest covers this many blocks of a larger file, evenly spread: another model differs everywhere.
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """A run's folder: what is written there, and how it starts."""
+
+    out_dir: str = field(
+        help="folder for run.json, metrics.jsonl, checkpoints/ and the final export/"
+    )
+    resume: bool = field(False, "resume from the newest intact checkpoint in out_dir")
+    resume_step: int | None = field(None, "resume from the checkpoint of this step", integer(0))
+    allow_data_change: bool = field(False, "resume although the data is not the same")
+    allow_config_change: bool = field(
+        False, "resume although the learning rate, batch size and the like differ"
+    )
+    keep: int = field(2, "newest checkpoints to keep, beside the best one", integer(1))
+    export: bool = field(True, "write the model to out_dir/export in Hugging Face's format")
+    tensorboard: bool = field(False, "write TensorBoard's event files too")
+    check_every: int = field(
+        100, "steps between comparisons of the parameters' copies on a mesh; 0: none", integer(0)
+    )
+    remat: str = field(
+        "dots",
+        "what the backward pass computes again; block needs least memory",
+        one_of(*REMATS),
+        resume=ALWAYS,
+    )
+
+    @property
+    def folder(self) -> Path:
+        """`out_dir`."""
+        return Path(self.out_dir)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run starts from a checkpoint."""
+        return self.resume or self.resume_step is not None
+
+
+def versions() -> dict[str, str]:
+    """The versions of the code (a digest of its files) and of what it runs on."""
+    code = hashlib.sha256()
+    for room in ("models", "trainers", "utils"):
+        for path in sorted((_ROOT / room).rglob("*.py")):
+            code.update(path.relative_to(_ROOT).as_posix().encode() + path.read_bytes())
+    python = ".".join(map(str, sys.version_info[:2]))
+    known = {"code": code.hexdigest()[:16], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    return known | {"python": python}
+
+
+def files_digest(path: Path) -> str:
+    """A digest of a checkpoint's files: names, sizes, and up to 64 MiB of the content of each.
+
+    Raises ArtifactError if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in list_folder(path) if path.is_dir() else [""]:
+        if (path / name).is_dir():
+            continue
+        file = InputFile(path / name, ArtifactError)
+        digest.update(f"{name} {file.size} ".encode())
+        step = max(_BLOCK_BYTES, (file.size - _BLOCK_BYTES) // (_BLOCKS - 1))
+        for offset in range(0, file.size, step):
+            digest.update(file.read(offset, min(_BLOCK_BYTES, file.size - offset)))
+    return digest.hexdigest()[:16]

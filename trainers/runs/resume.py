@@ -1,0 +1,79 @@
+"""Resuming: what may differ between a checkpoint and the run that resumes from it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from models.llama.lora import LoRAConfig
+from trainers.data import DataConfig
+from trainers.grpo_trainer import GRPOConfig
+from trainers.rollout import RolloutConfig
+from trainers.runs.folder import RunConfig
+from trainers.sft_trainer import SFTConfig
+from utils.errors import ConfigError
+from utils.fields import ALWAYS, CONFIG, DATA, NEVER, Setting, setting
+from utils.files import flatten
+
+# Settings by their path in a checkpoint's meta.
+_SETTINGS = {
+    f"train.{f.name}": setting(f)
+    for config in (SFTConfig, GRPOConfig, DataConfig, RolloutConfig, RunConfig)
+    for f in dataclasses.fields(config)
+} | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
+_SETTINGS["train.dtype"] = Setting(flag="dtype")
+
+# How each kind of difference is refused.
+_ADVICE = {
+    CONFIG: "change back, or pass --allow_config_change",
+    DATA: "change back, or pass --allow_data_change",
+    NEVER: "never allowed: start anew in another --out_dir",
+}
+
+
+def check_resume(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    *,
+    allow_data_change: bool = False,
+    allow_config_change: bool = False,
+) -> list[str]:
+    """Compares the settings of a checkpoint with those of the run that resumes from it.
+
+    The rules stand on the configs' fields; a setting without one must not differ.
+
+    Args:
+        saved, now: as `describe` makes them; the "progress" of a checkpoint may differ.
+        allow_data_change: whether the data may differ.
+        allow_config_change: whether the learning rate, batch size and the like may.
+
+    Returns:
+        The differences that are allowed, "--flag saved → now" each.
+
+    Raises:
+        ConfigError: some are not allowed; all of those are named, with the flag that would allow them.
+    """
+    allowed, refused = [], {}
+    old, new = _flat_json(saved), _flat_json(now)
+    for path in sorted(old.keys() | new.keys()):
+        before, after = old.get(path, "absent"), new.get(path, "absent")
+        if before == after:
+            continue
+        known = _SETTINGS.get(path, Setting(resume=DATA if path.startswith("data.") else NEVER))
+        text = f"{f'--{known.flag}' if known.flag else path} {before} → {after}"
+        if known.resume == ALWAYS or {CONFIG: allow_config_change, DATA: allow_data_change}.get(
+            known.resume
+        ):
+            allowed.append(text)
+        else:
+            refused.setdefault(known.resume, []).append(text)
+    if refused:
+        listed = (f"{', '.join(texts)} ({_ADVICE[rule]})" for rule, texts in refused.items())
+        raise ConfigError("these settings differ from the checkpoint's: " + "; ".join(listed))
+    return allowed
+
+
+def _flat_json(meta: Mapping[str, Any]) -> dict[str, str]:
+    """A meta's values as JSON by their paths: a tuple is the list that it was saved as, 1 is not true."""
+    known = {name: value for name, value in meta.items() if name != "progress"}
+    return {path: json.dumps(value) for path, value in flatten(known, ".").items()}
