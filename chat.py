@@ -173,7 +173,8 @@ class Conversation:
             vocab_limit=self._model.vocab_limit,
         )
         run = Generation(self._model.llama, self._model.params, self.sampler, config)
-        key = jax.random.fold_in(self._key, self._answers)
+        # A key per row: one that depended on the ids read here would depend on the cache.
+        key = jax.random.fold_in(self._key, self._answers)[None]
         self._answers += 1
         # A larger cache compiles again, so it doubles.
         room = max(MIN_SLOTS, 1 << (len(ids) + self.max_gen_len - 1).bit_length())

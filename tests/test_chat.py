@@ -110,6 +110,29 @@ def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_rig
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
 
+@pytest.mark.covers("R6")
+def test_a_penalty_is_over_the_whole_context_whatever_the_cache_holds():
+    def talk(fresh):
+        said, chat = [], conversation(sampler=sampling.TopP(0.0))
+
+        def again(pieces):
+            if fresh:
+                chat._cache, chat._cached = None, []
+            said.append("".join(pieces))
+
+        again(chat.answer("abc"))
+        chat.sampler = sampling.TopP(0.0, repetition_penalty=8.0)  # /set, after a turn without
+        again(chat.answer("def"))
+        again(chat.regenerate())
+        chat.sampler = sampling.TopP(1.0, repetition_penalty=1.5)
+        again(chat.answer("ghi"))
+        return said
+
+    said = talk(fresh=False)
+    assert said == talk(fresh=True)
+    assert not set(said[1]) & set("abcdef" + said[0])
+
+
 def test_the_cache_starts_with_room_and_doubles():
     chat = conversation(context=250)
     ask(chat, "one")

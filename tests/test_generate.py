@@ -361,14 +361,16 @@ def test_a_filled_cache_goes_on():
         )
 
 
-def test_rows_that_ended_apart_go_on_apart():
+@pytest.mark.covers("R6")
+@pytest.mark.parametrize("sampler", [Greedy(), Greedy(repetition_penalty=1.5)], ids=["", "penalty"])
+def test_rows_that_ended_apart_go_on_apart(sampler):
     """Each at the slot behind its own last token, whichever step its neighbours ran to."""
     model, params = load()
-    free, prompts = rows(run(PROMPTS[:3])), PROMPTS[:3]
+    free, prompts = rows(run(PROMPTS[:3], sampler)), PROMPTS[:3]
     first = Generation(
         model,
         params,
-        Greedy(),
+        sampler,
         GenerationConfig(max_new_tokens=9, stop_ids=frozenset({free[1][3]})),
     )
     first.start(prompts)
@@ -378,10 +380,10 @@ def test_rows_that_ended_apart_go_on_apart():
     held = [len(p) + n - 1 for p, n in zip(prompts, done.lengths)]
     assert first.state.cache.lengths.tolist() == held
     turn = [5, 9, 2]
-    second = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=9))
+    second = Generation(model, params, sampler, GenerationConfig(max_new_tokens=9))
     second.start([done.row(i)[-1:] + turn[: i + 1] for i in range(3)], cache=first.state.cache)
     fresh = [p + done.row(i) + turn[: i + 1] for i, p in enumerate(prompts)]
-    assert rows(finish(second)) == rows(run(fresh, max_new_tokens=9))
+    assert rows(finish(second)) == rows(run(fresh, sampler, max_new_tokens=9))
 
 
 def test_buckets():

@@ -37,6 +37,7 @@ class KVCache:
             already rotated. On a mesh each device holds the heads of its own rows: the order of X
             is the device's own, and nothing else may index it.
         lengths: [B] int32, filled slots of each row.
+        tokens_BS: int32, the token of each slot; what is sampled next may depend on them.
         empty: true only for a new cache. It is static: the first pass attends among the new tokens
             alone and never reads the buffers.
         rules: how a mesh shares rows and heads, see `layout`; static.
@@ -47,6 +48,7 @@ class KVCache:
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     lengths: Array
+    tokens_BS: Array
     empty: bool = flax.struct.field(pytree_node=False, default=False)
     rules: ShardingRules = flax.struct.field(pytree_node=False, default=DECODING)
     values_axis: int = flax.struct.field(pytree_node=False, default=1)
@@ -69,8 +71,8 @@ class KVCache:
             return tuple(sharding.constrain_tree(buffer, spec) for buffer in buffers)
 
         v = zeros(S, H) if values_axis == 1 else zeros(H, S)
-        lengths = jnp.zeros((B,), jnp.int32)
-        return cls(zeros(H, S), v, lengths, empty=True, rules=rules, values_axis=values_axis)
+        lengths, tokens_BS = jnp.zeros((B,), jnp.int32), jnp.zeros((B, S), jnp.int32)
+        return cls(zeros(H, S), v, lengths, tokens_BS, True, rules, values_axis)
 
     @property
     def capacity(self) -> int:
@@ -83,12 +85,15 @@ class KVCache:
             self.k[i], self.v[i], self.lengths, self.empty, self.rules, self.values_axis
         )
 
-    def appended(self, layers: Sequence["LayerCache"], new_tokens: int) -> "KVCache":
-        """The cache after each of its layers took new_tokens per row."""
+    def appended(self, layers: Sequence["LayerCache"], tokens_BT: Array) -> "KVCache":
+        """The cache after each of its layers took the keys and values of new tokens."""
+        B, T = tokens_BT.shape
+        slots = jnp.arange(B)[:, None], self.lengths[:, None] + jnp.arange(T)
         return self.replace(
             k=tuple(layer.k for layer in layers),
             v=tuple(layer.v for layer in layers),
-            lengths=self.lengths + new_tokens,
+            lengths=self.lengths + T,
+            tokens_BS=self.tokens_BS.at[slots].set(tokens_BT),
             empty=False,
         )
 
@@ -97,11 +102,12 @@ class KVCache:
         more = capacity - self.capacity
 
         def fit(x_X: Array, axis: int) -> Array:
-            widths = [(0, more * (i == axis), 0) for i in range(3)]
+            widths = [(0, more * (i == axis), 0) for i in range(x_X.ndim)]
             return jax.lax.pad(x_X, jnp.zeros((), x_X.dtype), widths)
 
         v = tuple(fit(x, self.values_axis) for x in self.v)
-        return self.replace(k=tuple(fit(x, 2) for x in self.k), v=v)
+        k, tokens_BS = tuple(fit(x, 2) for x in self.k), fit(self.tokens_BS, 1)
+        return self.replace(k=k, v=v, tokens_BS=tokens_BS)
 
     def repeated(self, times: int, n_kv_heads: int) -> "KVCache":
         """Each row `times` times, side by side: one prefill for several samples per prompt.
@@ -121,6 +127,7 @@ class KVCache:
             k=tuple(map(repeat, self.k)),
             v=tuple(map(repeat, self.v)),
             lengths=jnp.repeat(self.lengths, times),
+            tokens_BS=jnp.repeat(self.tokens_BS, times, axis=0),
             rules=rules,
         )
 

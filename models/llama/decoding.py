@@ -146,7 +146,7 @@ class DecodeState:
         counts_R: number of tokens sampled.
         limits_R: number of tokens at which a row stops.
         reason_R: RUNNING, or why the row ended.
-        seen_RV: [R, V] bool, tokens of prompt and completion, for a repetition penalty; otherwise None.
+        seen_RV: [R, V] bool, tokens of the context so far, for a repetition penalty; otherwise None.
     """
 
     cache: KVCache
@@ -203,10 +203,9 @@ def prefill(
     R, S, V = len(lengths_B) * n, cache.capacity, logits_B1V.shape[-1]
     seen_RV = None
     if rules.sampler.repetition_penalty is not None:
-        inside_BT = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
         # An id of V is out of bounds, and a scatter drops it.
-        ids_BT = jnp.where(inside_BT, tokens_BT, V)
-        seen_RV = rows(jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True))(ids_BT))
+        ids_BS = jnp.where(jnp.arange(S) < cache.lengths[:, None], cache.tokens_BS, V)
+        seen_RV = rows(jax.vmap(lambda ids: jnp.zeros(V, bool).at[ids].set(True))(ids_BS))
     state = DecodeState(
         cache=cache.repeated(n, model.config.n_kv_heads) if n > 1 else cache,
         keys_R=keys_R,

@@ -169,7 +169,7 @@ class LLaMa(nn.Module):
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
             x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
         else:
-            x_BTD, cache = self._unrolled_layers(x_BTD, rope, masks, cache)
+            x_BTD, cache = self._unrolled_layers(x_BTD, rope, masks, cache, tokens_BT)
         if logits_at_BM is not None:
             x_BTD = jnp.take_along_axis(x_BTD, logits_at_BM[..., None], axis=1)
         x_BTD = _rms_norm(self, "final_norm", x_BTD)
@@ -198,14 +198,14 @@ class LLaMa(nn.Module):
             length=self.config.n_layers,
         )(self.config, name="layers")
 
-    def _unrolled_layers(self, x_BTD, rope, masks, cache):
+    def _unrolled_layers(self, x_BTD, rope, masks, cache, tokens_BT):
         """Layer after layer, so that XLA updates each layer's cache in place and copies no weights."""
         new = []
         for i, layer in enumerate(_layers(self.variables["params"]["layers"])):
             part = cache and cache.layer(i)
             x_BTD, part = _block(self.config, layer, x_BTD, rope, masks, part)
             new.append(part)
-        return x_BTD, cache and cache.appended(new, x_BTD.shape[1])
+        return x_BTD, cache and cache.appended(new, tokens_BT)
 
 
 # Names of the results that `remat="dots"` keeps: those of matrix products and of a kernel.
