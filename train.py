@@ -15,7 +15,7 @@ from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.grpo_trainer import GRPOConfig
 from trainers.runs.recipes import GRPORecipe, SFTRecipe
-from trainers.report.replay import read_run, replay_step
+from trainers.report.replay import read_run, replay_step, verdict
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags
 from trainers.rollout import RolloutConfig, rows_at_once
@@ -200,16 +200,21 @@ def replay(step: StepFlags, different_loss: LossFlags) -> None:
     changes = {name: value for name, value in changes.items() if value is not None}
     past, others = read_run(Path(step.run), step.step), {"changed": changes} if changes else {}
     with cli.busy("computing"):
-        found = {"logged": past.logged, **replay_step(past, step.step, others)}
+        found = replay_step(past, step.step, others)
+    agrees, said = verdict(found, past.trainer.model.dtype)
     if step.json:
-        cli.write(json.dumps(found) + "\n")
+        cli.write(json.dumps(found | {"agrees": agrees}) + "\n")
         return
     names = dict.fromkeys(name for values in found.values() for name in values)
+    shown = {name: [values.get(name) for values in found.values()] for name in names}
     rows = [
-        [name, *(f"{values[name]:.8g}" if name in values else "" for values in found.values())]
-        for name in names
+        [name, *("" if value is None else f"{value:.8g}" for value in values)]
+        for name, values in shown.items()
     ]
     cli.write(cli.table(["", *found], rows, f"step {step.step} of {step.run}"))
+    if changes:
+        cli.write("difference: of both gradients, over the run's; cosine: between both gradients\n")
+    cli.write(f"{said}\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,7 @@ def test_replay_finds_what_was_logged_and_report_is_written(programs, whole):
     found = json.loads(done.stdout)
     assert found["run"]["loss"] == pytest.approx(found["logged"]["loss"], rel=1e-4, abs=1e-7)
     assert found["run"]["grad_norm"] == pytest.approx(found["logged"]["grad_norm"], rel=1e-4)
+    assert found["agrees"] and len(found["logged"]) == 21
     assert 0 < found["changed"]["difference"] and found["changed"]["cosine"] < 1.0001
     check_error(programs.run("train.py", "replay", run=whole, step=9), 2, "no rollout for step 9")
     done = programs.run("train.py", "report", run=whole, out=whole.parent / "page.html")

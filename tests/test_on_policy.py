@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,14 +18,15 @@ from trainers.grpo_trainer import SCALES, group_advantages
 from trainers.loop import Progress, Session, fit
 from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData, decoding_params
-from trainers.report.replay import SavedRun, replay_step
+from trainers.report.replay import SavedRun, read_run, replay_step, verdict
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.functions import Reward
 from trainers.report.rollouts import from_record, recorder, to_record
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from utils.clock import PhaseClock
-from utils.errors import ConfigError, DataError, TrainError
+from utils.errors import ArtifactError, ConfigError, DataError, TrainError
+from utils.files import flatten
 
 
 def lines(folder):
@@ -455,6 +458,7 @@ def test_a_rollout_is_read_back_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.covers("N12")
 def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
     of = trainer(max_steps=6, beta=0.1)
     run(of, tmp_path, iterations=2)
@@ -463,15 +467,55 @@ def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
     config = RolloutConfig(prompts_per_step=4, group_size=4, iterations=2)
     for step in (1, 4, 6):
         others = {"other": {"temperature": 0.5}, "same": {}}
-        found = replay_step(SavedRun(of, config, *start(of), records), step, others)
+        log = flatten(logged[step])
+        found = replay_step(SavedRun(of, config, *start(of), records, log), step, others)
         for name in ("loss", "grad_norm", "kl", "entropy", "ratio_max"):
             assert found["run"][name] == pytest.approx(logged[step][name], rel=1e-5, abs=1e-7)
+        # All but what the clock measures, the names of the step and its outcome.
+        assert log.keys() - found["logged"].keys() == {"step", "updated", "skipped"}
+        assert found["run"].keys() == found["logged"].keys()
+        assert verdict(found, jnp.float32)[0]
         assert found["same"]["difference"] == 0 and found["same"]["cosine"] == pytest.approx(1)
         assert found["other"]["difference"] > 0.01
     with pytest.raises(
         ConfigError, match="no rollout for step 9 is saved; rollouts.jsonl has steps 1 to 5"
     ):
         replay_step(SavedRun(of, config, *start(of), records), 9)
+
+
+@pytest.mark.covers("N12")
+def test_a_step_without_rollouts_is_refused_before_a_model_is_loaded(tmp_path):
+    train = {"loss": "dapo", "iterations": 2}
+    settings = {"train": train, "source": {"ckpt_dir": str(tmp_path / "nowhere")}}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 1}\n{"step": 5}\n')
+    for step, missing in ((99, 99), (7, 7), (5, 3)):  # 5 starts from what 3 and 4 made
+        told = f"no rollout for step {missing} is saved; rollouts.jsonl has steps 1 to 5"
+        with pytest.raises(ConfigError, match=told):
+            read_run(tmp_path, step)
+    with pytest.raises(ArtifactError, match="nowhere"):
+        read_run(tmp_path, 2)
+
+
+@pytest.mark.covers("N12")
+@pytest.mark.parametrize(
+    "again, dtype, wrong",
+    [
+        (dict(loss=0.5, gap_max=2e-5, reward=None), "float32", ""),
+        (dict(loss=0.50001, gap_max=2.5e-5, reward=None), "float32", ""),
+        (dict(loss=0.501, gap_max=2e-5, reward=None), "bfloat16", ""),
+        (dict(loss=0.501, gap_max=2e-5, reward=None), "float32", "loss"),
+        (dict(loss=0.5, gap_max=2e-3, reward=0.0), "float32", "gap_max, reward"),
+        (dict(loss=math.nan, gap_max=2e-5, reward=None), "float32", "loss"),
+    ],
+)
+def test_the_verdict_on_a_step_that_is_computed_again(again, dtype, wrong):
+    found = dict(logged=dict(loss=0.5, gap_max=2e-5, reward=None), run=again)
+    agrees, said = verdict(found, dtype)
+    assert agrees == (not wrong)
+    assert f"differs from metrics.jsonl: {wrong} (3 compared)" == said if wrong else "all 3" in said
+    assert not verdict(found | {"logged": {}}, dtype)[0]
 
 
 # Evaluations ------------------------------------------------------------------------------------

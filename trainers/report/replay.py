@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from trainers.runs.checkpoint import CheckpointReader
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.runs.metrics import whole_lines
 from trainers.report.rollouts import from_record
-from trainers.rollout import RolloutConfig, parts
+from trainers.optimizer import learning_rate
+from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError, DataError
-from utils.files import parse_json, read_json
+from utils.files import flatten, parse_json, read_json
 
 
 class SavedRun(NamedTuple):
@@ -31,7 +33,7 @@ class SavedRun(NamedTuple):
         state: after fewer updates than the step has.
         frozen: as in the run.
         records: lines of rollouts.jsonl by their step.
-        logged: numbers of metrics.jsonl at the step.
+        logged: metrics.jsonl's line of the step, values by their path.
     """
 
     trainer: GRPOTrainer
@@ -50,34 +52,29 @@ def read_run(folder: Path, step: int) -> SavedRun:
     settings = read_json(folder / "run.json", error=DataError)
     if "loss" not in settings.get("train", {}):
         raise ConfigError(f"{folder} is not a run of `train.py grpo`: run.json has no loss")
-    train, source = settings["train"], open_checkpoint(settings["source"]["ckpt_dir"])
+    train = settings["train"]
 
     def saved(cls: type) -> Any:
         return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls) if f.name in train})
 
+    # Before a model is loaded: whether all rollouts are there that lead to the step.
+    rollout = saved(RolloutConfig)
+    records = {r["step"]: r for r in _records(folder / "rollouts.jsonl")}
+    reader = CheckpointReader(folder / "checkpoints")
+    from_step = max((n for n in reader.steps if n < step), default=0)
+    for n in (step, *range(from_step + 1, step)):
+        _first_update(records, rollout, n)
+    logged = [flatten(r) for r in _records(folder / "metrics.jsonl") if r["step"] == step]
+
+    source = open_checkpoint(settings["source"]["ckpt_dir"])
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     trainer = GRPOTrainer(model, saved(GRPOConfig), lora, train["vocab_limit"])
-    dtype = model.dtype if lora is not None else trainer.config.param_dtype
-    params = source.params(dtype)
+    params = source.params(model.dtype if lora is not None else trainer.config.param_dtype)
     state, frozen = trainer.init(params, jax.random.key(train["seed"]))
-    reader = CheckpointReader(folder / "checkpoints")
-    if earlier := [n for n in reader.steps if n < step]:
-        state = reader.restore(jax.eval_shape(lambda: state), step=earlier[-1]).state
-    logged = [r for r in _records(folder / "metrics.jsonl") if r["step"] == step]
-    numbers = logged[-1] if logged else {}
-    return SavedRun(
-        trainer=trainer,
-        rollout=saved(RolloutConfig),
-        state=state,
-        frozen=frozen,
-        records={r["step"]: r for r in _records(folder / "rollouts.jsonl")},
-        logged={
-            name: numbers[name]
-            for name in ("loss", "grad_norm", "entropy")
-            if isinstance(numbers.get(name), float)
-        },
-    )
+    if from_step:
+        state = reader.restore(jax.eval_shape(lambda: state), step=from_step).state
+    return SavedRun(trainer, rollout, state, frozen, records, logged[-1] if logged else {})
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +83,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def replay_step(
     run: SavedRun, step: int, others: Mapping[str, Mapping[str, Any]] = {}
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Losses and gradients of one update, from the state of an earlier one.
 
     Updates in between are done again from their saved completions; nothing is sampled.
@@ -98,8 +95,9 @@ def replay_step(
 
     Returns:
         For "run" and each other name: `loss`, `grad_norm` and the metrics of `GRPOTrainer.derive`;
-        for the others also `difference`, the norm of the difference of both gradients over that of
-        the run's, and `cosine` between them.
+        for the run also `lr`, `targets`, `tokens` and the rollout's own numbers; for the others also
+        `difference`, the norm of the difference of both gradients over that of the run's, and
+        `cosine` between them. First, as "logged", metrics.jsonl's numbers of the run's names.
 
     Raises:
         ConfigError: a rollout that is needed is not there.
@@ -122,6 +120,7 @@ def replay_step(
         found[name] = trainer.derive(values) | {"grad_norm": float(norm)}
         if first is None:
             first, first_norm = gradients, norm
+            found[name] |= _measured(run, step, batch)
             continue
         off = optax.tree.norm(jax.tree.map(jnp.subtract, gradients, first))
         dot = optax.tree.vdot(gradients, first)
@@ -129,7 +128,45 @@ def replay_step(
             "difference": float(off / first_norm),
             "cosine": float(dot / (norm * first_norm)),
         }
-    return found
+    return {"logged": {k: v for k, v in run.logged.items() if k in found["run"]}, **found}
+
+
+def _measured(run: SavedRun, step: int, batch: Batch) -> dict[str, float | None]:
+    """A step's numbers that depend on no gradient, by the names of metrics.jsonl."""
+    work = run.trainer.work(batch)
+    rate = learning_rate(run.trainer.config)(step - 1)
+    values = {"lr": float(rate), "targets": work.targets, "tokens": work.tokens}
+    if not run.rollout.refills:  # else the log counts groups that were replaced, too
+        values |= flatten(_rollout(run, step)[0].metrics())
+    return values
+
+
+def verdict(found: Mapping[str, Mapping[str, float | None]], dtype: Any) -> tuple[bool, str]:
+    """(whether the run's numbers are those that were logged, and that in words).
+
+    Args:
+        found: as `replay_step` returns it.
+        dtype: of the model's activations. Numbers agree within 2 of its epsilons, 1e-4 at least, and
+            1e-5 near 0: the program that repeats a step is another one than the run's.
+    """
+    relative = max(1e-4, 2 * float(jnp.finfo(dtype).eps))
+    logged, again, off = found["logged"], found["run"], {}
+    if not logged:
+        return False, "metrics.jsonl has no line of this step: nothing to compare with"
+    for name, value in logged.items():
+        if value is None or again[name] is None:  # null: not finite, or nothing to measure
+            off[name] = 0.0 if value is again[name] else math.inf
+        else:
+            largest = max(abs(value), abs(again[name]), 1e-5 / relative)
+            off[name] = abs(value - again[name]) / largest
+    wrong = [name for name, by in off.items() if not by <= relative]
+    if wrong:
+        return False, f"differs from metrics.jsonl: {', '.join(wrong)} ({len(off)} compared)"
+    most = max(off, key=off.get)
+    return True, (
+        f"repeated: all {len(off)} numbers agree with metrics.jsonl, "
+        f"to {off[most]:.1e} at least ({most})"
+    )
 
 
 def _advance(run: SavedRun, step: int) -> TrainState:
@@ -148,13 +185,23 @@ def _gradients(trainer: GRPOTrainer, params, frozen, batch, key):
     return gradients, loss.means()
 
 
-def _batch(run: SavedRun, step: int) -> Batch:
-    """The batch of the update to `step`."""
-    records, config = run.records, run.rollout
+def _first_update(records: Mapping[int, Any], config: RolloutConfig, step: int) -> int:
+    """The first update on the rollout that serves a step."""
     start = max((n for n in records if n <= step), default=None)
     if start is None or step - start >= config.updates:
         saved = f"steps {min(records)} to {max(records)}" if records else "none"
         raise ConfigError(f"no rollout for step {step} is saved; rollouts.jsonl has {saved}")
-    rollout, layout = from_record(records[start], f"the rollout of step {start}")
+    return start
+
+
+def _rollout(run: SavedRun, step: int) -> tuple[Rollout, Layout, int]:
+    """(the rollout that serves a step, its layout, the updates on it before that step)."""
+    start = _first_update(run.records, run.rollout, step)
+    return *from_record(run.records[start], f"the rollout of step {start}"), step - start
+
+
+def _batch(run: SavedRun, step: int) -> Batch:
+    """The batch of the update to `step`."""
+    rollout, layout, before = _rollout(run, step)
     batch = rollout.batch(layout, mask_truncated=run.trainer.config.mask_truncated)
-    return parts(batch, config.mini_batches)[(step - start) % config.mini_batches]
+    return parts(batch, run.rollout.mini_batches)[before % run.rollout.mini_batches]
