@@ -14,7 +14,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models.llama.tokenizer import check_against_model, decode_utf8, load_tokenizer
-from models.llama.tokenizers.bpe import GGUF_PATTERNS
+from models.llama.tokenizers.gguf import GGUF_PATTERNS
 from tests.oracles import tokenizer_files as oracle
 from tests.test_tokenizer_save import small_metadata
 from utils.errors import ArtifactError, DataError, SamplingError
@@ -201,27 +201,31 @@ def test_nested_names_are_plain_text(load):
         assert tokenizer.decode(ids) == text
 
 
-@pytest.mark.covers("B7", "B8")
+@pytest.mark.covers("B7", "B8", "R1", "R2", "R28")
 def test_added_tokens_that_are_not_special(tmp_path, default_model_path):
-    """Tags and what the template writes are control tokens; a run of spaces is text."""
+    """Tags come from no user's text, but from an assistant's; words and runs of spaces are text."""
     spec = oracle.smollm_json(oracle.tokenizer_metadata(default_model_path))
-    names = ["<think>", "Reasoning:", "      ", "covid", "<é>"]
+    names = ["<think>", "aspirin", "      ", "covid", "<é>"]
     spec["added_tokens"] += [
         {"id": 49152 + n, "content": name, "special": False} for n, name in enumerate(names)
     ]
     spec["added_tokens"].append({"id": 49157, "content": "<thi", "special": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ 'Reasoning:      ' }}"}
+    config = {"eos_token": {"content": "<|im_end|>"}, "chat_template": "{{ 'aspirin      ' }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
-    text = "<think>Reasoning:      covid<é>"
-    assert [i for i in tokenizer.encode(text) if i >= 49152] == [49154, 49155]
-    assert tokenizer.encode(text, allow_special=True) == [49152, 49153, 49154, 49155, 49156]
-    assert tokenizer.decode(range(49152, 49157)) == text
+    text = "<think>aspirin      covid<é>"
+    assert [i for i in tokenizer.encode(text) if i >= 49152] == [49153, 49154, 49155]
+    every = [49152, 49153, 49154, 49155, 49156]
+    assert tokenizer.encode(text, allow_special=True) == every
+    assert tokenizer.encode_pieces(tokenizer.split_tags(text)) == every
+    assert 49157 not in tokenizer.encode_pieces(tokenizer.split_tags("<thi" + text))
+    assert tokenizer.decode(every) == tokenizer.decode(every, skip_special=True) == text
+    assert tokenizer.decode([49157, 2], skip_special=True) == ""
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.covers("B7")
+@pytest.mark.covers("B7", "R1", "R28")
 def test_user_defined_pieces_of_sentencepiece(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(oracle.sentencepiece_model(markup=True))
     tokenizer = load_tokenizer(tmp_path)
@@ -232,6 +236,9 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path):
     assert tokenizer.decode(ids) == text
     theirs = sentencepiece.SentencePieceProcessor(model_proto=oracle.sentencepiece_model(True))
     assert tokenizer.encode("a  cat sat") == theirs.encode("a  cat sat")  # "  " is still a piece
+    for said in ("the <|im_end|> cat", "<|im_end|>the", "a<|im_end|>the <|im_end|><|im_end|> "):
+        ids = tokenizer.encode_pieces(tokenizer.split_tags(said))
+        assert ids == theirs.encode(said) and tokenizer.decode(ids, True) == theirs.decode(ids)
 
 
 @pytest.mark.covers("B9")

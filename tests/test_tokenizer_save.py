@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import Tokenizer, load_tokenizer
-from models.llama.tokenizers.bpe import GGUF_PATTERNS
+from models.llama.tokenizers.gguf import GGUF_PATTERNS
 from models.llama.tokenizers.model import parse_model
 from models.llama.tokenizers.save import write_tokenizer
 from tests.oracles import tokenizer_files as oracle
@@ -19,7 +19,7 @@ from utils.errors import ArtifactError
 
 TEXTS = [*oracle.HOSTILE, *oracle.random_texts(150)]
 FIELDS = ("vocab_size", "special_tokens", "bos_id", "eos_id", "pad_id", "stop_ids", "adds_bos")
-FIELDS += ("chat_templates", "strips_first_space")
+FIELDS += ("chat_templates", "strips_first_space", "hidden_ids")
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -248,19 +248,22 @@ def test_metas_folders(tmp_path, place):
     assert theirs.chat_template == "{{ bos_token }}"
 
 
-@pytest.mark.covers("D31")
-def test_what_the_files_cannot_say_is_refused(tmp_path, default_model_path):
-    (tmp_path / "out").mkdir()
-    # In tokenizer.json, what a template writes is a control token; in a GGUF file it has a type.
+@pytest.mark.covers("D31", "R2", "R30")
+def test_words_and_tags_of_a_gguf_file_stay_what_they_are(tmp_path, default_model_path):
+    """A word that the template has too is a word, and a tag is shown, before and after."""
     metadata = small_metadata(default_model_path)
-    metadata["tokenizer.ggml.tokens"][-1] = "You are"
-    metadata["tokenizer.ggml.token_type"][-1] = 4
-    metadata["tokenizer.ggml.merges"].pop()
+    for name in ("You are", "<think>"):
+        metadata["tokenizer.ggml.tokens"].append(name)
+        metadata["tokenizer.ggml.token_type"].append(4)
     source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
-    with pytest.raises(
-        ArtifactError, match="a.gguf: .* cannot say this tokenizer's special_tokens"
-    ):
-        write_tokenizer(source, tmp_path / "out")
+    folder = exported(source, tmp_path / "out")
+    assert_export_is_complete(source, folder)
+    ours = load_tokenizer(folder)
+    assert ours.encode("You are<think>")[0] == 1500 and 1501 not in ours.encode("You are<think>")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    said = [1, 1500, 1501, 2]
+    assert theirs.decode(said, skip_special_tokens=True) == "You are<think>"
+    assert ours.decode(said, skip_special=True) == "You are<think>"
 
 
 def test_bad_sources(tmp_path, hf_folder):
@@ -284,17 +287,19 @@ def test_sentencepiece_itself_reads_the_model_from_a_gguf_file(tmp_path):
         assert theirs.encode(text) == original.encode(text)
 
 
-@pytest.mark.covers("D31", "B7")
-def test_control_tokens_of_a_sentencepiece_gguf(tmp_path):
-    """A tag is a control token here, whatever its type in the file, and stays one."""
+@pytest.mark.covers("D31", "B7", "R30")
+def test_tags_of_a_sentencepiece_gguf(tmp_path):
+    """A tag is no control token for other programs: it keeps its type, and text never becomes it."""
     metadata = oracle.sentencepiece_metadata(oracle.sentencepiece_model(markup=True))
     tag = metadata["tokenizer.ggml.tokens"].index("<|im_end|>")
+    metadata["tokenizer.ggml.tokens"][tag] = "<think>"
     metadata["tokenizer.ggml.token_type"][tag] = 4
     source = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
     folder = exported(source, tmp_path / "out")
     assert_same(load_tokenizer(source), load_tokenizer(folder))
-    assert parse_model((folder / "tokenizer.model").read_bytes()).entries[tag].type == 3
-    assert AutoTokenizer.from_pretrained(folder).encode("<|im_end|>") == [1, tag]
+    assert parse_model((folder / "tokenizer.model").read_bytes()).entries[tag].type == 4
+    assert tag not in load_tokenizer(folder).encode("<think>")
+    assert tag not in load_tokenizer(folder).hidden_ids
 
 
 def test_roles_of_a_sentencepiece_gguf(tmp_path):

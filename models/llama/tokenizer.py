@@ -1,35 +1,19 @@
 """One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it returns."""
 
 import codecs
+import itertools
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizers.bpe import (
-    Piece,
-    Vocabulary,
-    chat_templates_of,
-    gguf_array,
-    gguf_spec,
-    looks_like_markup,
-    read_tokenizer_json,
-    token_name,
-)
-from models.llama.tokenizers.model import (
-    CONTROL,
-    LLAMA3_PAD,
-    LLAMA3_STOPS,
-    NORMAL,
-    USER_DEFINED,
-    SentencePieceModel,
-    gguf_model,
-    parse_model,
-    read_sentencepiece,
-    read_tiktoken,
-)
+from models.llama.tokenizers.bpe import Piece, Vocabulary, chat_templates_of
+from models.llama.tokenizers.bpe import read_tokenizer_json, token_name
+from models.llama.tokenizers.gguf import read_gguf
+from models.llama.tokenizers.model import LLAMA3_PAD, LLAMA3_STOPS
+from models.llama.tokenizers.model import parse_model, read_sentencepiece, read_tiktoken
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, member_path, parse_json, read_json
 
@@ -45,7 +29,9 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus one. A model may have more rows in its embedding; those
             rows are padding, and sampling must never choose them.
-        special_tokens: control tokens, name to id.
+        special_tokens: control tokens, name to id: what the files mark as special, and tags
+            (`<think>`). No text becomes one of them; but a tag that an assistant writes is one.
+        hidden_ids: ids that no text shows: what the files mark as special, and stop ids.
         bos_id, eos_id, pad_id: None where there is none.
         stop_ids: ids that end an answer.
         adds_bos: whether a prompt of this model starts with BOS.
@@ -68,10 +54,11 @@ class Tokenizer:
         self.stop_ids = frozenset(stop_ids - {None})
         self.adds_bos = config.get("add_bos_token") is True
         self.chat_templates = chat_templates_of(config)
-        self._special_ids = frozenset(special.values())
-        # Where one name starts another, the longer one is meant.
-        longest_first = sorted(special, key=len, reverse=True)
-        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        roles = {self.bos_id, self.eos_id} - {None}
+        self.hidden_ids = vocabulary.hidden | roles | self.stop_ids
+        self._special = _names_pattern(special, vocabulary.words)
+        tags = {name for name, i in special.items() if i not in self.hidden_ids}
+        self._tags = _names_pattern(tags, vocabulary.words)
 
     @property
     def chat_template(self) -> str | None:
@@ -102,13 +89,33 @@ class Tokenizer:
                 raise ArtifactError(f"this tokenizer has no {name} token")
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of plain text (str) and control tokens (int) in turn."""
-        return self._codec.encode(pieces)
+    def encode_pieces(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
+        """Token ids of plain text (str) and control tokens (int).
+
+        Args:
+            pieces: texts that stand side by side are one text.
+            continues: the pieces continue a text, so that no space is put before them.
+        """
+        joined: list[Piece] = []
+        for kind, group in itertools.groupby(pieces, type):
+            joined += ["".join(group)] if kind is str else group
+        return self._codec.encode(joined, continues)
 
     def split_special(self, text: str) -> list[Piece]:
         """The text in pieces: the names of control tokens as ids, the rest unchanged."""
-        return [self.special_tokens.get(p, p) for p in self._special.split(text) if p]
+        return self._split(self._special, text)
+
+    def split_tags(self, text: str) -> list[Piece]:
+        """An assistant's text in pieces: tags as ids, as transformers has them, the rest unchanged.
+
+        A tag is a token that no file marks as special, `<think>`. A model learns to write it, and
+        has written it in a chat; a special token comes from no text.
+        """
+        return self._split(self._tags, text)
+
+    def _split(self, names: re.Pattern, text: str) -> list[Piece]:
+        parts = enumerate(names.split(text))  # the odd ones are names
+        return [self.special_tokens[p] if n % 2 else p for n, p in parts if p]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of token ids.
@@ -118,7 +125,7 @@ class Tokenizer:
 
         Args:
             ids: token ids.
-            skip_special: leave control tokens out, instead of writing their names.
+            skip_special: leave hidden_ids out, instead of writing their names.
 
         Raises:
             SamplingError: an id is not an integer of the vocabulary.
@@ -129,10 +136,6 @@ class Tokenizer:
     def stream(self, skip_special: bool = False) -> "StreamDecoder":
         """A decoder that takes one id at a time; its texts join to `decode` of all ids."""
         return StreamDecoder(self, skip_special)
-
-    def is_special(self, token_id: int) -> bool:
-        """Whether an id is a control token's."""
-        return token_id in self._special_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; U+FFFD's for an id in a gap of the vocabulary.
@@ -163,8 +166,8 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The text that is certain now. Raises SamplingError for an id outside the vocabulary."""
         data = self._tokenizer.token_bytes(token_id)
-        if self._tokenizer.is_special(token_id):
-            return "" if self._skip_special else self._utf8.decode(data)
+        if self._skip_special and token_id in self._tokenizer.hidden_ids:
+            return ""
         if self._strip:
             self._strip = False
             data = data.removeprefix(b" ")
@@ -173,6 +176,14 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest: U+FFFD for a character that never ended, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def _names_pattern(names: Iterable[str], words: Iterable[str]) -> re.Pattern:
+    """Finds names; where one name starts another, the longer one is meant."""
+    alone = {name: rf"(?<!\w){re.escape(name)}(?!\w)" for name in words}
+    longest_first = sorted(names, key=len, reverse=True)
+    found = "|".join(alone.get(name) or re.escape(name) for name in longest_first)
+    return re.compile(f"({found or '(?!)'})")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -324,49 +335,3 @@ def _listed_stops(folder: Path) -> list[int]:
                 raise ArtifactError(f"{name}: eos_token_id {listed!r:.80}, expected token ids")
             return listed
     return []
-
-
-# GGUF ----------------------------------------------------------------------------------------
-
-
-def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary in a GGUF file's metadata: a byte-level BPE, or a sentencepiece model."""
-    form, config = gguf_form(metadata)
-    read = read_tokenizer_json if isinstance(form, dict) else read_sentencepiece
-    return read(form, {})._replace(config=config)
-
-
-def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, dict[str, Any]]:
-    """A GGUF file's tokenizer as a `tokenizer.json` or a sentencepiece model, and its config."""
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise ArtifactError(f"tokenizer.ggml.model is {kind!r:.80}; expected 'gpt2' or 'llama'")
-    tokens = gguf_array(metadata, "tokens", str)
-    types = gguf_array(metadata, "token_type", int, [NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise ArtifactError(
-            f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
-        )
-    ids = {}
-    for name in ("bos", "eos", "eot", "eom", "padding"):
-        i = ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if i is not None and not (is_int(i) and 0 <= i < len(tokens)):
-            raise ArtifactError(
-                f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
-            )
-    bos, eos = (None if ids[role] is None else tokens[ids[role]] for role in ("bos", "eos"))
-    stop_ids = {ids[name] for name in ("eos", "eot", "eom")} - {None}
-    special, plain = {}, {}
-    for i, (token, t) in enumerate(zip(tokens, types)):
-        if i in stop_ids or i == ids["bos"] or t == CONTROL:
-            special[token] = i
-        elif t == USER_DEFINED:
-            (special if looks_like_markup(token) else plain)[token] = i
-    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
-    config = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
-    config |= {"eos_token_id": sorted(stop_ids), "pad_token_id": ids["padding"]}
-    config["chat_template"] = metadata.get("tokenizer.chat_template")
-    if kind == "llama":
-        return gguf_model(metadata, types, special), config
-    return gguf_spec(metadata, special, plain, bos if adds_bos else None), config

@@ -7,10 +7,10 @@ A codec never looks for control tokens in text: a control token is encoded only 
 puts its id among the pieces. So `<|eot_id|>` typed by a user is plain text for every codec.
 """
 
+import functools
 import json
 import re
 import secrets
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +34,7 @@ class Codec(Protocol):
     vocab_size: int
     strips_first_space: bool
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]: ...
+    def encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
@@ -44,23 +44,35 @@ class Vocabulary(NamedTuple):
 
     Attributes:
         codec: text to ids and back.
-        special_tokens: control tokens, name to id. Text never becomes one of them.
+        special_tokens: control tokens, name to id. A user's text never becomes one of them.
+        hidden: ids that no text shows: of tokens that the file marks as special.
         config: the entries of `tokenizer_config.json` for roles, BOS and chat templates, and
             `eos_token_id` (all of them) and `pad_token_id` of `generation_config.json`.
+        words: names that are found only where no letter, digit or `_` is beside them.
     """
 
     codec: Codec
     special_tokens: dict[str, int]
+    hidden: frozenset[int]
     config: Mapping[str, Any]
+    words: frozenset[str] = frozenset()
 
 
 class AddedToken(NamedTuple):
-    """A token that is matched whole, before any splitting; a control token only by its id."""
+    """A token that is matched whole, before any splitting; a control token only by its id.
+
+    Attributes:
+        id, content: its number and its name.
+        special: whether the file marks it as special, or gives it a role: it is not shown.
+        control: whether it is special, or else a tag.
+        flags: `lstrip`, `rstrip`, `single_word`, `normalized`.
+    """
 
     id: int
     content: str
+    special: bool
     control: bool
-    flags: dict[str, bool]  # further arguments of tokenizers.AddedToken
+    flags: dict[str, bool]
 
 
 class BPECodec:
@@ -81,15 +93,30 @@ class BPECodec:
         self.vocab_size = max(self._names, default=-1) + 1
         nonce = secrets.token_hex(8)
         self._secret = {t.id: f"\ufdd0{nonce}:{t.id}\ufdd1" for t in added if t.control}
-        self._tokenizer = _pipeline(spec)
+        self._steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+        self._added = added
         try:
-            self._tokenizer.model = self._model(spec["model"])
-            names = self._names | self._secret
-            self._tokenizer.add_tokens(
-                [tokenizers.AddedToken(names[t.id], special=t.control, **t.flags) for t in added]
-            )
+            self._tokenizer = self._built(_pipeline(self._steps), self._model(spec["model"]))
+        except ArtifactError:
+            raise
         except Exception as e:  # the library raises plain Exception for a merge of unknown tokens
             raise ArtifactError(f"the vocabulary is inconsistent: {e!s:.300}") from e
+
+    def _built(
+        self, shell: tokenizers.Tokenizer, model: tokenizers.models.BPE
+    ) -> tokenizers.Tokenizer:
+        shell.model, tokens = model, []
+        for t in self._added:
+            always = {"single_word": False, "normalized": False} if t.control else {}
+            name = self._secret.get(t.id, t.content)
+            tokens.append(tokenizers.AddedToken(name, special=t.control, **t.flags | always))
+        shell.add_tokens(tokens)
+        return shell
+
+    @functools.cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """The tokenizer of what follows a text: no step puts a space before it."""
+        return self._built(_pipeline(_without_prefix(self._steps)), self._tokenizer.model)
 
     def _model(self, model: Mapping[str, Any]) -> tokenizers.models.BPE:
         """The model of the spec, with secret names for control tokens."""
@@ -109,18 +136,17 @@ class BPECodec:
             raise ArtifactError(f"unk_token {unknown!r:.80} is not in it")
         return tokenizers.models.BPE(vocab=vocab, merges=merges, **options)
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
         text = "".join(p if isinstance(p, str) else self._secret[p] for p in pieces)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        tokenizer = self._continuing if continues else self._tokenizer
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token_id: int) -> bytes:
         # An id that no token has can be sampled where the vocabulary has holes.
         name = self._names.get(token_id, "\N{REPLACEMENT CHARACTER}")
-        if token_id in self._literal:
-            return name.encode()
         if not self._byte_level:
             return piece_bytes(name)
-        if all(c in BYTE_OF for c in name):
+        if token_id not in self._literal and all(c in BYTE_OF for c in name):
             return bytes(BYTE_OF[c] for c in name)
         return name.encode()
 
@@ -166,12 +192,14 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
     added = _added_tokens(spec, config, set(names.values()))
     codec = BPECodec(spec, added)
     special = {t.content: t.id for t in added if t.control}
+    hidden = frozenset(t.id for t in added if t.special)
+    words = frozenset(t.content for t in added if t.flags["single_word"])
     for role, name in names.items():
         if name is not None and name not in special:
             raise ArtifactError(f"{role} {name!r:.80} is not in the vocabulary")
     if not isinstance(config.get("add_bos_token"), bool):
         names["add_bos_token"] = first is not None
-    return Vocabulary(codec, special, {**config, **names})
+    return Vocabulary(codec, special, hidden, {**config, **names}, words)
 
 
 def token_name(config: Mapping[str, Any], key: str) -> str | None:
@@ -203,29 +231,28 @@ def looks_like_markup(content: str) -> bool:
 
 
 def _added_tokens(spec: Mapping, config: Mapping, named: set) -> list[AddedToken]:
-    """The added tokens of both files, control tokens marked.
+    """The added tokens of both files, joined as by transformers.
 
-    Control tokens are those that are marked special or have a role. Of the others, tags are, and
-    those that a chat template writes, unless they are white space, which is text.
+    A token is special if one of the files says so, or if it has a role; its other settings are
+    those of tokenizer_config.json, where it is there. Control tokens are those and tags.
     """
-    templates = "\0".join(chat_templates_of(config).values())
     listed = list(_typed(spec.get("added_tokens"), list, "added_tokens"))
     for token_id, entry in _typed(config.get("added_tokens_decoder"), dict, "added tokens").items():
         if isinstance(entry, dict) and re.fullmatch("[0-9]{1,10}", token_id):
             listed.append(entry | {"id": int(token_id)})
     vocab = spec["model"]["vocab"]
-    listed += [{"id": vocab[name], "content": name} for name in sorted(named & vocab.keys())]
+    known = {entry.get("content") for entry in listed if isinstance(entry, dict)}
+    listed += [{"id": vocab[n], "content": n} for n in sorted(named & vocab.keys() - known)]
     added: dict[tuple[str, int], AddedToken] = {}
     for entry in listed:
         content = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(content, str) or not content or not is_int(entry.get("id")):
             raise ArtifactError(f"added token {entry!r:.120} has no id or no content")
-        control = entry.get("special") is True or content in named or looks_like_markup(content)
-        control = control or (not content.isspace() and content in templates)
+        key = content, entry["id"]
+        special = entry.get("special") is True or content in named
+        special = special or (key in added and added[key].special)
         flags = {f: entry.get(f) is True for f in ("lstrip", "rstrip", "single_word", "normalized")}
-        flags |= {"single_word": False, "normalized": False} if control else {}
-        token = AddedToken(entry["id"], content, control, flags)
-        added.setdefault((content, token.id), token)
+        added[key] = AddedToken(*key[::-1], special, special or looks_like_markup(content), flags)
     return list(added.values())
 
 
@@ -263,17 +290,28 @@ def merge_pairs(merges: list) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs]
 
 
-def _pipeline(spec: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _pipeline(steps: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The normalizer and the pre-tokenizer alone.
 
     Truncation and padding of a saved training run must not touch prompts, and BOS is added by us.
     """
-    shell = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
-    shell["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    shell = {**steps, "model": {"type": "BPE", "vocab": {}, "merges": []}}
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(shell))
     except Exception as e:  # the library raises plain Exception
         raise ArtifactError(f"unknown normalizer or pre_tokenizer: {e!s:.200}") from e
+
+
+def _without_prefix(steps: Any) -> Any:
+    """Normalizers and pre-tokenizers that put no space before a text."""
+    if isinstance(steps, list):
+        return [_without_prefix(step) for step in steps if step.get("type") != "Prepend"]
+    if not isinstance(steps, dict):
+        return steps
+    if steps.get("type") == "Prepend":
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: never.get(key, _without_prefix(value)) for key, value in steps.items()}
 
 
 def _parts_of(component: Any, key: str) -> list[dict]:
@@ -304,6 +342,12 @@ def _first_special(post_processor: Any) -> str | None:
             if isinstance(first, dict) and isinstance(first.get("id"), str):
                 return first["id"]
     return None
+
+
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_level_spec(
@@ -345,55 +389,3 @@ def byte_level_spec(
         for token, i in {**special, **plain}.items()
     ]
     return spec
-
-
-# GGUF ----------------------------------------------------------------------------------------
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The patterns by which llama.cpp splits a text, one after the other, by the name in the file.
-GGUF_PATTERNS = {
-    "smollm": (r"\p{N}", _GPT2),
-    "gpt-2": (_GPT2,),
-    "llama-bpe": (LLAMA3_PATTERN,),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-
-
-def gguf_spec(
-    metadata: Mapping[str, Any],
-    special: Mapping[str, int],
-    plain: Mapping[str, int],
-    bos: str | None,
-) -> dict[str, Any]:
-    """The `tokenizer.json` of a GGUF file's byte-pair encoding; see byte_level_spec."""
-    pre = metadata.get("tokenizer.ggml.pre")
-    if pre is None:
-        warnings.warn("the GGUF file names no tokenizer.ggml.pre: using 'default', as llama.cpp")
-        pre = "default"
-    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
-        raise ArtifactError(
-            f"tokenizer.ggml.pre is {pre!r:.80}; known: {', '.join(sorted(GGUF_PATTERNS))}; "
-            "pass --tokenizer_path with the tokenizer of the original model"
-        )
-    tokens = gguf_array(metadata, "tokens", str)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ArtifactError("tokenizer.ggml.tokens: a token appears twice")
-    merges = gguf_array(metadata, "merges", str)
-    whole_words = pre == "llama-bpe"
-    return byte_level_spec(vocab, merges, GGUF_PATTERNS[pre], special, plain, bos, whole_words)
-
-
-def gguf_array(metadata: Mapping, name: str, kind: type, default: list | None = None) -> list:
-    """An array of the tokenizer in a GGUF file. Raises ArtifactError for entries of other types."""
-    values = metadata.get(f"tokenizer.ggml.{name}", default)
-    if not isinstance(values, list) or not values or {type(v) for v in values} != {kind}:
-        raise ArtifactError(
-            f"tokenizer.ggml.{name} is missing or not an array of {kind.__name__}; "
-            "pass --tokenizer_path with the tokenizer of the original model"
-        )
-    return values

@@ -7,6 +7,7 @@ and written by hand. Field numbers are from sentencepiece_model.proto.
 """
 
 import base64
+import functools
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ from models.llama.tokenizers.bpe import (
     Piece,
     Vocabulary,
     byte_level_spec,
-    gguf_array,
     looks_like_markup,
     piece_bytes,
     token_name,
@@ -60,26 +60,54 @@ class SentencePieceCodec:
 
     def __init__(self, model: SentencePieceModel):
         """Raises ArtifactError, without a file name, if sentencepiece refuses the model."""
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(serialize_model(model))
-        except RuntimeError as e:
-            raise ArtifactError(f"sentencepiece refuses the model: {e!s:.200}") from e
-        self._entries = model.entries
+        self._model = model
+        # sentencepiece finds user-defined tokens in any text, and control tokens in none.
+        self._tags = {i for i, e in enumerate(model.entries) if is_tag(e)}
+        self._processor = self._processor_of(model.rest)
         self.vocab_size = len(model.entries)
         self.strips_first_space = model.adds_space
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def _processor_of(self, rest: Sequence[tuple]) -> sentencepiece.SentencePieceProcessor:
+        entries = [e._replace(type=CONTROL) if is_tag(e) else e for e in self._model.entries]
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            closed = self._model._replace(entries=entries, rest=rest)
+            processor.LoadFromSerializedProto(serialize_model(closed))
+        except RuntimeError as e:
+            raise ArtifactError(f"sentencepiece refuses the model: {e!s:.200}") from e
+        return processor
+
+    @functools.cached_property
+    def _continuing(self) -> sentencepiece.SentencePieceProcessor:
+        """The processor of what follows a text: without add_dummy_prefix."""
+        normalizer = dict(_fields(dict(self._model.rest)[3])) | {3: 0}
+        rest = [(n, value) for n, value in self._model.rest if n != 3]
+        return self._processor_of([*rest, (3, message(normalizer.items()))])
+
+    def encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
         ids: list[int] = []
         for piece in pieces:
-            ids += [piece] if isinstance(piece, int) else self._processor.encode(piece)
+            if isinstance(piece, str):
+                ids += (self._continuing if continues else self._processor).encode(piece)
+                continues = True
+                continue
+            is_text = piece in self._tags  # to sentencepiece
+            if is_text and not continues and self.strips_first_space:
+                ids += self._continuing.encode(" ")
+            ids.append(piece)
+            continues = is_text
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        entry = self._entries[token_id]
+        entry = self._model.entries[token_id]
         if entry.type == UNKNOWN:
             return self._processor.decode([token_id]).encode()
         return entry.text.encode() if entry.type == CONTROL else piece_bytes(entry.text)
+
+
+def is_tag(entry: Entry) -> bool:
+    """Whether a token is a tag, which only an assistant's text becomes."""
+    return entry.type == USER_DEFINED and looks_like_markup(entry.text)
 
 
 def read_sentencepiece(
@@ -97,52 +125,14 @@ def read_sentencepiece(
             "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
             "not hold; save a tokenizer.json with transformers, beside it"
         )
-    # sentencepiece finds user-defined tokens in any text, and control tokens in none.
-    entries = [
-        e._replace(type=CONTROL) if e.type == USER_DEFINED and looks_like_markup(e.text) else e
-        for e in model.entries
-    ]
-    special = {e.text: i for i, e in enumerate(entries) if e.type == CONTROL}
+    hidden = {e.text: i for i, e in enumerate(model.entries) if e.type == CONTROL}
+    special = hidden | {e.text: i for i, e in enumerate(model.entries) if is_tag(e)}
     roles: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     roles |= {role: name for role in roles if (name := token_name(config, role)) in special}
     if not isinstance(config.get("add_bos_token"), bool):
         roles["add_bos_token"] = True
-    codec = SentencePieceCodec(model._replace(entries=entries))
-    return Vocabulary(codec, special, {**config, **roles})
-
-
-def gguf_model(
-    metadata: Mapping[str, Any], types: Sequence[int], special: Mapping[str, int]
-) -> SentencePieceModel:
-    """The sentencepiece model in a GGUF file: byte pairs, not normalized, as Llama 2's.
-
-    Args:
-        metadata: of the GGUF file.
-        types: the type of each token.
-        special: the control tokens, whatever their type.
-    """
-    tokens, scores = gguf_array(metadata, "tokens", str), gguf_array(metadata, "scores", float)
-    if len(scores) != len(tokens):
-        raise ArtifactError(
-            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
-        )
-    if not all(NORMAL <= kind <= BYTE for kind in types):
-        raise ArtifactError("tokenizer.ggml.token_type: expected types 1 to 6")
-    entries = [
-        Entry(text, score, CONTROL if text in special else kind)
-        for text, score, kind in zip(tokens, scores, types)
-    ]
-    unk_id = next((i for i, e in enumerate(entries) if e.type == UNKNOWN), None)
-    if unk_id is None:
-        raise ArtifactError("no token is of the type UNKNOWN (2), which sentencepiece needs")
-    adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    # model_type BPE, byte_fallback, unk_id; bos, eos and pad are the caller's matter.
-    trainer = {3: 2, 35: int(any(e.type == BYTE for e in entries)), 40: unk_id}
-    trainer |= dict.fromkeys((41, 42, 43), -1)
-    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
-    normalizer = {1: b"identity", 3: int(adds_space), 4: 0, 5: 1}
-    rest = [(2, _message(trainer.items())), (3, _message(normalizer.items()))]
-    return SentencePieceModel(entries, adds_space, rest)
+    codec = SentencePieceCodec(model)
+    return Vocabulary(codec, special, frozenset(hidden.values()), {**config, **roles})
 
 
 # Llama 3, tiktoken ---------------------------------------------------------------------------
@@ -175,7 +165,7 @@ class TiktokenCodec:
         )
         self.vocab_size = self._encoding.n_vocab
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[Piece], continues: bool = False) -> list[int]:
         ids: list[int] = []
         for piece in pieces:
             if isinstance(piece, int):
@@ -236,7 +226,9 @@ def read_tiktoken(data: bytes, config: Mapping[str, Any]) -> Vocabulary:
             "the file does not hold the special tokens of other models"
         )
     roles = {"bos_token": _BOS, "eos_token": "<|end_of_text|>", "add_bos_token": True}
-    return Vocabulary(TiktokenCodec(ranks, LLAMA3_SPECIAL), LLAMA3_SPECIAL, {**config, **roles})
+    hidden = frozenset(LLAMA3_SPECIAL.values())
+    codec = TiktokenCodec(ranks, LLAMA3_SPECIAL)
+    return Vocabulary(codec, LLAMA3_SPECIAL, hidden, {**config, **roles})
 
 
 def ranks_spec(ranks: Mapping[bytes, int]) -> dict[str, Any]:
@@ -277,9 +269,9 @@ def parse_model(data: bytes) -> SentencePieceModel:
 def serialize_model(model: SentencePieceModel) -> bytes:
     """The bytes of a model, for `SentencePieceProcessor.LoadFromSerializedProto`."""
     entries = [
-        (1, _message(((1, e.text.encode()), (2, e.score), (3, e.type)))) for e in model.entries
+        (1, message(((1, e.text.encode()), (2, e.score), (3, e.type)))) for e in model.entries
     ]
-    return _message([*entries, *model.rest])
+    return message([*entries, *model.rest])
 
 
 def _parse_entry(data: bytes, index: int) -> Entry:
@@ -329,7 +321,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise ArtifactError(f"not a sentencepiece model, or truncated: bad number before byte {at}")
 
 
-def _message(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
+def message(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
     """The message of fields as `_fields` yields them."""
     out = bytearray()
     for number, value in fields:

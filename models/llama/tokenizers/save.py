@@ -12,10 +12,10 @@ from models.llama.tokenizer import (
     CONFIG,
     GENERATION,
     Tokenizer,
-    gguf_form,
     load_tokenizer,
     locate,
 )
+from models.llama.tokenizers.gguf import gguf_form
 from models.llama.tokenizers.model import (
     UNKNOWN,
     SentencePieceModel,
@@ -36,7 +36,7 @@ _COMPANIONS = (
 )
 # All but the pad token: a GGUF file may give that role to a token of text, and to name it in
 # tokenizer_config.json would make a control token of it. Nothing depends on it.
-_KEPT = ("vocab_size", "special_tokens", "bos_id", "eos_id", "stop_ids", "adds_bos")
+_KEPT = ("vocab_size", "special_tokens", "hidden_ids", "bos_id", "eos_id", "stop_ids", "adds_bos")
 _KEPT += ("chat_templates", "strips_first_space")
 
 

@@ -1,0 +1,134 @@
+"""A GGUF file's tokenizer, as a `tokenizer.json` or as a sentencepiece model."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from models.llama.tokenizers.bpe import LLAMA3_PATTERN, Vocabulary, byte_level_spec
+from models.llama.tokenizers.bpe import read_tokenizer_json
+from models.llama.tokenizers.model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from models.llama.tokenizers.model import Entry, SentencePieceModel, message
+from models.llama.tokenizers.model import read_sentencepiece
+from utils.errors import ArtifactError, is_int
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The patterns by which llama.cpp splits a text, one after the other, by the name in the file.
+GGUF_PATTERNS = {
+    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (_GPT2,),
+    "llama-bpe": (LLAMA3_PATTERN,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+
+
+def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary in a GGUF file's metadata: a byte-level BPE, or a sentencepiece model."""
+    form, config = gguf_form(metadata)
+    read = read_tokenizer_json if isinstance(form, dict) else read_sentencepiece
+    return read(form, {})._replace(config=config)
+
+
+def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, dict[str, Any]]:
+    """A GGUF file's tokenizer as a `tokenizer.json` or a sentencepiece model, and its config."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ArtifactError(f"tokenizer.ggml.model is {kind!r:.80}; expected 'gpt2' or 'llama'")
+    tokens = gguf_array(metadata, "tokens", str)
+    types = gguf_array(metadata, "token_type", int, [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise ArtifactError(
+            f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
+        )
+    ids = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        i = ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if i is not None and not (is_int(i) and 0 <= i < len(tokens)):
+            raise ArtifactError(
+                f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
+            )
+    bos, eos = (None if ids[role] is None else tokens[ids[role]] for role in ("bos", "eos"))
+    stop_ids = {ids[name] for name in ("eos", "eot", "eom")} - {None}
+    special, plain = {}, {}
+    for i, (token, t) in enumerate(zip(tokens, types)):
+        if i in stop_ids or i == ids["bos"] or t == CONTROL:
+            special[token] = i
+        elif t == USER_DEFINED:
+            plain[token] = i
+    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
+    config = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
+    config |= {"eos_token_id": sorted(stop_ids), "pad_token_id": ids["padding"]}
+    config["chat_template"] = metadata.get("tokenizer.chat_template")
+    if kind == "llama":
+        return gguf_model(metadata, types, special), config
+    return gguf_spec(metadata, special, plain, bos if adds_bos else None), config
+
+
+def gguf_model(
+    metadata: Mapping[str, Any], types: Sequence[int], special: Mapping[str, int]
+) -> SentencePieceModel:
+    """The sentencepiece model in a GGUF file: byte pairs, not normalized, as Llama 2's.
+
+    Args:
+        metadata: of the GGUF file.
+        types: the type of each token.
+        special: the control tokens, whatever their type.
+    """
+    tokens, scores = gguf_array(metadata, "tokens", str), gguf_array(metadata, "scores", float)
+    if len(scores) != len(tokens):
+        raise ArtifactError(
+            f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
+        )
+    if not all(NORMAL <= kind <= BYTE for kind in types):
+        raise ArtifactError("tokenizer.ggml.token_type: expected types 1 to 6")
+    entries = [
+        Entry(text, score, CONTROL if text in special else kind)
+        for text, score, kind in zip(tokens, scores, types)
+    ]
+    unk_id = next((i for i, e in enumerate(entries) if e.type == UNKNOWN), None)
+    if unk_id is None:
+        raise ArtifactError("no token is of the type UNKNOWN (2), which sentencepiece needs")
+    adds_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    # model_type BPE, byte_fallback, unk_id; bos, eos and pad are the caller's matter.
+    trainer = {3: 2, 35: int(any(e.type == BYTE for e in entries)), 40: unk_id}
+    trainer |= dict.fromkeys((41, 42, 43), -1)
+    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces.
+    normalizer = {1: b"identity", 3: int(adds_space), 4: 0, 5: 1}
+    rest = [(2, message(trainer.items())), (3, message(normalizer.items()))]
+    return SentencePieceModel(entries, adds_space, rest)
+
+
+def gguf_spec(
+    metadata: Mapping[str, Any],
+    special: Mapping[str, int],
+    plain: Mapping[str, int],
+    bos: str | None,
+) -> dict[str, Any]:
+    """The `tokenizer.json` of a GGUF file's byte-pair encoding; see byte_level_spec."""
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        warnings.warn("the GGUF file names no tokenizer.ggml.pre: using 'default', as llama.cpp")
+        pre = "default"
+    if not isinstance(pre, str) or pre not in GGUF_PATTERNS:
+        raise ArtifactError(
+            f"tokenizer.ggml.pre is {pre!r:.80}; known: {', '.join(sorted(GGUF_PATTERNS))}; "
+            "pass --tokenizer_path with the tokenizer of the original model"
+        )
+    tokens = gguf_array(metadata, "tokens", str)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ArtifactError("tokenizer.ggml.tokens: a token appears twice")
+    merges = gguf_array(metadata, "merges", str)
+    whole_words = pre == "llama-bpe"
+    return byte_level_spec(vocab, merges, GGUF_PATTERNS[pre], special, plain, bos, whole_words)
+
+
+def gguf_array(metadata: Mapping, name: str, kind: type, default: list | None = None) -> list:
+    """An array of the tokenizer in a GGUF file. Raises ArtifactError for entries of other types."""
+    values = metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(values, list) or not values or {type(v) for v in values} != {kind}:
+        raise ArtifactError(
+            f"tokenizer.ggml.{name} is missing or not an array of {kind.__name__}; "
+            "pass --tokenizer_path with the tokenizer of the original model"
+        )
+    return values
