@@ -21,10 +21,11 @@ import jax
 import readline  # noqa: F401, gives input() line editing and a history
 from rich.markup import escape
 
-from models.llama.chat_format import ChatFormat, chat_format_for, check_messages
+from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.decoding import GenerationConfig
 from models.llama.generation import Generation, context_length, random_key, stream_text
 from models.llama.load import DecodingModelFlags, Model, load_model
+from models.llama.messages import read_messages
 from models.llama.tokenizer import decode_utf8
 from sampling import TopP
 from utils import distributed
@@ -333,9 +334,7 @@ def _load(path: str) -> list[dict[str, str]]:
         raise ConfigError("/load needs a file")
     file = Path(path).expanduser()
     messages = read_json(file, max_bytes=MAX_CONVERSATION_BYTES, error=DataError).get("messages")
-    if messages != []:
-        check_messages(messages, add_generation_prompt=False)
-    return messages
+    return messages if messages == [] else read_messages(messages)
 
 
 def _set(chat: Conversation, words: list[str]) -> None:

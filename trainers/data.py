@@ -111,17 +111,17 @@ def encode_record(
         prompt = tokenizer.encode(fields["prompt"], bos=tokenizer.adds_bos)
         completion = tokenizer.encode(fields["completion"], eos=True)
         return prompt + completion, [mask == "all"] * len(prompt) + [True] * len(completion)
-    messages, first = fields.get("messages"), 0
+    messages, first, tools = fields.get("messages"), 0, fields.get("tools")
     if record.kind == "completion":
         messages = fields["prompt"] + fields["completion"]
         first = len(fields["prompt"]) if mask in ("auto", "completion") else 0
     if mask == "all":
-        ids = chat.encode_chat(messages, add_generation_prompt=False)
+        ids = chat.encode_chat(messages, False, tools)
         return ids, [True] * len(ids)
     if mask == "last":
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         first = answers[-1] if answers else len(messages)
-    return chat.encode_training(messages, first)
+    return chat.encode_training(messages, first, tools)
 
 
 class Examples:

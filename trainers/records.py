@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import tqdm
 
-from models.llama.chat_format import check_messages
+from models.llama.messages import read_messages, read_tools
 from models.llama.hub import hub_errors
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int
@@ -33,6 +33,14 @@ KINDS = {
     "prompt": ("prompt",),
 }
 SUPERVISED = ("messages", "completion", "text")
+
+# Rows of other programs, by their fields, and what makes messages of them.
+_FOREIGN = {
+    ("conversations",): '{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}'
+    "[.from] // .from), content: .value}]}",
+    ("instruction", "output"): '{messages: [{role: "user", content: ([.instruction, .input // ""] '
+    '| map(select(. != "")) | join("\\n\\n"))}, {role: "assistant", content: .output}]}',
+}
 
 _DATA_FILE = re.compile(r".*\.(jsonl|json)(\.gz)?", re.IGNORECASE)
 _HUB = re.compile(r"(?:hf://datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")
@@ -192,9 +200,11 @@ def _record(line: bytes, where: str, kinds: Sequence[str]) -> Record:
     found = [kind for kind in kinds if present.issuperset(KINDS[kind])]
     if len(found) != 1:
         shapes = " or ".join("{" + ", ".join(KINDS[kind]) + "}" for kind in kinds)
+        jq = [jq for names, jq in _FOREIGN.items() if present.issuperset(names) and not found]
+        convert = f"; convert the file with `jq -c '{jq[0]}'`" if jq else ""
         raise DataError(
             f"{where}: the row has {', '.join(sorted(present))[:200] or 'no fields'}; expected "
-            f"the fields of exactly one of {shapes}"
+            f"the fields of exactly one of {shapes}{convert}"
         )
     try:
         _check(found[0], fields)
@@ -204,14 +214,21 @@ def _record(line: bytes, where: str, kinds: Sequence[str]) -> Record:
 
 
 def _check(kind: str, fields: dict[str, Any]) -> None:
-    values = [fields[key] for key in KINDS[kind]]
+    """Checks a row's fields, and brings its messages and tools into one shape."""
+    names = KINDS[kind]
+    values = [fields[name] for name in names]
     if kind != "messages" and all(isinstance(value, str) for value in values):
-        for key, value in zip(KINDS[kind], values):
-            check_text(value, key)
+        for name, value in zip(names, values):
+            check_text(value, name)
+        if kind != "prompt" and read_tools(fields.get("tools")):
+            raise DataError("tools need messages, and the row is plain text")
     elif kind != "text" and all(isinstance(value, list) and value for value in values):
-        check_messages(sum(values, []), add_generation_prompt=kind == "prompt")
+        messages = read_messages(sum(values, []), add_generation_prompt=kind == "prompt")
+        at = len(values[0])
+        fields |= {"tools": read_tools(fields.get("tools"))} if "tools" in fields else {}
+        fields |= dict(zip(names, (messages[:at], messages[at:])))
     else:
-        types = ", ".join(f"{k} {type(v).__name__}" for k, v in zip(KINDS[kind], values))
+        types = ", ".join(f"{k} {type(v).__name__}" for k, v in zip(names, values))
         wanted = {"messages": "a list of messages", "text": "a string"}
         raise DataError(
             f"got {types}, expected "

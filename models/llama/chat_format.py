@@ -1,73 +1,97 @@
-"""Conversations to token ids: by the checkpoint's own jinja template, or in Llama 2's or 3's format.
+"""Conversations to token ids: by the checkpoint's own chat template, or in Llama 2's or 3's format.
 
-The text of a message never becomes a control token. The built-in formats write control tokens as
-ids. A jinja template writes them by name; JinjaFormat tells the template's names from a message's.
+No text of a message becomes a control token: ChatFormat tells the template's names of control
+tokens from a message's.
 """
 
+import dataclasses
 import json
-from abc import ABC, abstractmethod
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-
-from models.llama.tokenizer import Tokenizer, check_text
+from models.llama.messages import REASONING, TOOL_ROLES, Message, Tools
+from models.llama.messages import map_strings, read_messages, read_tools, strings
+from models.llama.template import LLAMA2, LLAMA3, Template
+from models.llama.tokenizer import Tokenizer
 from models.llama.tokenizers.bpe import Piece
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError
+from utils.fields import DATA, Config, field
+from utils.files import parse_json
 
-Message = Mapping[str, str]
-
-ROLES = ("system", "user", "assistant", "tool", "ipython")
-MAX_TEMPLATE_CHARS = 1 << 20
-# A rendered conversation is its messages and some markup around each of them.
-MAX_MARKUP_CHARS = 1 << 22
+# Conversations with more answers are encoded turn by turn.
+_FEW_ANSWERS = 4
 
 
-class ChatFormat(ABC):
-    """A model's way to write conversations."""
+class ChatFormat:
+    """A model's way to write conversations: a chat template with values of its variables.
 
-    def __init__(self, tokenizer: Tokenizer):
+    To tell the template's control tokens from a message's text, the template is rendered twice:
+    with the messages, and with a copy of them in which a private stand-in replaces each visible
+    character of any control token's name. Every control token in the copy's rendering is the
+    template's own. The first rendering is taken if the messages hold no name of a control token
+    and its control tokens are the same; else the second is, with the characters put back. So a
+    message can neither write a control token nor help to build one. (The second alone would not
+    do: a template that looks into messages, for `</think>` say, does not recognise stand-ins.)
+
+    Attributes:
+        tokenizer: the model's.
+        template: the compiled template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str,
+        args: Mapping[str, Any] | None = None,
+        moment: datetime | None = None,
+    ):
+        """Arguments and errors as in Template; the moment is now unless it is given."""
         self.tokenizer = tokenizer
-
-    @abstractmethod
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        """The conversation as plain text (str) and control tokens (int), from checked messages."""
+        self.template = Template(source, args or {}, moment or datetime.now())
+        names = {i: name for name, i in tokenizer.special_tokens.items()}
+        roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+        self._variables = {f"{role}_token": names.get(i, "") for role, i in roles.items()}
+        self._variables |= {"tools": None, "documents": None} | self.template.args
+        self._watched = {c for name in names.values() for c in name if not c.isspace()}
+        # Some templates know a call by its content, which is null then; others would write "None".
+        nulls = re.search(r"content\W{0,2}\s+is\s+(not\s+)?none", source, re.IGNORECASE)
+        self._no_content = None if nulls else ""
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Token ids of a conversation, with exactly one BOS where the model's prompts have one.
 
         Args:
-            messages: objects with `role` (one of ROLES) and `content`; a system message comes
-                first.
+            messages: objects as `read_messages` takes them.
             add_generation_prompt: end with the start of an assistant's answer. The last message
                 is then not the assistant's.
+            tools: definitions of functions, as `read_tools` takes them.
 
         Raises:
-            DataError: a message is wrong (its index is named), or the format does not take it.
+            DataError: a message is wrong (its index is named), or the template does not take it or
+                has no place for a part of it.
             ArtifactError: the template fails.
         """
-        check_messages(messages, add_generation_prompt)
-        ids = self.tokenizer.encode_pieces(self.pieces(messages, add_generation_prompt))
-        bos_id = self.tokenizer.bos_id
-        missing = self.tokenizer.adds_bos and ids[:1] != [bos_id]
-        return [bos_id] * missing + ids
+        return self._ids(*self._checked(messages, add_generation_prompt, tools))
 
     def encode_training(
-        self, messages: Sequence[Message], first: int = 0
+        self, messages: Sequence[Message], first: int = 0, tools: Tools | None = None
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and a mask of the ids that the assistant has to produce.
 
         For answer i, the mask covers the tokens after `encode_chat(messages[:i])`, which asks for
         it, up to and including the stop token. So a model learns exactly the tokens that it will
         be asked for. A template that does not write the answer as this continuation is an error.
+        A greeting, before the first user's message, is context.
 
         Args:
-            messages: as in encode_chat; the last one is usually the assistant's.
+            messages, tools: as in encode_chat; the last message is usually the assistant's.
             first: mark no answer before `messages[first]`.
 
         Returns:
@@ -76,22 +100,30 @@ class ChatFormat(ABC):
         Raises:
             DataError: as encode_chat; or an answer cannot be told apart (its index is named).
         """
-        ids = self.encode_chat(messages, False)
+        messages, _, tools = self._checked(messages, False, tools)
+        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+        first = first or next(iter(users), 0)
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= first]
+        ids, spans = self._ids(messages, False, tools), None
+        if len(answers) > _FEW_ANSWERS:
+            spans = self._spans_by_turn(messages, users, answers, ids, tools)
+        if spans is None:
+            spans = [self._span(messages, index, ids, tools) for index in answers]
         mask = [False] * len(ids)
-        for index in range(first, len(messages)):
-            if messages[index]["role"] == "assistant":
-                start, end = self._answer(messages, index, ids)
-                mask[start:end] = [True] * (end - start)
+        for start, end in spans:
+            mask[start:end] = [True] * (end - start)
         return ids, mask
 
-    def _answer(self, messages: Sequence[Message], index: int, ids: list[int]) -> tuple[int, int]:
+    def _span(
+        self, messages: Sequence[Message], index: int, ids: list[int], tools: Tools | None
+    ) -> tuple[int, int]:
         """Start and end of the assistant's message `index` in `ids`, the tokens of all messages."""
         where = f"message {index}"
         if index == 0 or messages[index - 1]["role"] == "assistant":
             raise DataError(f"{where} is the assistant's, but nothing before it asks for an answer")
-        prompt = self.encode_chat(messages[:index])
+        prompt = self._ids(messages[:index], True, tools)
         is_last = index == len(messages) - 1
-        answered = ids if is_last else self.encode_chat(messages[: index + 1], False)
+        answered = ids if is_last else self._ids(messages[: index + 1], False, tools)
         start = len(prompt)
         if answered[:start] != prompt:
             raise DataError(
@@ -111,262 +143,218 @@ class ChatFormat(ABC):
             )
         return start, end
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def _spans_by_turn(
+        self,
+        messages: Sequence[Message],
+        users: Sequence[int],
+        answers: Sequence[int],
+        ids: list[int],
+        tools: Tools | None,
+    ) -> list[tuple[int, int]] | None:
+        """The spans of `answers` in time linear in the turns; None where only `_span` can tell.
+
+        Each turn, a user's message with what follows, is encoded by itself. If the turns, without
+        what the template writes before each (BOS, a system message), join to `ids`, then the
+        tokens of each depend on it alone.
+        """
+        bounds = [0, *users[1:], len(messages)]
+        joined, spans, skip, wanted = [], [], 0, set(answers)
+        try:
+            for n, start in enumerate(bounds[:-1]):
+                turn, given = messages[start : bounds[n + 1]], None if n else tools
+                alone = self._ids(turn, False, given)
+                if n == 1:  # the first turn that has something before it
+                    two = self._ids(messages[: bounds[2]], False, tools)
+                    skip = len(joined) + len(alone) - len(two)
+                shift = len(joined) - skip
+                for index in sorted(wanted.intersection(range(start, bounds[n + 1]))):
+                    span = self._span(turn, index - start, alone, given)
+                    spans.append((span[0] + shift, span[1] + shift))
+                joined += alone[max(skip, 0) :]
+            same = joined == ids and all(
+                spans[n] == self._span(messages, answers[n], ids, tools)
+                for n in (len(answers) // 2, -1)
+            )
+        except (DataError, ArtifactError):
+            return None
+        return spans if same else None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Tools | None = None,
+    ) -> str:
         """The conversation as text, for people. Takes and raises the same as encode_chat."""
-        check_messages(messages, add_generation_prompt)
         names = {i: name for name, i in self.tokenizer.special_tokens.items()}
-        pieces = self.pieces(messages, add_generation_prompt)
+        pieces = self._pieces(*self._checked(messages, add_generation_prompt, tools))
         return "".join(p if isinstance(p, str) else names[p] for p in pieces)
 
-    def _special(self, name: str) -> int:
-        if name not in self.tokenizer.special_tokens:
-            raise ArtifactError(
-                f"the tokenizer has no {name!r}, which {type(self).__name__} needs; "
-                "choose another chat format"
-            )
-        return self.tokenizer.special_tokens[name]
+    def _ids(self, messages: Sequence[Message], prompt: bool, tools: Tools | None) -> list[int]:
+        ids = self.tokenizer.encode_pieces(self._pieces(messages, prompt, tools))
+        bos_id = self.tokenizer.bos_id
+        missing = self.tokenizer.adds_bos and ids[:1] != [bos_id]
+        return [bos_id] * missing + ids
 
+    def _pieces(
+        self, messages: Sequence[Message], prompt: bool, tools: Tools | None
+    ) -> list[Piece]:
+        """The conversation as plain text (str) and control tokens (int), from checked messages."""
+        split = self.tokenizer.split_special
+        held = list(strings([messages, tools]))
+        stand_ins = self._stand_ins(held)
+        typed = {text for text in held if _control(split(text))}
 
-class Llama3Format(ChatFormat):
-    """Llama 3's format, as Meta's reference encodes it. Each content is stripped."""
+        def hide(text: str, is_structure: bool) -> str:
+            return text if is_structure and text not in typed else text.translate(stand_ins)
 
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__(tokenizer)
-        names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
-        self._bos, self._start, self._end, self._eot = (self._special(f"<|{n}|>") for n in names)
-
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        out: list[Piece] = [self._bos]
-        for message in messages:
-            out += self._header(message["role"])
-            out[-1] += message["content"].strip()
-            out.append(self._eot)
-        return out + (self._header("assistant") if add_generation_prompt else [])
-
-    def _header(self, role: str) -> list[Piece]:
-        return [self._start, "ipython" if role == "tool" else role, self._end, "\n\n"]
-
-
-class Llama2Format(ChatFormat):
-    """Llama 2's format, as Meta's reference encodes it.
-
-    `[INST]` and `<<SYS>>` are plain text in Llama 2, so no encoding can tell a user's from the
-    format's.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__(tokenizer)
-        self._bos, self._eos = self._special("<s>"), self._special("</s>")
-
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        system = ""
-        out: list[Piece] = []
-        turns = list(enumerate(messages))
-        if messages[0]["role"] == "system":
-            system = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n"
-            del turns[0]
-        for turn, (index, message) in enumerate(turns):
-            expected = ("user", "assistant")[turn % 2]
-            if message["role"] != expected:
-                raise DataError(
-                    f"message {index} has the role {message['role']!r}; Llama 2's format "
-                    f"expects {expected!r}: user and assistant take turns"
-                )
-            if expected == "user":
-                out += [self._bos, f"[INST] {(system + message['content']).strip()} [/INST]"]
-                system = ""
-            else:
-                out[-1] += f" {message['content'].strip()} "
-                out.append(self._eos)
-        if not out:
-            raise DataError("message 0 has the role 'system' and is the only one; add a user's")
-        return out
-
-
-class JinjaFormat(ChatFormat):
-    """The checkpoint's own chat template, in jinja's immutable sandbox, set up as in transformers.
-
-    To tell the template's control tokens from a message's text, the template is rendered twice:
-    with the messages, and with a copy of them in which a private stand-in replaces each visible
-    character of any control token's name. Every control token in the copy's rendering is the
-    template's own. The first rendering is taken if the messages hold no name of a control token
-    and its control tokens are the same; else the second is, with the characters put back. So a
-    message can neither write a control token nor help to build one. (The second alone would not
-    do: a template that looks into messages, for `</think>` say, does not recognise stand-ins.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer, source: str):
-        """Raises ArtifactError if the template is too long or does not compile."""
-        super().__init__(tokenizer)
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise ArtifactError(
-                f"the chat template has {len(source)} characters, expected at most "
-                f"{MAX_TEMPLATE_CHARS}"
-            )
-        try:
-            self._template = _environment().from_string(source)
-        except Exception as e:
-            raise _template_error(e) from e
-        names = {i: name for name, i in tokenizer.special_tokens.items()}
-        roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-        self._names = {f"{role}_token": names.get(i, "") for role, i in roles.items()}
-        self._watched = {c for name in names.values() for c in name if not c.isspace()}
-
-    def pieces(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[Piece]:
-        stand_ins = self._stand_ins(messages)
-        masked = [dict(m) | {"content": m["content"].translate(stand_ins)} for m in messages]
-        pieces = self.tokenizer.split_special(self._render(messages, add_generation_prompt))
-        safe = self.tokenizer.split_special(self._render(masked, add_generation_prompt))
-        typed = any(_control(self.tokenizer.split_special(m["content"])) for m in messages)
+        pieces = split(self._render(messages, prompt, tools))
+        safe = split(self._render(map_strings(messages, hide), prompt, map_strings(tools, hide)))
         if not typed and _control(pieces) == _control(safe):
             return pieces
         back = {ord(stand_in): char for char, stand_in in stand_ins.items()}
         return [p.translate(back) if isinstance(p, str) else p for p in safe]
 
-    def _stand_ins(self, messages: Sequence[Message]) -> dict[int, str]:
+    def _stand_ins(self, texts: Sequence[str]) -> dict[int, str]:
         """For each character of a control token, a private-use character that no message has."""
-        used = set().union(*(m["content"] for m in messages))
+        used = set().union(*texts)
         free = (chr(c) for c in range(0xF0000, 0x10FFFE) if chr(c) not in used)
         table = {ord(char): stand_in for char, stand_in in zip(sorted(self._watched), free)}
         if len(table) < len(self._watched):
             raise DataError("the messages use up all private-use characters; remove some")
         return table
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        limit = MAX_MARKUP_CHARS + 4 * sum(len(m["content"]) for m in messages)
-        variables = self._names | {
-            "messages": [dict(m) for m in messages],
-            "add_generation_prompt": add_generation_prompt,
-            "tools": None,
-            "documents": None,
-        }
-        parts, size = [], 0
-        try:
-            for part in self._template.generate(**variables):
-                parts.append(part)
-                size += len(part)
-                if size > limit:
-                    raise ArtifactError(f"the chat template writes over {limit} characters")
-        except AltiplanoError:
-            raise
-        except Exception as e:
-            raise _template_error(e) from e
-        return "".join(parts)
+    def _render(self, messages: Sequence[Message], prompt: bool, tools: Tools | None) -> str:
+        size = sum(map(len, strings([messages, tools])))
+        given = {"messages": [self._seen(m) for m in messages], "add_generation_prompt": prompt}
+        given |= {"tools": tools} if tools else {}
+        return self.template.render(size, **self._variables | given)
+
+    def _seen(self, message: Message) -> dict[str, Any]:
+        """A message as the template sees it; thoughts have all their names, as in transformers."""
+        thoughts = next((message[key] for key in REASONING if key in message), None)
+        if thoughts is not None:
+            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        if message.get("content") is None:
+            message = {**message, "content": self._no_content}
+        return message
+
+    def _checked(
+        self, messages: Any, prompt: bool, tools: Any
+    ) -> tuple[list[Message], bool, Tools | None]:
+        """The arguments of encode_chat, none of which the template drops in silence."""
+        messages = read_messages(messages, prompt)
+        tools = read_tools(tools) or read_tools(self.template.args.get("tools"))
+        parts: list[tuple[str, Any]] = [("tools", (messages, None))] if tools else []
+        if calls := [i for i, m in enumerate(messages) if "tool_calls" in m]:
+            less = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
+            parts.append((f"message {calls[0]}: tool_calls", (less, tools)))
+        if results := [i for i, m in enumerate(messages) if m["role"] in TOOL_ROLES]:
+            more = [
+                m | {"content": m["content"] + "0" * (i in results)} for i, m in enumerate(messages)
+            ]
+            parts.append(
+                (f"message {results[0]}: the role {messages[results[0]]['role']}", (more, tools))
+            )
+        whole = self._render(messages, prompt, tools) if parts else ""
+        for what, (changed, given) in parts:
+            try:
+                same = self._render(changed, prompt, given) == whole
+            except AltiplanoError:
+                same = False
+            if same:
+                raise DataError(f"{what}: the chat template has no place for it")
+        if not any(name in self.template.source for name in REASONING):
+            for index, message in enumerate(messages):
+                for key in message.keys() & set(REASONING):
+                    raise DataError(
+                        f"message {index}: {key}: the chat template has no place for it"
+                    )
+        return messages, prompt, tools
 
 
-def chat_format_for(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:
+class _BuiltIn(ChatFormat):
+    """A format whose template we bring."""
+
+    source: str
+    needs: Sequence[str]  # control tokens
+
+    def __init__(self, tokenizer: Tokenizer, **options: Any):
+        for name in self.needs:
+            if name not in tokenizer.special_tokens:
+                raise ArtifactError(
+                    f"the tokenizer has no {name!r}, which {type(self).__name__} needs; "
+                    "choose another chat format"
+                )
+        super().__init__(tokenizer, self.source, **options)
+
+
+class Llama3Format(_BuiltIn):
+    """Llama 3's format, as Meta's reference encodes it. Each content is stripped."""
+
+    source = LLAMA3
+    needs = [f"<|{n}|>" for n in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")]
+
+
+class Llama2Format(_BuiltIn):
+    """Llama 2's format, as Meta's reference encodes it."""
+
+    source, needs = LLAMA2, ("<s>", "</s>")
+
+
+def chat_format_for(
+    tokenizer: Tokenizer,
+    name: str | None = None,
+    args: str | Mapping[str, Any] | None = None,
+    moment: datetime | None = None,
+) -> ChatFormat:
     """The chat format of a model.
 
     Args:
         tokenizer: the model's tokenizer.
         name: `llama2`, `llama3`, or the name of one of the checkpoint's own templates; None for
             its default one. A format is never guessed.
+        args: values of the template's variables, or their JSON object.
+        moment: the time that the template writes as today's; None: now.
 
     Raises:
         ArtifactError: the checkpoint has no such template, or it does not compile.
-        ConfigError: an unknown name.
+        ConfigError: an unknown name; or the template has no variable of a name in `args`.
     """
+    args = parse_json(args.encode(), "--template_args") if isinstance(args, str) else args
+    options = {"args": args, "moment": moment}
     built_in = {"llama2": Llama2Format, "llama3": Llama3Format}
     if name in built_in:
-        return built_in[name](tokenizer)
+        return built_in[name](tokenizer, **options)
     templates = tokenizer.chat_templates
     if (name or "default") in templates:
-        return JinjaFormat(tokenizer, templates[name or "default"])
+        return ChatFormat(tokenizer, templates[name or "default"], **options)
     known = ", ".join(sorted([*built_in, *templates]))
     if name is not None:
         raise ConfigError(f"unknown chat format {name!r:.80}, expected one of: {known}")
     raise ArtifactError(f"the checkpoint has no default chat template; name a format: {known}")
 
 
-def check_messages(messages: Any, add_generation_prompt: bool) -> None:
-    """Raises DataError, with the index, for messages that ChatFormat.encode_chat does not take."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"messages: expected a non-empty list, got {messages!r:.80}")
-    for index, message in enumerate(messages):
-        where = f"message {index}"
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            got = sorted(map(str, message)) if isinstance(message, Mapping) else message
-            raise DataError(f"{where}: expected the keys role and content, got {got!r:.80}")
-        if message["role"] not in ROLES:
-            raise DataError(f"{where}: role {message['role']!r:.80}, expected one of {ROLES}")
-        if not isinstance(message["content"], str):
-            raise DataError(f"{where}: content is {message['content']!r:.80}, expected a string")
-        check_text(message["content"], where)
-        if message["role"] == "system" and index > 0:
-            raise DataError(f"{where}: a system message can only be message 0")
-    if add_generation_prompt and messages[-1]["role"] == "assistant":
-        raise DataError(
-            f"message {len(messages) - 1} is the assistant's and the last: there is nothing to "
-            "answer; remove it, or pass add_generation_prompt=False"
-        )
+def _object(text: str) -> str:
+    """A JSON object in one spelling: it is part of a run's settings. Raises ConfigError."""
+    return json.dumps(parse_json(text.encode(), "a JSON object"), sort_keys=True)
 
 
-# The jinja environment --------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TemplateFlags(Config):
+    """Which chat template writes conversations, and with what."""
 
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Bounds `*` and `**` too: jinja computes constants, `'a' * 10**9` say, while it compiles."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not all(isinstance(x, (int, float)) for x in (left, right)):
-            size = max(
-                len(x) if isinstance(x, (str, list, tuple)) else abs(x) for x in (left, right)
-            )
-            if size > 1000:
-                raise jinja2.sandbox.SecurityError(f"operands of {operator} are too large")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Undefined(jinja2.Undefined):
-    """An undefined name, which a template may test but not write."""
-
-    __str__ = jinja2.Undefined._fail_with_undefined_error
-
-
-class _Generation(jinja2.ext.Extension):
-    """Writes the text in `{% generation %}`, which marks an assistant's answer for training."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    chat_format: str | None = field(
+        None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
+    )
+    template_args: str | None = field(
+        None,
+        "JSON object with variables of the chat template, for example "
+        '\'{"date_string": "26 Jul 2024"}\'',
+        resume=DATA,
+        parse=_object,
+    )
 
 
 def _control(pieces: Sequence[Piece]) -> list[int]:
     return [p for p in pieces if isinstance(p, int)]
-
-
-def _environment() -> jinja2.Environment:
-    environment = _Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=_Undefined,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    # jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise DataError(f"the chat template refuses the messages: {message!s:.300}")
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _template_error(e: Exception) -> ArtifactError:
-    line = f" in line {e.lineno}" if isinstance(e, jinja2.TemplateSyntaxError) else ""
-    return ArtifactError(
-        f"the chat template fails{line}: {type(e).__name__}: {e!s:.300}; name a built-in format"
-    )

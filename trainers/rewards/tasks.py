@@ -8,7 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.llama.chat_format import ChatFormat, Message, chat_format_for
+from models.llama.chat_format import ChatFormat, chat_format_for
+from models.llama.messages import Message, read_messages
 from models.llama.tokenizer import Tokenizer
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym, Reward, import_reasoning_gym, load_reward
@@ -175,11 +176,12 @@ class PromptEncoder:
             ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = read_messages(messages, add_generation_prompt=True)
             users = [m["content"] for m in messages if m["role"] == "user"]
             text = users[-1] if users else messages[-1]["content"]
             if self.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            ids = self._format.encode_chat(messages)
+            ids = self._format.encode_chat(messages, tools=columns.get("tools"))
         if not ids:
             raise DataError("the prompt is empty: it has no token to start from")
         return Prompt(text=text, ids=tuple(ids), columns=columns)
