@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.sku_list import all_registered_models
@@ -34,10 +35,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 LLAMA3 |= dict(original_max_position_embeddings=8192)
 
 
-@pytest.mark.parametrize("name", tiny.VARIANTS)
-def test_from_hf_reads_what_transformers_wrote(name):
-    path, model = tiny.hf_model(name)
-    ours, theirs = hf.to_config(read_json(path / "config.json")), model.config
+def assert_reads_as(ours: ModelConfig, theirs: LlamaConfig) -> None:
+    """Our reading of a file is that of transformers."""
     assert (ours.vocab_size, ours.dim) == (theirs.vocab_size, theirs.hidden_size)
     assert (ours.n_layers, ours.ffn_dim) == (theirs.num_hidden_layers, theirs.intermediate_size)
     assert (ours.n_heads, ours.n_kv_heads) == (
@@ -48,34 +47,85 @@ def test_from_hf_reads_what_transformers_wrote(name):
     assert ours.max_seq_len == theirs.max_position_embeddings
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
-    act = theirs.hidden_act
-    assert ours.activation == ("gelu_tanh" if act == "gelu_pytorch_tanh" else act)
+    names = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
+    assert ours.activation == names.get(theirs.hidden_act, theirs.hidden_act)
     rope = theirs.rope_parameters
     assert ours.rope_theta == rope["rope_theta"]
     kind = None if rope["rope_type"] == "default" else rope["rope_type"]
     assert (ours.rope_scaling and ours.rope_scaling.kind) == kind
+    if kind:
+        assert ours.rope_scaling.factor == rope["factor"]
     if kind == "llama3":
         scaling = ours.rope_scaling
         assert scaling.original_max_len == rope["original_max_position_embeddings"]
-        assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (
-            rope["factor"],
+        assert (scaling.low_freq_factor, scaling.high_freq_factor) == (
             rope["low_freq_factor"],
             rope["high_freq_factor"],
         )
 
 
-def test_from_hf_defaults_are_those_of_transformers():
-    given_keys = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-    given_keys |= {"num_attention_heads", "model_type"}
-    ours = hf.to_config({k: v for k, v in HF.items() if k in given_keys})
-    theirs = LlamaConfig(num_attention_heads=4, hidden_size=16)
-    assert ours.n_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == theirs.head_dim
-    assert ours.norm_eps == theirs.rms_norm_eps
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.max_seq_len == theirs.max_position_embeddings
-    assert (ours.tie_embeddings, ours.activation) == (theirs.tie_word_embeddings, theirs.hidden_act)
-    assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_from_hf_reads_what_transformers_wrote(name):
+    path, model = tiny.hf_model(name)
+    assert_reads_as(hf.to_config(read_json(path / "config.json")), model.config)
+
+
+# Keys that a file may leave out, each with values that it may have.
+OPTIONAL = {
+    "num_key_value_heads": [1, 2, 4],
+    "head_dim": [4, 8],
+    "rms_norm_eps": [1e-5],
+    "max_position_embeddings": [64],
+    "tie_word_embeddings": [True, False],
+    "attention_bias": [True],
+    "mlp_bias": [True],
+    "hidden_act": ["silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh"],
+    "rope_theta": [500000.0, 10000],
+    "rope_scaling": [{}, dict(type="linear", factor=4.0), dict(rope_type="linear", factor=2)]
+    + [dict(type="linear", factor=2.0, rope_theta=700.0), dict(rope_type="default")]
+    + [LLAMA3, {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}]
+    + [LLAMA3 | dict(partial_rotary_factor=None), dict(factor=4.0)],
+    "rope_parameters": [{}, dict(rope_theta=700.0), dict(rope_type="default", rope_theta=9.0)]
+    + [LLAMA3 | dict(rope_theta=5e5), dict(rope_type="linear", factor=2.0)],
+    "partial_rotary_factor": [1.0],
+    "architectures": [["LlamaForCausalLM"], ["LLaMAForCausalLM"]],
+    "pretraining_tp": [1],
+    "quantization_config": [],
+    "auto_map": [],
+}
+SIZES = {k: HF[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+SIZES |= {k: HF[k] for k in ("num_hidden_layers", "num_attention_heads")}
+
+
+@pytest.mark.covers("R23")
+@pytest.mark.parametrize(
+    "change",
+    [{}, *({key: value} for key in OPTIONAL for value in (None, *OPTIONAL[key]))],
+    ids=repr,
+)
+@pytest.mark.parametrize("rest", [{}, dict(rope_theta=1234.5, max_position_embeddings=16384)])
+def test_optional_keys_are_read_as_by_transformers(change, rest):
+    """Absent, null and given; where transformers takes no null, neither do we."""
+    given = json.loads(json.dumps(SIZES | rest | change))
+    try:
+        theirs = LlamaConfig.from_dict(json.loads(json.dumps(given)))
+        assert theirs.rope_parameters["rope_theta"] is not None
+    except (StrictDataclassError, AssertionError):
+        with pytest.raises(ConfigError):
+            hf.to_config(given)
+    else:
+        assert_reads_as(hf.to_config(given), theirs)
+
+
+def test_null_within_rope_scaling_is_absent():
+    """transformers keeps such a null and fails on it later."""
+    linear = dict(rope_type="linear", factor=4.0)
+    for null in (dict(type=None), dict(rope_theta=None), dict(low_freq_factor=None), dict(x=None)):
+        assert hf.to_config(HF | dict(rope_scaling=linear | null)) == hf.to_config(
+            HF | dict(rope_scaling=linear)
+        )
+    named_by_the_old_key = dict(rope_type=None, type="linear", factor=4.0)
+    assert hf.to_config(HF | dict(rope_scaling=named_by_the_old_key)).rope_scaling.factor == 4.0
 
 
 _configs = st.builds(

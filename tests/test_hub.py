@@ -3,9 +3,11 @@
 One test needs a network: the default model itself is fetched as any user gets it.
 """
 
+import ast
 import base64
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +58,29 @@ def test_unknown_names_say_what_is_possible(name):
         hub.resolve(name)
     assert "smollm2-135m-instruct" in str(caught.value) and "Hugging Face id" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.covers("R20")
+def test_whatever_a_reader_may_open_is_fetched():
+    """The names of files in the readers' source, against those that are fetched of a repository."""
+    readers = ["tokenizer", "tokenizers/save", "formats/hf", "formats/meta", "hub"]
+    named = re.compile(r"(original/)?[\w.-]+\.(json|jinja|model|safetensors|pth)")
+    opened = set()
+    for reader in readers:
+        tree = ast.parse((ROOT / "models/llama" / f"{reader}.py").read_text())
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        opened |= {text for text in texts if isinstance(text, str) and named.fullmatch(text)}
+    tokenizer = {"tokenizer.json", "tokenizer.model", "original/tokenizer.model"}
+    tokenizer |= {"added_tokens.json", "chat_template.json", "chat_template.jinja"}
+    assert opened > tokenizer | {"config.json", "params.json", "generation_config.json"}
+    noise = {"README.md", "a/config.json", "original/params.json", "x.json", "pytorch_model.bin"}
+    opened.add("consolidated.00.pth")
+    safetensors = {name for name in opened if "safetensors" in name}
+    metas = {"consolidated.00.pth", "params.json"}
+    fetched = hub._wanted_files("org/name", opened | noise)
+    assert sorted(fetched) == sorted(opened - metas)
+    fetched = hub._wanted_files("org/name", opened - safetensors | noise)
+    assert sorted(fetched) == sorted(opened - safetensors)
 
 
 # --- The default model ------------------------------------------------------------------------

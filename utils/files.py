@@ -120,27 +120,25 @@ def list_folder(path: str | Path) -> list[str]:
     return names
 
 
-def member_path(folder: str | Path, name: Any) -> Path:
-    """The path of a file inside `folder` that a file of the checkpoint, or its format, names.
+def named_in(path: Path, name: Any) -> Path:
+    """The path of a file that the content of the file at `path` names, in the same folder.
 
-    A symbolic link may not leave the folder, with one exception: in a Hugging Face cache, where
-    `snapshots/<revision>/` links into the same repository's `blobs/`.
+    A link may lead to the folder itself, or to where `path` leads: with a folder of links to another
+    one, or in Hugging Face's cache, the files lie side by side there too.
 
     Raises:
-        ArtifactError: the name is no plain file name, or leads outside.
+        ArtifactError: the name is no plain file name, or leads elsewhere.
     """
     plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
     if not plain or name in ("", ".", ".."):
-        raise ArtifactError(f"{folder} names a file {name!r:.200}, expected a plain file name")
-    root = Path(os.path.realpath(folder))
-    real = Path(os.path.realpath(root / name))
-    repo = root.parent.parent
-    in_hub_cache = root.parent.name == "snapshots" and (repo / "blobs").is_dir()
-    if not real.is_relative_to(repo if in_hub_cache else root):
+        raise ArtifactError(f"{path} names a file {name!r:.200}, expected a plain file name")
+    real = Path(os.path.realpath(path.parent / name))
+    roots = [os.path.realpath(path.parent), os.path.dirname(os.path.realpath(path))]
+    if not any(real.is_relative_to(root) for root in roots):
         raise ArtifactError(
-            f"{folder}/{name} is a link that leaves the folder; copy the file there"
+            f"{path} names {name}, a link that leaves the folder; copy the file there"
         )
-    return Path(folder) / name
+    return path.parent / name
 
 
 def parse_json(data: bytes, where: str, error: type[AltiplanoError] = ConfigError) -> dict:

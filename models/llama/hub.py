@@ -33,7 +33,11 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 _OTHERWISE = "pass --ckpt_dir with a folder, a .gguf file or a Hugging Face id"
 _SAFETENSORS = ("model*.safetensors", "model*.safetensors.index.json")
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "*.jinja")
+# What a folder's readers open beside weights, by name. All of it is fetched.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+COMPANIONS += ("chat_template.jinja", "chat_template.json")
+_SETTINGS = ("config.json", "generation_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -218,7 +222,7 @@ def _snapshot(repo: str, progress: Progress | None) -> str:
         # Only some files of a repository are fetched: the weights tell whether all of those were.
         weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
         return snapshot_download(repo, local_files_only=True, **weights)
-    sizes = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
+    sizes = {file.rfilename: file.size or 0 for file in files}
     wanted = _wanted_files(repo, sizes)
     total = sum(sizes[name] for name in wanted)
     bar = _progress_bar(lambda done: _tell(progress, f"fetching {repo}", done, total))
@@ -227,10 +231,11 @@ def _snapshot(repo: str, progress: Progress | None) -> str:
 
 
 def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:
-    """Weights in one format only, config and tokenizer, of a repository's top-level files."""
+    """Weights in one format only, config and tokenizer, of a repository's files."""
 
     def pick(*patterns: str) -> list[str]:
-        return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+        top = [n for n in names if "/" not in n or n in patterns]
+        return [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
     weights = pick(*_SAFETENSORS)
     if not any(name.endswith(".safetensors") for name in weights):
@@ -243,7 +248,7 @@ def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:
             f"{repo} has no model*.safetensors and no consolidated.*.pth: no weights that can be "
             f"loaded by that name{hint}"
         )
-    return weights + pick("config.json", "generation_config.json", *_TOKENIZER)
+    return weights + pick(*_SETTINGS, *TOKENIZERS, *COMPANIONS)
 
 
 def _progress_bar(report: Callable[[int], None]) -> type:

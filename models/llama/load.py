@@ -25,7 +25,7 @@ from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenize
 from models.llama.tokenizers.save import token_ids, write_tokenizer
 from utils.errors import ArtifactError, CheckpointError, ConfigError, listed
 from utils.fields import Config, field, one_of
-from utils.files import atomic_directory, list_folder, member_path
+from utils.files import atomic_directory, list_folder
 from utils.sharding import default_mesh, make_mesh
 
 # Tensors that a file may hold beside the parameters: RoPE's frequencies follow from the config.
@@ -287,7 +287,7 @@ def _open(path: Path, tie: bool | None) -> tuple[str, ModelConfig, TensorSource]
         return "meta", *meta.open_meta(path, tie)
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if len(ggufs) == 1:
-        return "gguf", *gguf.load_gguf(member_path(path, ggufs[0]), tie)
+        return "gguf", *gguf.load_gguf(path / ggufs[0], tie)
     if ggufs:
         raise ArtifactError(f"{path} has {len(ggufs)} .gguf files; pass the path of one")
     pickled = any(name.endswith(".bin") for name in names)

@@ -3,6 +3,7 @@
 import codecs
 import itertools
 import operator
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from models.llama.tokenizers.gguf import read_gguf
 from models.llama.tokenizers.model import LLAMA3_PAD, LLAMA3_STOPS
 from models.llama.tokenizers.model import parse_model, read_sentencepiece, read_tiktoken
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
-from utils.files import InputFile, list_folder, member_path, parse_json, read_json
+from utils.files import InputFile, list_folder, parse_json, read_json
 
 # Far above any real tokenizer: weights passed by mistake are refused before they are read.
 _MAX_FILE_BYTES = 256 << 20
@@ -260,14 +261,14 @@ def find_tokenizer(folder: Path) -> Path:
     names = list_folder(folder)
     for name in ("tokenizer.json", "tokenizer.model"):
         if name in names:
-            return member_path(folder, name)
+            return folder / name
     elsewhere = [folder / "original"] + [folder.parent] * ("params.json" in names)
     for place in elsewhere:
         if (place / "tokenizer.model").is_file():
-            return member_path(place, "tokenizer.model")
+            return place / "tokenizer.model"
     ggufs = [n for n in names if n.endswith(".gguf")]
     if len(ggufs) == 1:
-        return member_path(folder, ggufs[0])
+        return folder / ggufs[0]
     raise ArtifactError(
         f"{folder} has no tokenizer.json, no tokenizer.model and {len(ggufs)} .gguf files, "
         "expected one of them; pass --tokenizer_path"
@@ -308,8 +309,8 @@ def _read(path: Path, folder: Path) -> Vocabulary:
 def _config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with templates and stop ids from the files that override them."""
     config = _companion(folder, CONFIG)
-    if (folder / "chat_template.jinja").exists():
-        file = InputFile(member_path(folder, "chat_template.jinja"))
+    if os.path.lexists(folder / "chat_template.jinja"):
+        file = InputFile(folder / "chat_template.jinja")
         if file.size > _MAX_CONFIG_BYTES:
             raise ArtifactError(f"{file.path} has {file.size} bytes, at most {_MAX_CONFIG_BYTES}")
         source = decode_utf8(bytes(file.read(0, file.size)), str(file.path), ArtifactError)
@@ -320,9 +321,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _companion(folder: Path, name: str) -> dict[str, Any]:
-    if not (folder / name).exists():
+    if not os.path.lexists(folder / name):  # a link that leads nowhere is an error
         return {}
-    return read_json(member_path(folder, name), max_bytes=_MAX_CONFIG_BYTES, error=ArtifactError)
+    return read_json(folder / name, max_bytes=_MAX_CONFIG_BYTES, error=ArtifactError)
 
 
 def _listed_stops(folder: Path) -> list[int]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from models.llama.config import ModelConfig, RopeScaling, divide, llama3_scaling, require
 from models.llama.layout import DTYPES, same_tensor
 from utils.errors import ArtifactError, ConfigError, is_int, listed
-from utils.files import InputFile, list_folder, member_path, parse_json, read_json
+from utils.files import InputFile, list_folder, named_in, parse_json, read_json
 
 _CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,7 +71,7 @@ def to_config(config: Mapping[str, Any]) -> ModelConfig:
     activation = config.get("hidden_act", "silu")
     if isinstance(activation, str):
         activation = _ACTIVATIONS.get(activation, activation)
-    theta, scaling = _rope(config)
+    theta, scaling = _rope(config, fields["max_seq_len"])
     return ModelConfig(**fields, activation=activation, rope_theta=theta, rope_scaling=scaling)
 
 
@@ -101,14 +101,15 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
+def _rope(config: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling | None]:
     """(theta, scaling) from either dialect; anything that would be ignored is refused by name."""
-    parameters, old = config.get("rope_parameters"), config.get("rope_scaling")
-    for name, value in (("rope_parameters", parameters), ("rope_scaling", old)):
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"config.json {name}={value!r:.80}, expected an object")
-    old, parameters = old or {}, parameters or {}
-    rope = {**old, **parameters}
+    dialects = [config.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(dialect, Mapping) for dialect in dialects):
+        raise ConfigError(
+            f"config.json rope_scaling, rope_parameters: got {dialects!r:.80}, expected objects"
+        )
+    old, new = ({k: v for k, v in d.items() if v is not None} for d in dialects)
+    rope = {**old, **new}
     if differ := sorted(key for key in old if rope[key] != old[key]):
         raise ConfigError(f"config.json rope_parameters and rope_scaling differ in {differ[0]}")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -124,12 +125,13 @@ def _rope(config: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        require(rope, ("factor",), "config.json RoPE scaling")
-        return theta, RopeScaling(kind="linear", factor=rope["factor"])
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    keys = ("factor", "low_freq_factor", "high_freq_factor")[: 1 if kind == "linear" else 3]
     require(rope, keys, "config.json RoPE scaling")
-    return theta, llama3_scaling(*(rope[key] for key in keys))
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=rope["factor"])
+    # As transformers, where the file does not say it.
+    original = rope.get("original_max_position_embeddings", max_seq_len)
+    return theta, llama3_scaling(*(rope[key] for key in keys), original)
 
 
 def _check_is_llama(config: Mapping[str, Any]) -> None:
@@ -138,7 +140,8 @@ def _check_is_llama(config: Mapping[str, Any]) -> None:
         message = f"config.json names code ({', '.join(code)}): ignored, the built-in Llama is used"
         warnings.warn(message, stacklevel=3)
     kind, archs = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or archs != ["LlamaForCausalLM"]:
+    # Files from before transformers had the model say LLaMAForCausalLM.
+    if kind != "llama" or str(archs).lower() != "['llamaforcausallm']":
         raise ConfigError(
             f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; "
             "expected 'llama' and ['LlamaForCausalLM']"
@@ -278,7 +281,7 @@ class SafetensorsFolder:
             if INDEX in names:
                 message = f"{folder} has both {SINGLE} and {INDEX}: {SINGLE} is used"
                 warnings.warn(message, stacklevel=2)
-            file = SafetensorsFile(member_path(folder, SINGLE))
+            file = SafetensorsFile(Path(folder, SINGLE))
             self._files = dict.fromkeys(file.shapes, file)
         else:
             self._files = _open_shards(Path(folder), names)
@@ -300,7 +303,7 @@ def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]
     by_shard: dict[str, set[str]] = {}
     for tensor, shard in weight_map.items():
         by_shard.setdefault(shard, set()).add(tensor)
-    paths = {shard: member_path(folder, shard) for shard in by_shard}
+    paths = {shard: named_in(folder / INDEX, shard) for shard in by_shard}
     missing = sorted(shard for shard in by_shard if shard not in present)
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} shards of its index: {listed(missing)}")
@@ -324,7 +327,7 @@ def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    path = member_path(folder, INDEX)
+    path = folder / INDEX
     weight_map = read_json(path, max_bytes=_MAX_HEADER, error=ArtifactError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ArtifactError(f"{path}: weight_map is not an object of tensor and file names")
@@ -338,7 +341,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, SafetensorsFolder]:
     """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
-    config = to_config(read_json(member_path(path, "config.json")))
+    config = to_config(read_json(path / "config.json"))
     source = SafetensorsFolder(path)
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if tie is not None:

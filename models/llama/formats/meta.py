@@ -20,7 +20,7 @@ from models.llama.config import ModelConfig, divide, llama3_scaling, require
 from models.llama.formats.hf import write_json
 from models.llama.layout import DTYPES, same_bits, same_tensor
 from utils.errors import ArtifactError, ConfigError, is_int, is_number
-from utils.files import InputFile, list_folder, member_path, read_json
+from utils.files import InputFile, list_folder, read_json
 
 _SHARD_NAME = re.compile(r"consolidated\.(\d{2})\.pth")
 
@@ -150,7 +150,7 @@ class MetaFolder:
         if names != expected or not names:
             lacking = sorted(set(expected or ["consolidated.00.pth"]) - set(names))
             raise ArtifactError(f"{folder} has a gap in its shards: no {', '.join(lacking)}")
-        self._shards = [_Shard(member_path(folder, name)) for name in names]
+        self._shards = [_Shard(Path(folder, name)) for name in names]
         first = self._shards[0].tensors
         for shard in self._shards[1:]:
             if differing := sorted(first.keys() ^ shard.tensors.keys()):
@@ -299,7 +299,7 @@ def _locate(where: str, tensor, ends: list[int]) -> tuple[tuple[int, ...], np.dt
 
 def open_meta(path: Path, tie: bool | None) -> tuple[ModelConfig, MetaFolder]:
     """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
-    params = read_json(member_path(path, "params.json"))
+    params = read_json(path / "params.json")
     source = MetaFolder(path, params.get("dim"))
     embed, head = "tok_embeddings.weight", "output.weight"
     if tie is None:

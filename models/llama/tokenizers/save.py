@@ -1,6 +1,7 @@
 """Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from models.llama.formats.gguf import open_gguf
+from models.llama.hub import COMPANIONS
 from models.llama.tokenizer import (
     CONFIG,
     GENERATION,
@@ -25,15 +27,8 @@ from models.llama.tokenizers.model import (
     serialize_model,
 )
 from utils.errors import ArtifactError
-from utils.files import InputFile, member_path, read_json
+from utils.files import InputFile, read_json
 
-_COMPANIONS = (
-    CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # All but the pad token: a GGUF file may give that role to a token of text, and to name it in
 # tokenizer_config.json would make a control token of it. Nothing depends on it.
 _KEPT = ("vocab_size", "special_tokens", "hidden_ids", "bos_id", "eos_id", "stop_ids", "adds_bos")
@@ -66,15 +61,15 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
         files = _written(tokenizer, form, config["chat_template"])
     else:
         # Beside tokenizer.json, tokenizer.model is the original, for other programs.
-        names = _COMPANIONS + ("tokenizer.model",) * Path(source).is_dir()
-        files = {n: _whole(member_path(home, n)) for n in names if (home / n).exists()}
+        names = COMPANIONS + ("tokenizer.model",) * Path(source).is_dir()
+        files = {n: _whole(home / n) for n in names if os.path.lexists(home / n)}
         data = bytes(opened.read(0, opened.size))
         kind = "tokenizer.json" if data.lstrip().startswith(b"{") else "tokenizer.model"
         files[kind] = data
         if "tokenizer.json" not in files and CONFIG not in files:
             model = parse_model(data) if data.startswith(b"\n") else ranks_spec(parse_ranks(data))
             files = _written(tokenizer, model) | files
-        generation = member_path(home, GENERATION) if (home / GENERATION).exists() else None
+        generation = home / GENERATION if (home / GENERATION).exists() else None
     files[GENERATION] = _generation_config(tokenizer, generation)
     for name, content in files.items():
         (folder / name).write_bytes(content)
