@@ -11,10 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig
 
 from models.llama.formats.gguf import open_gguf
 from models.llama.load import load_checkpoint
-from tests.tiny import hf_model
+from models.llama.model import LLaMa
+from tests.oracles import tokenizer_files
+from tests.tiny import hf_model, random_model
 from tests.tiny_gguf import STRING, build, info, pair, random_blocks, small_file, write_gguf
 from utils.errors import ArtifactError
 from models.llama.config import inv_frequencies
@@ -243,3 +246,29 @@ def test_quantised_model_is_dequantised_and_reordered(tmp_path):
     pairs = expected["blk.1.attn_q.weight"].reshape(config.n_heads, -1, 2, config.dim)
     halves = pairs.swapaxes(1, 2).reshape(-1, config.dim)
     np.testing.assert_array_equal(attn["wq"][1], halves)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("R3")
+def test_text_is_that_of_llama_cpp_whatever_the_types(tmp_path):
+    """Each type that llama.cpp's quantizer writes, as the feed-forward of a tiny model."""
+    metadata = tokenizer_files.sentencepiece_metadata(tokenizer_files.sentencepiece_model())
+    sizes = dict(vocab_size=len(metadata["tokenizer.ggml.tokens"]), hidden_size=256)
+    sizes |= dict(intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    model = random_model(LlamaConfig(**sizes, max_position_embeddings=256))
+    quantised = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ2_XXS IQ2_XS"
+    quantised += " IQ2_S IQ3_XXS IQ3_S IQ1_S TQ1_0 TQ2_0"
+    prompt, differ = [1, 5, 9, 17], []
+    for kind in quantised.split():
+        path = tmp_path / f"{kind}.gguf"
+        types = {"*ffn*": kind, "*": "F32"}
+        write_gguf(path, model.config, model.state_dict(), types, **metadata)
+        theirs = tokenizer_files.LlamaCpp(path).complete(prompt, 6)
+        config, params = load_checkpoint(path)
+        logits = LLaMa(config).apply({"params": params}, np.array([prompt + theirs]))[0]
+        logits = np.asarray(logits[0, len(prompt) - 1 : -1])
+        # llama.cpp rounds activations to 8 bits, so that of two tokens nearly as likely either comes.
+        behind = logits.max(axis=-1) - logits[range(6), theirs]
+        if (behind > 0.1 * logits.std()).any():
+            differ.append((kind, behind, theirs))
+    assert not differ

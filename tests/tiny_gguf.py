@@ -27,7 +27,10 @@ _LAYER_NAMES = {
 }
 _NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 # The gguf package cannot quantise these: random blocks stand in, with a scale that is no extreme.
-_K_SCALES = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+_SCALES = {Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2), Kind.Q6_K: (208,)}
+_SCALES |= {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,)}
+_SCALES |= {Kind.IQ2_XXS: (0,), Kind.IQ2_XS: (0,), Kind.IQ2_S: (0,)}
+_SCALES |= {Kind.IQ3_XXS: (0,), Kind.IQ3_S: (0,), Kind.IQ1_S: (0,)}
 
 
 def gguf_state(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -95,9 +98,9 @@ def write_gguf(
 
 def quantise(value: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind]:
     """(bytes or floats as GGUFWriter wants them, kind); for K-quants random blocks."""
-    if kind not in _K_SCALES:
-        return gguf.quantize(value, kind), kind
-    return random_blocks(value.shape, kind, seed=value.size), kind
+    if kind in _SCALES:
+        return random_blocks(value.shape, kind, seed=value.size), kind
+    return gguf.quantize(value, kind), kind
 
 
 def random_blocks(shape: tuple[int, ...], kind: Kind, seed: int) -> np.ndarray:
@@ -105,7 +108,7 @@ def random_blocks(shape: tuple[int, ...], kind: Kind, seed: int) -> np.ndarray:
     values, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // values, size), dtype=np.uint8)
-    scales = {Kind.Q4_0: (0,), Kind.Q4_1: (0, 2), Kind.Q8_0: (0,), **_K_SCALES}[kind]
+    scales = {Kind.Q4_0: (0,), Kind.Q4_1: (0, 2), Kind.Q8_0: (0,), **_SCALES}[kind]
     for at in scales:
         scale = rng.uniform(-0.01, 0.01, blocks.shape[:-1]).astype("<f2")
         blocks[..., at : at + 2] = scale[..., None].view(np.uint8)

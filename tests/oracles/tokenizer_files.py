@@ -6,6 +6,7 @@ import json
 import random
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_models
@@ -208,9 +209,16 @@ class LlamaCpp:
         self._server = xllamacpp.Server(params)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": parse_special}
+        return self._ask("tokenize", content=text, add_special=False, parse_special=parse_special)
+
+    def complete(self, ids: list[int], count: int) -> list[int]:
+        """The likeliest tokens after a prompt."""
+        options = dict(temperature=0, ignore_eos=True, return_tokens=True, cache_prompt=False)
+        return self._ask("completion", prompt=ids, n_predict=count, **options)
+
+    def _ask(self, what: str, **body: Any) -> list[int]:
         request = urllib.request.Request(
-            self._server.listening_address + "/tokenize",
+            f"{self._server.listening_address}/{what}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )

@@ -4,6 +4,7 @@ The layout is that of ggml's docs/gguf.md. The `gguf` package supplies the sizes
 and their dequantizers; its reader is not used, because it loops as often as a hostile length says.
 """
 
+import functools
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +13,13 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from models.llama.config import ModelConfig, divide, llama3_scaling, require
+from models.llama.config import ModelConfig, RopeScaling, divide
+from models.llama.config import llama3_factors, llama3_scaling, require
 from models.llama.layout import DTYPES
 from utils.errors import ArtifactError, ConfigError, is_int, is_number
 from utils.files import InputFile
-from models.llama.config import RopeScaling, llama3_factors
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K")
-_DTYPES = {GGMLQuantizationType[name]: DTYPES[dtype] for name, dtype in _FLOATS.items()}
-_DTYPES |= {GGMLQuantizationType[name]: DTYPES["float32"] for name in _QUANTISED}
-
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _U64 = struct.Struct("<Q")
@@ -135,6 +132,18 @@ def _rope(source: "GGUFFile", head_dim: Any) -> RopeScaling | None:
     return RopeScaling(kind="factors", factors=tuple(float(f) for f in factors))
 
 
+@functools.cache
+def _dtype(kind: GGMLQuantizationType) -> np.dtype | None:
+    """The dtype of the array that a tensor of this type becomes; None: it cannot be dequantised."""
+    if kind.name in _FLOATS:
+        return DTYPES[_FLOATS[kind.name]]
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return None
+    return DTYPES["float32"]
+
+
 class _Tensor(NamedTuple):
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -155,7 +164,7 @@ class GGUFFile:
     def __init__(self, file: InputFile, metadata: dict, tensors: dict[str, _Tensor]):
         self.metadata: dict[str, Any] = metadata
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: _DTYPES[tensor.kind] for name, tensor in tensors.items()}
+        self.dtypes = {name: _dtype(tensor.kind) for name, tensor in tensors.items()}
         self.description = str(file.path)
         self._file, self._tensors = file, tensors
 
@@ -185,8 +194,7 @@ class GGUFFile:
 def open_gguf(path: str | Path) -> GGUFFile:
     """Reads and checks the header of a little-endian GGUF file of version 2 or 3.
 
-    Raises ArtifactError where anything in it is inconsistent, or a tensor has a type that is not one
-    of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K.
+    Raises ArtifactError where anything is inconsistent, or gguf cannot dequantise a tensor's type.
     """
     file = InputFile(path)
     for size in _HEADER_SIZES:
@@ -330,12 +338,11 @@ def _check_metadata(cursor: _Cursor, metadata: dict[str, Any]) -> None:
         cursor.fail(f"general.alignment is {alignment}, expected a power of two from 8 to 65536")
     if metadata.get("split.count", 0) not in (0, 1):
         cursor.fail("is one part of a split model; join them with `llama-gguf-split --merge`")
-    arrays = [f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")]
     lengths = {}
-    for key in arrays:
+    for key in (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")):
+        if not isinstance(metadata.get(key, []), list):
+            cursor.fail(f"{key} is a {type(metadata[key]).__name__}, expected an array")
         if key in metadata:
-            if not isinstance(metadata[key], list):
-                cursor.fail(f"{key} is a {type(metadata[key]).__name__}, expected an array")
             lengths[key] = len(metadata[key])
     if len(set(lengths.values())) > 1:
         sizes = ", ".join(f"{key} has {length}" for key, length in lengths.items())
@@ -349,14 +356,13 @@ def _tensor(cursor: _Cursor, name: str) -> _Tensor:
         cursor.fail(f"tensor {name!r} has {rank} dimensions, expected 1 to 4")
     extents = cursor.scalars(rank, "Q", f"the shape of {name!r}")
     shape = extents[::-1]
-    kind = cursor.scalar("I", f"the type of {name!r}")
+    number = cursor.scalar("I", f"the type of {name!r}")
     offset = cursor.scalar("Q", f"the offset of {name!r}")
-    known = kind in GGMLQuantizationType.__members__.values()
-    if not known or kind not in _DTYPES:
-        what = GGMLQuantizationType(kind).name if known else f"number {kind}"
-        names = ", ".join(kind.name for kind in _DTYPES)
+    kind = next((known for known in GGMLQuantizationType if known == number), None)
+    if kind is None or _dtype(kind) is None:
+        what = kind.name if kind else f"number {number}"
+        names = ", ".join(known.name for known in GGMLQuantizationType if _dtype(known))
         cursor.fail(f"tensor {name!r} has the unsupported type {what}, expected one of {names}")
-    kind = GGMLQuantizationType(kind)
     values, size = GGML_QUANT_SIZES[kind]
     for extent in extents:
         if not extent:
