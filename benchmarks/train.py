@@ -26,7 +26,7 @@ from benchmarks.workers import Worker  # noqa: E402
 from models.llama.hub import DEFAULT_MODEL, resolve  # noqa: E402
 from models.llama.load import load_checkpoint, save_checkpoint  # noqa: E402
 from trainers.runs.metrics import MATMUL_SHAPES  # noqa: E402
-from trainers.data import pack  # noqa: E402
+from trainers.packing import pack  # noqa: E402
 from utils import memory  # noqa: E402
 
 ROWS, LENGTH = 4, 256

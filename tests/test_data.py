@@ -331,6 +331,23 @@ def test_a_restored_position_continues_to_the_token(packing):
     assert (next(rewound)["tokens"] == expected[0]["tokens"]).all()
 
 
+@pytest.mark.covers("R25")
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (4, 3), (5, 7)])
+@pytest.mark.parametrize("packing", [False, True])
+def test_another_batch_size_repeats_no_row_and_leaves_none_out(sizes, packing):
+    first, second = (
+        numbered([9] * 40, batch_size=n, seq_len=9, packing=packing, seed=3).batches()
+        for n in sizes
+    )
+    seen = [x for _ in range(3) for x in next(first)["tokens"][:, 0]]
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    while len(seen) < 80:
+        seen += list(next(second)["tokens"][:, 0])
+    assert sorted(seen[:40]) == sorted(seen[40:80]) == list(range(1, 41))
+    whole = numbered([9] * 40, batch_size=40, seq_len=9, packing=packing, seed=3).batches()
+    assert seen[:40] == next(whole)["tokens"][:, 0].tolist()
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_processes_share_each_global_batch(packing):
     lengths = [random.Random(n).randint(2, 150) for n in range(50)]

@@ -1,6 +1,7 @@
 """What a run says that it will hold: this machine's memory, or that of each accelerator of a mesh."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from trainers.planning.estimate import check_memory, estimate_job, grpo_bytes, s
 from trainers.planning.job import Job
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from utils.errors import ConfigError
+from utils.errors import ArtifactError
 from utils.sharding import MESH_AXES
 
 MODEL = PRESETS["llama-3.1-8b"]
@@ -76,21 +77,27 @@ def test_what_a_device_cannot_hold_is_refused_with_the_way_out(sizes, monkeypatc
     where = " on each of 16 devices" if sizes is SIZES else ""
     assert said == [f"memory of a step{where}: 10.0 GB (parameters 8.0 GB, activations 2.0 GB)"]
     refusal = f"a step{where} needs about 12.0 GB .*has 10.0 GB per device.*plan.py"
-    with pytest.raises(ConfigError, match=refusal):
+    with pytest.raises(ArtifactError, match=refusal):
         check_memory({"parameters": 12 * 10**9}, said.append)
+    monkeypatch.setattr(estimate, "available_bytes", lambda: 10**9)
+    with pytest.raises(ArtifactError, match="a save copies 2.0 GB to the host, and 1.0 GB are"):
+        check_memory({"parameters": 8 * 10**9}, said.append, saved=2 * 10**9)
 
 
 def test_a_step_that_this_machine_cannot_hold_is_refused_with_every_part(monkeypatch):
     model = LLaMa(PRESETS["smollm2-135m"], jnp.dtype("float32"))
     parts = sft_bytes(SFTTrainer(model, SFTConfig(micro_batch_size=None)), 4, 256)
-    total = sum(parts.values())
+    saved, said = 10**9, []
+    total = sum(parts.values()) + saved
+    monkeypatch.setattr(estimate, "memory_bytes", lambda: 5 * 10**8)  # held already
     for free in (total, None):
         monkeypatch.setattr(estimate, "available_bytes", lambda: free)
-        check_memory(parts, lambda text: None)
+        check_memory(parts, said.append, saved=saved)
+    assert re.match("memory of training: 6.0 GB .*a save 1.0 GB, this program 500 MB", said[0])
     monkeypatch.setattr(estimate, "available_bytes", lambda: total - 1)
-    with pytest.raises(ConfigError, match="out of memory: a step needs about 4.5 GB") as caught:
-        check_memory(parts, lambda text: None)
+    with pytest.raises(ArtifactError, match="out of memory: training needs about 6.0 GB") as caught:
+        check_memory(parts, said.append, saved=saved)
     message = str(caught.value)
-    for word in (*parts, "--micro_batch_size", "shorter rows", "--remat block", "--lora_rank"):
+    for word in (*parts, "a save", "--micro_batch_size", "shorter", "--remat block", "--lora_rank"):
         assert word in message
     assert "\n" not in message

@@ -73,7 +73,7 @@ def test_a_skipped_update_leaves_all_but_the_key_and_is_counted(tmp_path):
             expected, _ = of.train_step(expected, frozen, batch)
     assert digest(state) == digest(expected)
     # 2 rows, of 20 tokens, of which the first is no target.
-    assert progress == Progress(position={"next_index": 9}, skipped=2, tokens=7 * 2 * 19)
+    assert progress == Progress(position={"rows": 18}, skipped=2, tokens=7 * 2 * 19)
     assert [r["step"] for r in records] == [1, 2, 3, 3, 4, 5, 6, 7, 7]
     assert [n for n, r in enumerate(records, 1) if not r["updated"]] == poisoned
     assert [r["skipped"] for r in records] == [0, 0, 1, 1, 1, 1, 1, 2, 2]
@@ -123,7 +123,7 @@ def test_a_run_stops_behind_an_update(tmp_path):
         _, progress = fit(of, *start(of), data, log=log, session=session)
     # Asked to after the third batch, which is skipped as the fourth is.
     assert [r["updated"] for r in records] == [True, True, False, False, True]
-    assert progress.position == {"next_index": 5}
+    assert progress.position == {"rows": 10}
 
 
 def test_the_line_of_a_step_is_there_before_its_checkpoint(tmp_path):

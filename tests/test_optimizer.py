@@ -239,7 +239,9 @@ def test_a_config_that_is_right_is_hashable_and_takes_integers():
 
 
 def test_defaults_that_depend_on_other_settings():
-    assert SFTConfig(max_steps=200).warmup_steps == 6 and SFTConfig(max_steps=9).warmup_steps == 0
+    for max_steps, warmup in ((200, 6), (9, 0)):
+        config = SFTTrainer(None, SFTConfig(max_steps=max_steps)).config
+        assert config.warmup_steps == warmup
     assert SFTConfig(clip_norm=0) == SFTConfig(clip_norm=None) != SFTConfig()
     for lora, rate in ((None, 2e-5), (LoRAConfig(), 2e-4)):
         assert SFTTrainer(None, SFTConfig(), lora).config.learning_rate == rate

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainers.data import DataConfig, Dataset
 from trainers.data import Examples
-from trainers.data import pack
+from trainers.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 

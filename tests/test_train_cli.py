@@ -17,11 +17,15 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from tests import cli
 from tests import programs as shared
 from tests.programs import CODES, INT, TERM, check_error, flags, programs, wait_for_lines
 from tests.small_runs import curve
-from trainers.runs.checkpoint import CheckpointReader
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
+from utils.console.cli import parse_flags
+from utils.errors import CheckpointError, ConfigError
+from utils.fields import build
 
 STEPS = 5
 SMALL = dict(batch_size=4, micro_batch_size=2, seq_len=64, max_steps=STEPS, lr=0.01)
@@ -177,6 +181,58 @@ def test_there_must_be_something_to_go_on_from_and_nothing_to_overwrite(
     assert curve(run) == curve(whole)
 
 
+def started(files, out_dir, *words):
+    """The config of a run as flags of `train.py sft` make it."""
+    flags = ["--data", "x", "--out_dir", str(out_dir), *words]
+    return build(train.sft, parse_flags(train.sft, flags))["run"]
+
+
+@pytest.mark.covers("R34")
+def test_resume_auto_starts_where_there_is_nothing(files, whole, tmp_path):
+    assert started(files, tmp_path, "--resume").resumes
+    assert (
+        not started(files, tmp_path).resumes and not started(files, tmp_path, "--noresume").resumes
+    )
+    assert not started(files, tmp_path / "new", "--resume", "auto").resumes
+    assert not started(files, tmp_path, "--resume=auto").resumes
+    assert started(files, whole, "--resume", "auto").resumes
+    with pytest.raises(ConfigError, match="--resume must be true, false or auto, got 'maybe'"):
+        started(files, tmp_path, "--resume", "maybe")
+    # A save that was killed left no checkpoint, and a broken checkpoint is one.
+    (tmp_path / "checkpoints" / ".step-00000005.tmp-0123abcd").mkdir(parents=True)
+    assert not started(files, tmp_path, "--resume", "auto").resumes
+    with Checkpointer(tmp_path / "checkpoints") as writer:
+        writer.start_anew()
+        assert writer.steps == []
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    assert started(files, tmp_path, "--resume", "auto").resumes
+    with Checkpointer(tmp_path / "checkpoints") as writer:
+        writer.start_anew()
+        with pytest.raises(CheckpointError, match="no complete checkpoint"):
+            writer.steps
+
+
+@pytest.mark.covers("R16", "R34", "N14")
+def test_the_same_command_trains_longer_and_a_finished_run_says_so(programs, files, tmp_path):
+    options = training(files, tmp_path / "my run", max_steps=40, save_every=40, resume="auto")
+    options |= dict(eval_data=None, export=True, micro_batch_size=4)
+    done = programs.run("train.py", "sft", **options)
+    assert done.code == 0 and "resuming" not in done.stderr, done.stderr
+    assert f"--ckpt_dir '{tmp_path}/my run/export' --chat" in done.stderr
+    saved = CheckpointReader(tmp_path / "my run" / "checkpoints").read_meta()
+    assert saved["train"]["warmup_steps"] == 1  # 3 %
+    done = programs.run("train.py", "sft", **options)
+    assert done.code == 0 and "already finished: step 40 of 40" in done.stderr
+    options |= dict(max_steps=81, save_every=81)
+    done = programs.run("train.py", "sft", **options)
+    assert done.code == 0 and "resuming from step 40 of 81" in done.stderr, done.stderr
+    assert "changed: --max_steps 40 → 81" in done.stderr and "--warmup" not in done.stderr
+    saved = CheckpointReader(tmp_path / "my run" / "checkpoints").read_meta()
+    assert saved["train"]["warmup_steps"] == 1 and saved["train"]["max_steps"] == 81
+    done = programs.run("train.py", "sft", **options, warmup_steps=5)
+    check_error(done, 2, r"--warmup_steps 1 → 5 \(change back, or pass --allow_config_change")
+
+
 @pytest.mark.slow
 @pytest.mark.covers("D20")
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(programs, files, whole, tmp_path):
@@ -212,9 +268,7 @@ def test_other_data_is_refused_unless_it_is_allowed(programs, files, whole, tmp_
     assert "changed: data.digest" in done.stderr and "resuming from step 5 of 6" in done.stderr
     assert [line["step"] for line in curve(run)] == list(range(1, STEPS + 2))
     # The new data is gone through from its start.
-    assert CheckpointReader(run / "checkpoints").read_meta()["progress"]["position"] == {
-        "next_index": 1
-    }
+    assert CheckpointReader(run / "checkpoints").read_meta()["progress"]["position"] == {"rows": 4}
 
 
 @pytest.mark.covers("D22")
@@ -245,7 +299,7 @@ def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole
 def test_a_run_that_diverges_ends_with_the_batches_numbers(programs, files, tmp_path):
     options = training(files, tmp_path, ckpt_dir=files / "nan", max_steps=9)
     done = programs.run("train.py", "sft", **options)
-    check_error(done, 5, r"6 updates in a row.*loss nan.*\[1, 2, 3, 4, 5, 6\]")
+    check_error(done, 5, r"6 updates in a row.*loss nan.*{'rows': 24}\]")
     lines = curve(tmp_path)
     assert [(line["step"], line["updated"]) for line in lines] == [(1, False)] * 6
     assert [line["skipped"] for line in lines] == [1, 2, 3, 4, 5, 6]

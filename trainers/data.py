@@ -4,7 +4,6 @@ The order of the batches is a function of the seed and of the position, by grain
 run sees what an uninterrupted one would have seen, to the token.
 """
 
-import bisect
 import hashlib
 import json
 from array import array
@@ -17,6 +16,7 @@ import numpy as np
 
 from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.tokenizer import Tokenizer
+from trainers.packing import pack
 from trainers.records import Record, read_records
 from utils.errors import ConfigError, DataError
 from utils.fields import CONFIG, DATA, Config, field, integer, one_of
@@ -164,46 +164,6 @@ class Examples:
         return tokens, targets, np.frombuffer(self._offsets, np.int64)
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best-fit decreasing: the longest example first, each into the fullest row that has room.
-
-    Rows are found by their room, of which there are at most `capacity` values: O(n log capacity).
-    The result depends on the lengths alone.
-
-    Args:
-        lengths: [n], tokens of each example, from 1 to `capacity`.
-        capacity: tokens of a row.
-
-    Returns:
-        (members, offsets): row r holds the examples `members[offsets[r]:offsets[r + 1]]`.
-
-    Source: Johnson, "Near-optimal bin packing algorithms" (1973).
-    """
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms: list[int] = []  # sorted; those that some row has
-    lengths = np.asarray(lengths)
-    for example in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[example])
-        at = bisect.bisect_left(rooms, length)
-        if at == len(rooms):
-            row, room = len(rows), capacity
-            rows.append([])
-        else:
-            room = rooms[at]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del rooms[at]
-        rows[row].append(example)
-        left = room - length
-        if not by_room[left]:
-            bisect.insort(rooms, left)
-        by_room[left].append(row)
-    members = np.fromiter((e for row in rows for e in row), np.int64, len(lengths))
-    offsets = np.cumsum([0] + [len(row) for row in rows], dtype=np.int64)
-    return members, offsets
-
-
 class Dataset:
     """Tokenised examples, in rows. Made by `load_dataset`.
 
@@ -249,14 +209,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+    def batches(self, *, process_index: int = 0, process_count: int = 1) -> "RowBatches":
         """Batches without end: B is batch_size / process_count, this process's share of the rows.
 
         All processes go through the same global batches, of the same T. Every batch is full: one
         at the edge of an epoch holds rows of both.
-
-        Returns:
-            An iterator with `get_state() -> dict` (JSON) and `set_state(dict)`: the position.
 
         Raises:
             DataError: there are fewer rows than in a batch.
@@ -267,22 +224,20 @@ class Dataset:
         rows = grain.MapDataset.range(len(self))
         if self.config.shuffle:
             rows = rows.shuffle(seed=self.config.seed)
-        batches = rows.repeat().batch(self.config.batch_size).map(lambda b: self._batch(b, share))
-        # No threads: copying a few thousand tokens takes less than handing them over.
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0)))
+        return RowBatches(self, rows.repeat(), share)
 
     def epoch_batches(self, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """Every row once, in order, for evaluation; the last batch is filled with empty rows."""
         share = self._share(process_index, process_count)
         size = self.config.batch_size
         for start in range(0, len(self), size):
-            yield self._batch(np.arange(start, start + size), share)
+            yield self.batch(np.arange(start, start + size), share)
 
     def largest_batch(self, *, process_index: int = 0, process_count: int = 1) -> Batch:
         """The longest rows, in the largest bucket: a step on it shows whether memory suffices."""
         self.check_full_batch()
         longest = np.argsort(-self._lengths, kind="stable")[: self.config.batch_size]
-        return self._batch(longest, self._share(process_index, process_count))
+        return self.batch(longest, self._share(process_index, process_count))
 
     def preflight_batches(self) -> list[Batch]:
         """The largest batch."""
@@ -314,7 +269,7 @@ class Dataset:
         size //= process_count
         return slice(process_index * size, (process_index + 1) * size)
 
-    def _batch(self, rows: np.ndarray, share: slice) -> Batch:
+    def batch(self, rows: np.ndarray, share: slice) -> Batch:
         """The share of a global batch; rows that do not exist are empty."""
         longest = self._lengths[rows[rows < len(self)]].max()
         width = next(bucket for bucket in self.buckets if bucket >= longest)
@@ -337,6 +292,33 @@ class Dataset:
                     out["positions"][place] = np.arange(end - start)
                 at += end - start
         return out
+
+
+class RowBatches:
+    """Batches in an order of rows without end.
+
+    The position is counted in rows: another batch size neither repeats a row nor leaves one out.
+    """
+
+    def __init__(self, dataset: Dataset, order: grain.MapDataset, share: slice):
+        self._dataset, self._order, self._share, self._position = dataset, order, share, 0
+
+    def __iter__(self) -> "RowBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        start = self._position
+        self._position += self._dataset.config.batch_size
+        rows = np.array([self._order[i] for i in range(start, self._position)])
+        return self._dataset.batch(rows, self._share)
+
+    def get_state(self) -> dict[str, int]:
+        """The position behind the last batch, for JSON."""
+        return {"rows": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues from a position."""
+        self._position = state["rows"]
 
 
 def _buckets(shortest: int, longest: int, seq_len: int) -> tuple[int, ...]:

@@ -322,7 +322,7 @@ class _Run:
         )
         self.at_rest = False
         if not updated:
-            self.skipped_in_a_row.append(position.get("next_index", position))
+            self.skipped_in_a_row.append(position)
             return
         self.skipped_in_a_row, self.score = [], None
         self.step += 1
@@ -375,7 +375,7 @@ class _Run:
             raise TrainError(
                 f"{len(skipped)} updates in a row were skipped, not finite or without a target: the "
                 f"last has loss {metrics['loss']}, gradient norm {metrics['grad_norm']} and weight "
-                f"{metrics['weight']}, the batches are {skipped}. Lower the learning rate, or look at "
+                f"{metrics['weight']}, the batches end at {skipped}. Lower the learning rate, or look at "
                 "that data; the last checkpoint is from before them"
             )
         if self.session.check is not None:

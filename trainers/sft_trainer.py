@@ -11,7 +11,6 @@ import numpy as np
 from models.llama.model import Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer, Work
 from utils.cross_entropy import cross_entropy
-from utils.errors import is_int
 from utils.fields import again
 
 Array = jax.Array
@@ -26,18 +25,10 @@ class SFTConfig(TrainConfig):
         TrainConfig, "learning_rate", None, help="peak learning rate; default: 2e-5, with LoRA 2e-4"
     )
     warmup_steps: int | None = again(
-        TrainConfig,
-        "warmup_steps",
-        None,
-        help="steps of linear warm-up from 0; default: 3 % of max_steps",
+        TrainConfig, "warmup_steps", None, help="steps of warm-up from 0; default: 3 % of max_steps"
     )
     micro_batch_size: int | None = again(TrainConfig, "micro_batch_size", 4)
     eval_every: int = again(TrainConfig, "eval_every", 50)
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps is None and is_int(self.max_steps):
-            object.__setattr__(self, "warmup_steps", round(0.03 * max(self.max_steps, 0)))
-        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +37,14 @@ class SFTTrainer(Trainer):
 
     The loss is the mean over all targets of the whole batch, in nats.
     """
+
+    def __post_init__(self) -> None:
+        if self.config.warmup_steps is None:
+            warmup = round(0.03 * self.config.max_steps)
+            object.__setattr__(
+                self, "config", dataclasses.replace(self.config, warmup_steps=warmup)
+            )
+        super().__post_init__()
 
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
         """Sums over a micro-batch's targets; also `entropy` (nats) and `accuracy`."""

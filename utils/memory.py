@@ -1,5 +1,6 @@
 """Bytes of arrays, and of a model's weights and cache before they are loaded."""
 
+import ctypes
 import math
 import os
 from typing import Any
@@ -64,6 +65,13 @@ def check_fits(parts: dict[str, int]) -> None:
         )
 
 
+def return_freed_memory() -> None:
+    """Gives what was freed back to the system, where malloc keeps it for itself (glibc)."""
+    trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory_bytes() -> int | None:
     """The most memory held so far: by this process on a CPU, else by the fullest local device.
 
@@ -74,9 +82,18 @@ def peak_memory_bytes() -> int | None:
         return max(
             (s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s), default=None
         )
+    return _of_this_process("VmHWM")
+
+
+def memory_bytes() -> int | None:
+    """The memory that this process holds; None if the system does not say."""
+    return _of_this_process("VmRSS")
+
+
+def _of_this_process(name: str) -> int | None:
     try:
         with open("/proc/self/status") as f:
             fields = dict(line.split(":", 1) for line in f)
-        return int(fields["VmHWM"].split()[0]) * 1024
+        return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None

@@ -27,8 +27,8 @@ from trainers.planning.phases import (
 from trainers.rollout import RolloutConfig
 from trainers.trainer import Trainer
 from utils import sharding
-from utils.errors import ConfigError
-from utils.memory import available_bytes, human, params_bytes
+from utils.errors import ArtifactError
+from utils.memory import available_bytes, human, memory_bytes, params_bytes
 
 # A job's closed form is right to 6 %.
 _MARGIN = 1.1
@@ -250,26 +250,41 @@ def _peak_parts(trainer: Trainer, micro_batch_size: int | None, **shape) -> dict
     return max(programs, key=lambda program: program.peak_bytes).parts
 
 
-def check_memory(parts: dict[str, int], say: Callable[[str], None]) -> None:
-    """Says what the largest step will hold. Raises ConfigError if that does not fit.
+def check_memory(parts: dict[str, int], say: Callable[[str], None], *, saved: int = 0) -> None:
+    """Says what a run will hold at its fullest. Raises ArtifactError if that does not fit.
+
+    A save copies the state to the host's memory and writes it while the next steps run.
 
     Args:
-        parts: from `sft_bytes` or `grpo_bytes`.
+        parts: of a step, from `sft_bytes` or `grpo_bytes`.
         say: is told the line.
+        saved: bytes of that copy.
     """
-    mesh, needed = sharding.current_mesh(), human(sum(parts.values()))
+    mesh, free, own = sharding.current_mesh(), available_bytes(), 0
     if on_cpu := jax.default_backend() == "cpu":
-        limit = available_bytes()
+        limit, own = free, memory_bytes() or 0
+        parts = parts | {"a save": saved, "this program": own}
     else:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    where = "" if on_cpu or mesh is None else f" on each of {mesh.size} devices"
-    listed = ", ".join(f"{name} {human(n)}" for name, n in parts.items())
-    say(f"memory of a step{where}: {needed} ({listed})")
-    if limit is None or sum(parts.values()) <= limit * (1 if on_cpu else _MARGIN):
+        if free is not None and free < saved:
+            raise ArtifactError(
+                f"out of memory: a save copies {human(saved)} to the host, and {human(free)} are "
+                "available; try --lora_rank 16"
+            )
+    needed = human(sum(parts.values()))
+    what = (
+        "training"
+        if on_cpu
+        else "a step" + (f" on each of {mesh.size} devices" if mesh is not None else "")
+    )
+    listed = ", ".join(f"{name} {human(n)}" for name, n in without_zeros(parts).items())
+    say(f"memory of {what}: {needed} ({listed})")
+    # The program itself has its memory already.
+    if limit is None or sum(parts.values()) - own <= limit * (1 if on_cpu else _MARGIN):
         return
     has = f"and {human(limit)} are available" if on_cpu else f"which has {human(limit)} per device"
     more = "" if on_cpu else ", or use more devices: plan.py --search finds what fits"
-    raise ConfigError(
-        f"out of memory: a step{where} needs about {needed} ({listed}), {has}; try a smaller "
+    raise ArtifactError(
+        f"out of memory: {what} needs about {needed} ({listed}), {has}; try a smaller "
         f"--micro_batch_size, shorter rows, --remat block or --lora_rank 16{more}"
     )

@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainers.runs.manifest import Manifest, Restored, check_digests, describe, finish_arrays
-from trainers.runs.manifest import read_arrays, read_manifest, to_host, write_arrays, write_manifest
+from trainers.runs.manifest import Manifest, Restored, check_digests, describe, explaining
+from trainers.runs.manifest import finish_arrays, read_arrays, read_manifest, to_host
+from trainers.runs.manifest import write_arrays, write_manifest
 from utils import distributed
 from utils.errors import CheckpointError, is_int, raise_all, reason
 from utils.fields import integer
 from utils.files import FolderLock, atomic_directory, fsync_tree, hide_folders
 from utils.files import read_json, reading_folder, try_writing
+from utils.memory import return_freed_memory
 
 _META, _STATE = "meta.json", "state"
 _META_MAX_BYTES = 1 << 26
@@ -42,6 +44,12 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(os.path.abspath(folder))
+
+    @property
+    def has_past(self) -> bool:
+        """Whether there is a checkpoint, or a broken one; what a killed save leaves is neither."""
+        there = self._names() if self.folder.exists() else []
+        return not all(LEFTOVER.fullmatch(name) for name in there)
 
     @property
     def steps(self) -> list[int]:
@@ -217,6 +225,10 @@ class Checkpointer(CheckpointReader):
         # In a folder that was empty the first save under way is no broken past.
         return self._sort_out()[0] if self._base == -1 else super().steps
 
+    def start_anew(self) -> None:
+        """Starts a run in a folder that has no past."""
+        self._base = None if self.has_past else -1
+
     def __enter__(self) -> "Checkpointer":
         return self
 
@@ -271,6 +283,8 @@ class Checkpointer(CheckpointReader):
             self._write(known, state, text)
         else:
             self._pending = self._thread.submit(self._write, known, to_host(state), text)
+            # In the same thread, once it has let go of the copy.
+            self._thread.submit(return_freed_memory)
 
     def wait(self) -> None:
         """The last save is on disk when this returns. Raises CheckpointError, once, if it failed."""
@@ -382,15 +396,3 @@ class Checkpointer(CheckpointReader):
         """Removes what is hidden, or was left behind by a save that was killed."""
         for path in [self.folder / name for name in self._names() if LEFTOVER.fullmatch(name)]:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def explaining(folder: Path, step: int) -> Iterator[None]:
-    """Turns whatever is raised into a CheckpointError of that step."""
-    try:
-        yield
-    # Orbax and TensorStore raise whatever they like.
-    except Exception as e:
-        raise CheckpointError(
-            f"cannot save step {step} in {folder}: {reason(e)}; earlier checkpoints are untouched"
-        ) from e

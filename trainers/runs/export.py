@@ -1,6 +1,7 @@
 """Exporting: from a run's state to a model's folder."""
 
 import functools
+import shlex
 from pathlib import Path
 
 from models.llama.load import save_checkpoint
@@ -18,4 +19,5 @@ def export(
     with cli.busy("exporting"):
         params = distributed.to_first(trainer.export_params(state, frozen))
         distributed.from_first(lambda: save(folder, trainer.model.config, params))
-    cli.say(f"exported to {folder}: python generate.py --ckpt_dir {folder} --chat", "")
+    told = shlex.quote(str(folder))
+    cli.say(f"exported to {folder}: python generate.py --ckpt_dir {told} --chat", "")

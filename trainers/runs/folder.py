@@ -9,8 +9,9 @@ import jax
 import jaxlib
 
 from models.llama.model import REMATS
+from trainers.runs.checkpoint import CheckpointReader
 from utils.errors import ArtifactError
-from utils.fields import ALWAYS, Config, field, integer, one_of
+from utils.fields import ALWAYS, Config, Range, field, integer, one_of
 from utils.files import InputFile, list_folder
 
 _ROOT = Path(__file__).parents[2]
@@ -26,7 +27,12 @@ class RunConfig(Config):
     out_dir: str = field(
         help="folder for run.json, metrics.jsonl, checkpoints/ and the final export/"
     )
-    resume: bool = field(False, "resume from the newest intact checkpoint in out_dir")
+    resume: bool | str = field(
+        False,
+        "resume from the newest intact checkpoint in out_dir; --resume auto starts where there is none",
+        Range("true, false or auto", lambda x: isinstance(x, bool) or x == "auto"),
+        parse=lambda text: {"True": True, "False": False}.get(text, text),
+    )
     resume_step: int | None = field(None, "resume from the checkpoint of this step", integer(0))
     allow_data_change: bool = field(False, "resume although the data is not the same")
     allow_config_change: bool = field(
@@ -51,9 +57,16 @@ class RunConfig(Config):
         return Path(self.out_dir)
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
     def resumes(self) -> bool:
-        """Whether the run starts from a checkpoint."""
-        return self.resume or self.resume_step is not None
+        """Whether the run starts from a checkpoint; broken ones are no reason for `auto` to start anew."""
+        if self.resume == "auto" and self.resume_step is None:
+            return CheckpointReader(self.checkpoints).has_past
+        return bool(self.resume) or self.resume_step is not None
 
 
 def versions() -> dict[str, str]:

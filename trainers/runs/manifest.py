@@ -1,10 +1,11 @@
 """A checkpoint's folder, to the bit: arrays in Orbax's format, and a manifest of digests written last."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from utils import distributed
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, reason
 from utils.files import InputFile, fsync, read_json
 
 NAME = "manifest.json"
@@ -154,6 +155,18 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != NAME)
 
 
+@contextlib.contextmanager
+def explaining(folder: Path, step: int) -> Iterator[None]:
+    """Turns whatever is raised into a CheckpointError of that step."""
+    try:
+        yield
+    # Orbax and TensorStore raise whatever they like.
+    except Exception as e:
+        raise CheckpointError(
+            f"cannot save step {step} in {folder}: {reason(e)}; earlier checkpoints are untouched"
+        ) from e
+
+
 # Arrays -----------------------------------------------------------------------------------------
 
 
@@ -182,12 +195,26 @@ def write_arrays(folder: Path, state: Any) -> None:
     """
     # Orbax's tree is flat, so that a checkpoint does not depend on the classes of the state's.
     plain = {name: _plain(x) for name, x in _by_name(state).items()}
-    _handler().save(epath.Path(folder), args=ocp.args.StandardSave(plain))
+    _writer().save(epath.Path(folder), args=ocp.args.PyTreeSave(plain))
 
 
 def finish_arrays(folder: Path) -> None:
     """Joins the parts, once every process has written its own. Raises as `write_arrays`."""
-    _handler().finalize(epath.Path(folder))
+    _writer().finalize(epath.Path(folder))
+
+
+def _writer() -> ocp.PyTreeCheckpointHandler:
+    """A handler that holds no copy of the arrays.
+
+    Orbax's default copies what lies in host memory, and holds all of it once more when compressed:
+    that tripled the memory of a save, for 8 % less of a float32 state on disk.
+    """
+    of = ocp.type_handlers
+    registry = of.create_type_handler_registry(
+        (np.ndarray, of.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, of.get_type_handler(jax.Array)),
+    )
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 def read_arrays(folder: Path, like: Any, described: Mapping[str, tuple[list[int], str]]) -> Any:

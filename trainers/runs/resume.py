@@ -10,7 +10,9 @@ from trainers.data import DataConfig
 from trainers.grpo_trainer import GRPOConfig
 from trainers.rollout import RolloutConfig
 from trainers.runs.folder import RunConfig
+from trainers.runs.recipes import Recipe
 from trainers.sft_trainer import SFTConfig
+from trainers.trainer import Trainer
 from utils.errors import ConfigError
 from utils.fields import ALWAYS, CONFIG, DATA, NEVER, Setting, setting
 from utils.files import flatten
@@ -71,6 +73,26 @@ def check_resume(
         listed = (f"{', '.join(texts)} ({_ADVICE[rule]})" for rule, texts in refused.items())
         raise ConfigError("these settings differ from the checkpoint's: " + "; ".join(listed))
     return allowed
+
+
+def keep_first_defaults(recipe: Recipe, trainer: Trainer, saved: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run that resumes, where defaults that follow from other settings stay as saved.
+
+    A warm-up of 3 % of `max_steps` would else change with `max_steps`, although nobody asked for it.
+
+    Args:
+        recipe: of the flags.
+        trainer: made from it: what is None there and not here is such a default.
+        saved: the settings of the checkpoint's "train".
+    """
+    config = recipe.config
+    first = {
+        f.name: saved[f.name]
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) is None and getattr(trainer.config, f.name) is not None
+        if f.name in saved and setting(f).resume != ALWAYS
+    }
+    return dataclasses.replace(recipe, config=dataclasses.replace(config, **first))
 
 
 def _flat_json(meta: Mapping[str, Any]) -> dict[str, str]:

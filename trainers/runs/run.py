@@ -17,12 +17,12 @@ from models.llama.tokenizer import Tokenizer
 from trainers.data import tokenizer_digest
 from trainers.loop import Progress, Session, fit
 from trainers.planning.estimate import check_memory
-from trainers.runs.checkpoint import Checkpointer
+from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.runs.export import export
 from trainers.runs.folder import RunConfig, files_digest, versions
 from trainers.runs.metrics import MetricsLog, ProgressBar
 from trainers.runs.recipes import Recipe
-from trainers.runs.resume import check_resume
+from trainers.runs.resume import check_resume, keep_first_defaults
 from trainers.trainer import Trainer, TrainState
 from utils import distributed, sharding
 from utils.console import cli
@@ -81,7 +81,9 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
     Returns:
         The exit code: 0, or that of the signal which stopped the run before its end.
     """
-    run = prepare(recipe, source, config, seed)
+    # Looked up once: the run's own checkpoints come soon.
+    resume = distributed.from_first(lambda: config.resumes)
+    run = prepare(recipe, source, dataclasses.replace(config, resume=resume), seed)
     with contextlib.ExitStack() as stack:
         checkpointer = _open_folder(run, stack)
         state, frozen, progress = restore_or_init(run, checkpointer)
@@ -100,28 +102,40 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
 def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run:
     """Checks that model, recipe and machine fit, and that all processes were started alike."""
     key = random_key(seed)
-    trainer = recipe.trainer(LLaMa(source.checkpoint.config, source.dtype, config.remat))
+    model = LLaMa(source.checkpoint.config, source.dtype, config.remat)
+    trainer = recipe.trainer(model)
+    past = CheckpointReader(config.checkpoints)
+    if config.resumes and past.has_past:
+        saved = past.read_meta(config.resume_step)["train"]
+        recipe = keep_first_defaults(recipe, trainer, saved)
+        trainer = recipe.trainer(model)
     meta = describe(trainer, source, recipe)
     if distributed.several():
         settings = dataclasses.asdict(config) | {"seed": seed}
         known = {"settings": settings, "checkpoint": files_digest(source.checkpoint.path)}
         distributed.check_same(versions() | known | meta)
-    check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""))
     like = jax.eval_shape(
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
     )
+    saved = _bytes(like) // jax.process_count()
+    check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""), saved=saved)
     if sharding.current_mesh() is not None:
         like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
     return Run(config, recipe, source, trainer, meta, like, key)
 
 
+def _bytes(like: TrainState) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+
+
 def _open_folder(run: Run, stack: contextlib.ExitStack) -> Checkpointer:
     """The folder's checkpoints; neither overwrites an old run nor resumes from nothing."""
     folder, resumes = run.config.folder, run.config.resumes
-    need_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(run.like))
     checkpointer = stack.enter_context(
-        Checkpointer(folder / "checkpoints", keep=run.config.keep, need_bytes=need_bytes)
+        Checkpointer(run.config.checkpoints, keep=run.config.keep, need_bytes=_bytes(run.like))
     )
+    if not resumes:
+        checkpointer.start_anew()
     steps = checkpointer.steps
     if steps and not resumes:
         raise CheckpointError(
@@ -166,10 +180,16 @@ def _restore(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Progress
     restored = checkpointer.restore(run.like, step=step)
     for change in check(restored.meta):
         cli.say(f"changed: {change}", "")
-    cli.say(f"resuming from step {restored.step} of {run.trainer.config.max_steps}", "")
-    progress = Progress(**restored.meta["progress"])
-    if restored.meta["data"] != run.meta["data"]:
-        progress = dataclasses.replace(progress, position=None)
+    last, progress = run.trainer.config.max_steps, Progress(**restored.meta["progress"])
+    if restored.step < last:
+        cli.say(f"resuming from step {restored.step} of {last}", "")
+    else:
+        cli.say(
+            f"already finished: step {restored.step} of {last}; a larger --max_steps goes on", ""
+        )
+    then, now = restored.meta, run.meta
+    if (then["data"], then["train"].get("seed")) != (now["data"], now["train"].get("seed")):
+        progress = dataclasses.replace(progress, position=None)  # another order, from its start
     return restored.state, progress
 
 
