@@ -166,7 +166,7 @@ class Conversation:
         cache, self._cache, self._cached = self._cache, None, []
         if cache is not None:
             cache = cache.replace(lengths=cache.lengths * 0 + kept)
-        tokenizer = self._model.tokenizer
+        tokenizer = self._model.tokenizer.answers
         config = GenerationConfig(
             max_new_tokens=self.max_gen_len,
             max_seq_len=self.context,

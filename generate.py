@@ -28,7 +28,7 @@ from models.llama.generation import (
     stream_text,
 )
 from models.llama.load import DecodingModelFlags, Model, load_model
-from models.llama.tokenizer import Tokenizer, decode_utf8
+from models.llama.tokenizer import Tokenizer, decode_utf8, plain_prompt
 from sampling import TopP
 from utils import memory
 from utils.console import cli
@@ -59,6 +59,9 @@ class PromptFlags(Config):
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates, with --chat"
     )
+    markup: bool = field(
+        False, "names of control tokens in the prompt are those tokens: for text that you trust"
+    )
     seed: int = field(0, "the same seed gives the same text", integer(0, 2**32 - 1))
 
     def problems(self) -> list[str]:
@@ -82,7 +85,7 @@ class PromptFlags(Config):
     def encode(self, texts: Sequence[str], chat: bool, tokenizer: Tokenizer) -> list[list[int]]:
         """The token ids of each prompt, or of the conversation that it starts."""
         if not chat:
-            return [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+            return [plain_prompt(text, tokenizer, self.markup) for text in texts]
         form = chat_format_for(tokenizer, self.chat_format)
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [form.encode_chat([*before, {"role": "user", "content": text}]) for text in texts]
@@ -151,6 +154,8 @@ def main(
     with cli.progress() as report:
         loaded = load_model(model, progress=report, say=cli.note)
     ids = prompts.encode(texts, chat, loaded.tokenizer)
+    if chat:
+        loaded = dataclasses.replace(loaded, tokenizer=loaded.tokenizer.answers)
     signals.set()
     run = Generation(loaded.llama, loaded.params, sampler, _complete(generation, loaded, ids))
     with clock("prompt"), cli.busy("reading the prompt"):
@@ -182,6 +187,8 @@ def _complete(
     config: GenerationConfig, model: Model, ids: Sequence[Sequence[int]]
 ) -> GenerationConfig:
     """The config with what the model knows: its stop ids, and the default of --max_gen_len."""
+    for stop in config.stop_strings:
+        model.tokenizer.stop_id(stop)  # raises before the prompts are read
     most = config.max_new_tokens
     if most is None:
         context = context_length(model.llama.config, config.max_seq_len)

@@ -42,11 +42,14 @@ def rows(done):
 class Letters:
     """A tokenizer for these tests: token i is one letter, or a piece of one."""
 
-    def decode(self, ids, skip_special=False):
+    def decode(self, ids, skip_special=False, after=None):
         return "".join(map(self.push, ids))
 
-    def stream(self, skip_special=False):
+    def stream(self, skip_special=False, after=None):
         return self
+
+    def stop_id(self, stop):
+        return None
 
     def push(self, token):
         return chr(97 + token % 26)
@@ -199,7 +202,7 @@ def test_streamed_text_never_shows_a_part_of_a_stop_string():
     pieces = list(stream_text(active, Letters()))
     assert "".join(pieces) == text[: text.find(stop)]
     assert active.completions().finish_reason == ["stop"]
-    row = RowText(Letters(), (stop,), frozenset())
+    row = RowText(Letters(), GenerationConfig(stop_strings=(stop,)))
     for token in (ord(c) - 97 for c in stop[:2]):
         row.push(token)
     assert row.certain == 0 and row.text == stop[:2]
@@ -233,7 +236,7 @@ def test_a_stop_id_that_is_an_ordinary_token_is_in_no_text():
 
 @pytest.mark.parametrize("stops", [("bc", "c"), ("c", "bc"), ("d", "bc", "abcd")])
 def test_of_stop_strings_that_appear_together_the_first_in_the_text_cuts(stops):
-    row = RowText(Letters(), stops, frozenset())
+    row = RowText(Letters(), GenerationConfig(stop_strings=stops))
     for token in range(3):
         assert not row.stopped
         row.push(token)

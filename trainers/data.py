@@ -17,7 +17,9 @@ import numpy as np
 from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.packing import pack
-from trainers.records import Record, read_records
+from trainers.plain_rows import encode_plain, holds_control_names, is_plain
+from trainers.plain_rows import warn_of_control_names
+from trainers.records import KINDS, Record, read_records
 from utils.errors import ConfigError, DataError
 from utils.fields import CONFIG, DATA, Config, field, integer, one_of
 
@@ -77,16 +79,15 @@ class DataConfig(Config):
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
     )
-
-
-def is_plain(record: Record) -> bool:
-    """Whether a row is plain text, which needs no chat format."""
-    key = {"text": "text", "completion": "completion"}.get(record.kind)
-    return isinstance(record.fields.get(key), str)
+    markup: bool = field(
+        False,
+        "names of control tokens in rows of plain text are those tokens, in a file that you trust",
+        resume=DATA,
+    )
 
 
 def encode_record(
-    record: Record, tokenizer: Tokenizer, chat: ChatFormat | None, mask: str
+    record: Record, tokenizer: Tokenizer, chat: ChatFormat | None, mask: str, markup: bool = False
 ) -> tuple[list[int], list[bool]]:
     """A row's token ids, and which of them are targets.
 
@@ -94,23 +95,20 @@ def encode_record(
         record: a row of a kind in records.SUPERVISED.
         tokenizer: the model's.
         chat: its chat format; may be None for a row that is_plain.
-        mask: one of MASKS, see DataConfig.
+        mask, markup: see DataConfig.
 
     Raises:
         DataError: the mask does not fit the row, or the chat format refuses it.
     """
-    fields, plain = record.fields, is_plain(record)
+    fields, plain, is_text = record.fields, is_plain(record), record.kind == "text"
     fitting = _FITTING[record.kind, plain]
     if mask not in fitting:
         kind = f"{record.kind} of {'plain text' if plain else 'messages'}"
         raise DataError(f"mask={mask!r} does not fit a row of {kind}; use one of {fitting}")
-    if record.kind == "text":
-        ids = tokenizer.encode(fields["text"], bos=tokenizer.adds_bos, eos=True)
-        return ids, [True] * len(ids)
     if plain:
-        prompt = tokenizer.encode(fields["prompt"], bos=tokenizer.adds_bos)
-        completion = tokenizer.encode(fields["completion"], eos=True)
-        return prompt + completion, [mask == "all"] * len(prompt) + [True] * len(completion)
+        asked, said = ("", fields["text"]) if is_text else (fields[k] for k in KINDS["completion"])
+        prompt, said = encode_plain(asked, said, tokenizer, markup)
+        return prompt + said, [is_text or mask == "all"] * len(prompt) + [True] * len(said)
     messages, first, tools = fields.get("messages"), 0, fields.get("tools")
     if record.kind == "completion":
         messages = fields["prompt"] + fields["completion"]
@@ -177,8 +175,8 @@ class Dataset:
         config: the DataConfig.
         digest: of the file's content, the tokenizer, and what of the config shapes the examples.
         counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
-            out; `truncated` and `split` ones among the others; `examples` that they gave, in
-            `rows`, with `tokens` and `targets`.
+            out; `truncated` and `split` ones among the others, and ones whose text is `with_markup`;
+            `examples` that they gave, in `rows`, with `tokens` and `targets`.
         buckets: the lengths T that batches may have, ascending.
     """
 
@@ -334,9 +332,9 @@ def load_dataset(
 ) -> Dataset:
     """Reads and tokenises a dataset.
 
-    A text is BOS (where the model has one), its tokens, EOS. A prompt and a completion of plain
-    text are tokenised by themselves and joined: BOS, prompt, completion, EOS. Conversations are
-    written in the model's chat format. A row without any target is left out, and counted.
+    A text is BOS (where the model has one), its tokens, EOS. A prompt of plain text is tokenised
+    by itself, and its completion as what continues it. Conversations are written in the model's
+    chat format. A row without any target is left out, and counted.
 
     Args:
         path: as for `read_records`.
@@ -351,17 +349,20 @@ def load_dataset(
     records = read_records(path, skip_bad=skip_bad)
     is_chat = any(not is_plain(record) for record in records.rows)
     chat = chat_format_for(tokenizer, config.chat_format) if is_chat else None
-    examples = Examples(config.seq_len, config.overlong)
+    examples, marked = Examples(config.seq_len, config.overlong), 0
     for record in records.rows:
         try:
-            ids, mask = encode_record(record, tokenizer, chat, config.mask)
+            ids, mask = encode_record(record, tokenizer, chat, config.mask, config.markup)
         except DataError as e:
             records.bad.add(DataError(f"{record.where}: {e}"))
             continue
         examples.add(ids, mask, is_text=record.kind == "text")
+        marked += holds_control_names(record, tokenizer, config.markup)
     records.bad.check(path)
+    warn_of_control_names(path, marked)
     examples.counts = {"read": records.read, "bad": records.bad.count} | examples.counts
-    shaping = ("seq_len", "packing", "mask", "overlong", "chat_format")
+    examples.counts["with_markup"] = marked
+    shaping = ("seq_len", "packing", "mask", "overlong", "chat_format", "markup")
     parts = [records.digest, tokenizer_digest(tokenizer)] + [getattr(config, n) for n in shaping]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return Dataset(records.path, config, examples, digest)

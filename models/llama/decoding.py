@@ -83,14 +83,14 @@ class Detokenizer(Protocol):
 
     stop_ids: frozenset[int]
 
-    def decode(self, ids: Iterable[int], skip_special: bool) -> str:
-        """The text of whole rows, without control tokens where `skip_special`."""
+    def decode(self, ids: Iterable[int], skip_special: bool, after: int | None) -> str:
+        """The text of whole rows that follow the token `after`, without hidden ones."""
 
-    def stream(self, skip_special: bool):
+    def stream(self, skip_special: bool, after: int | None):
         """Decoder of a new row, whose `push(token)` and `finish()` return the new text."""
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for."""
+    def stop_id(self, stop: str) -> int | None:
+        """The hidden token that a stop string names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Completions:
         logprobs: [R, W] float32, under the sampler's distribution before truncation.
         finish_reason: "stop" or "length" per row.
         stop_text: text up to the stop string of a row that one ended; otherwise None.
+        after: the last token of the prompt per row: a row's text continues that of its prompt.
     """
 
     tokens: np.ndarray
@@ -110,6 +111,7 @@ class Completions:
     logprobs: np.ndarray
     finish_reason: list[str]
     stop_text: list[str | None]
+    after: list[int]
 
     def row(self, i: int) -> list[int]:
         """The tokens of row i, without padding."""
@@ -123,8 +125,8 @@ class Completions:
         """
         if self.stop_text[i] is not None:
             return self.stop_text[i]
-        stopped = self.finish_reason[i] == "stop"
-        return tokenizer.decode(self.row(i)[: self.lengths[i] - stopped], skip_special=True)
+        ids = self.row(i)[: self.lengths[i] - (self.finish_reason[i] == "stop")]
+        return tokenizer.decode(ids, skip_special=True, after=self.after[i])
 
 
 def cache_dtype(params: Params) -> jnp.dtype:

@@ -66,6 +66,7 @@ class Generation:
 
     Attributes:
         rows: number of prompts times samples.
+        after: per row, the last token of its prompt.
     """
 
     def __init__(self, model, params, sampler, config: GenerationConfig):
@@ -101,11 +102,10 @@ class Generation:
         lengths_B = np.asarray([len(p) for p in prompts], np.int32)
         width, capacity = plan_buffers(self.config, held_B, lengths_B, limits_B, room)
         self.rows = len(prompts) * self.config.n
+        self.after = [int(p[-1]) for p in prompts for _ in range(self.config.n)]
         if cache is None or cache.capacity < capacity:
-            shape, dtype = cache_shape(self.model.config, self.rows, capacity), cache_dtype(
-                self.params
-            )
-            size = memory.cache_bytes(shape, self.model.config.n_layers, dtype)
+            shape = cache_shape(self.model.config, self.rows, capacity)
+            size = memory.cache_bytes(shape, self.model.config.n_layers, cache_dtype(self.params))
             memory.check_fits({f"the KV cache of {self.rows} rows of {capacity} tokens": size})
             cache = cache and cache.resized(capacity)
         check_capacity(held_B, width, capacity if cache is None else cache.capacity)
@@ -158,6 +158,7 @@ class Generation:
             logprobs=np.asarray(state.logprobs_RS)[: self.rows, :width],
             finish_reason=[REASONS[r] for r in np.asarray(state.reason_R)[: self.rows].tolist()],
             stop_text=stop_text or [None] * self.rows,
+            after=self.after,
         )
 
     def _limits(self, prompts, held_B: np.ndarray) -> np.ndarray:
@@ -302,15 +303,16 @@ class RowText:
         tokens: number of tokens pushed.
     """
 
-    def __init__(self, tokenizer: Detokenizer, stops: Sequence[str], stop_ids: frozenset[int]):
-        self._decoder, self._stops = tokenizer.stream(skip_special=True), stops
-        self._stop_ids = stop_ids
+    def __init__(self, tokenizer: Detokenizer, config: GenerationConfig, after: int | None = None):
+        self._decoder = tokenizer.stream(skip_special=True, after=after)
+        self._stops, self._stop_ids = config.stop_strings, config.stop_ids
+        self._named = {tokenizer.stop_id(stop) for stop in self._stops}
         self.text, self.stopped, self.tokens = "", False, 0
 
     def push(self, token: int) -> None:
         """Adds the next token; a stop id has no text, see `Completions.text`."""
-        self.tokens += 1
-        if token not in self._stop_ids:
+        self.tokens, self.stopped = self.tokens + 1, token in self._named
+        if not self.stopped and token not in self._stop_ids:
             self._add(self._decoder.push(token))
 
     def finish(self) -> None:
@@ -326,9 +328,7 @@ class RowText:
     @property
     def certain(self) -> int:
         """Characters that no later token can turn into the start of a stop string."""
-        if self.stopped:
-            return len(self.text)
-        longest = max(map(len, self._stops), default=1) - 1
+        longest = 0 if self.stopped else max(map(len, self._stops), default=1) - 1
         for held in range(min(longest, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-held:]) for stop in self._stops):
                 return len(self.text) - held
@@ -337,7 +337,7 @@ class RowText:
 
 def stream_text(run: Generation, tokenizer: Detokenizer) -> Iterator[str]:
     """Yields the text of a started Generation of one row, as it comes; stops at stop strings."""
-    row, shown = RowText(tokenizer, run.config.stop_strings, run.config.stop_ids), 0
+    row, shown = RowText(tokenizer, run.config, run.after[0]), 0
     for token, _ in run.stream():
         row.push(token)
         yield row.text[shown : row.certain]
@@ -370,8 +370,7 @@ def finish(
         return run.completions()
     if stops and tokenizer is None:
         raise SamplingError("stop strings need a tokenizer; pass tokenizer=")
-    ids = run.config.stop_ids
-    rows = [RowText(tokenizer, stops, ids) for _ in range(run.rows if stops else 0)]
+    rows = [RowText(tokenizer, run.config, last) for last in run.after if stops]
     while True:
         done = run.completions()
         if rows:

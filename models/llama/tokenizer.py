@@ -1,10 +1,13 @@
 """One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it returns."""
 
 import codecs
+import copy
+import functools
 import itertools
 import operator
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,7 @@ class Tokenizer:
         roles = {self.bos_id, self.eos_id} - {None}
         self.hidden_ids = vocabulary.hidden | roles | self.stop_ids
         self._special = _names_pattern(special, vocabulary.words)
+        self._continues = True
         tags = {name for name, i in special.items() if i not in self.hidden_ids}
         self._tags = _names_pattern(tags, vocabulary.words)
 
@@ -114,29 +118,63 @@ class Tokenizer:
         """
         return self._split(self._tags, text)
 
+    def control_names(self, text: str) -> list[str]:
+        """The names in a text of special tokens, which no text becomes."""
+        found = self._special.findall(text)
+        return [name for name in found if self.special_tokens[name] in self.hidden_ids]
+
     def _split(self, names: re.Pattern, text: str) -> list[Piece]:
         parts = enumerate(names.split(text))  # the odd ones are names
         return [self.special_tokens[p] if n % 2 else p for n, p in parts if p]
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+    def decode(
+        self, ids: Iterable[int], skip_special: bool = False, after: int | None = None
+    ) -> str:
         """The text of token ids.
 
         Bytes that are not UTF-8 become U+FFFD. The space that sentencepiece puts before a text
-        is taken away again.
+        is taken away again, unless the text continues another.
 
         Args:
             ids: token ids.
             skip_special: leave hidden_ids out, instead of writing their names.
+            after: the token before these: the text of one that is not hidden is continued.
 
         Raises:
             SamplingError: an id is not an integer of the vocabulary.
         """
-        stream = self.stream(skip_special)
+        stream = self.stream(skip_special, after)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
-    def stream(self, skip_special: bool = False) -> "StreamDecoder":
+    def stream(self, skip_special: bool = False, after: int | None = None) -> "StreamDecoder":
         """A decoder that takes one id at a time; its texts join to `decode` of all ids."""
-        return StreamDecoder(self, skip_special)
+        continues = self._continues and after is not None and after not in self.hidden_ids
+        return StreamDecoder(self, skip_special, self.strips_first_space and not continues)
+
+    @functools.cached_property
+    def answers(self) -> "Tokenizer":
+        """This tokenizer for answers in a chat: their texts continue no other.
+
+        A chat template may end a prompt with plain text, `[/INST]`.
+        """
+        view = copy.copy(self)
+        view._continues = False
+        return view
+
+    def stop_id(self, stop: str) -> int | None:
+        """The hidden token that a stop string names; None for a string that may be in a text.
+
+        Raises:
+            SamplingError: the name of a hidden token is a part of the string.
+        """
+        pieces = self.split_special(stop)
+        names = [p for p in pieces if p in self.hidden_ids]
+        if names and len(pieces) > 1:
+            raise SamplingError(
+                f"the stop string {stop!r:.80} holds the name of a control token and more, which no "
+                "text shows; name the control token alone, or leave it out"
+            )
+        return names[0] if names else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; U+FFFD's for an id in a gap of the vocabulary.
@@ -158,10 +196,11 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes id by id and holds back the bytes of an unfinished character."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, strip: bool):
+        """`strip`: take the space away that the text starts with."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._strip = tokenizer.strips_first_space
+        self._strip = strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -230,6 +269,25 @@ def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"the tokenizer has ids up to {largest}, the model {vocab_size} rows of embedding; "
             "they do not belong together: pass --tokenizer_path"
         )
+
+
+def plain_prompt(text: str, tokenizer: Tokenizer, markup: bool = False) -> list[int]:
+    """Token ids of a prompt that is no chat's, with BOS where the model has one.
+
+    Args:
+        text: the prompt.
+        tokenizer: the model's.
+        markup: names of control tokens are those tokens; otherwise a warning says that they are not.
+    """
+    if not markup and (names := tokenizer.control_names(text)):
+        warnings.warn(
+            f"the prompt holds {names[0]}, which is read as plain text and not as a control token; "
+            "--chat writes a conversation, --markup takes the names in a text that you trust",
+            stacklevel=2,
+        )
+    start = tokenizer.encode("", bos=tokenizer.adds_bos)
+    ids = tokenizer.encode(text, allow_special=markup)
+    return ids if start and ids[:1] == start else start + ids
 
 
 def check_text(text: str, where: str) -> None:

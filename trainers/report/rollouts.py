@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from models.llama.decoding import Detokenizer
+from models.llama.tokenizer import Tokenizer
 from trainers.rollout import Layout, Prompt, Rollout
 from utils.errors import DataError
 
@@ -13,7 +13,7 @@ _BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")
 
 
 def recorder(
-    write: Callable[[dict[str, Any]], None], tokenizer: Detokenizer
+    write: Callable[[dict[str, Any]], None], tokenizer: Tokenizer
 ) -> Callable[[int, Rollout, Layout], None]:
     """The `write` of RolloutData that hands each rollout's line to `write`, a MetricsLog's for example."""
 
@@ -23,9 +23,7 @@ def recorder(
     return record
 
 
-def to_record(
-    step: int, rollout: Rollout, layout: Layout, tokenizer: Detokenizer
-) -> dict[str, Any]:
+def to_record(step: int, rollout: Rollout, layout: Layout, tokenizer: Tokenizer) -> dict[str, Any]:
     """A line of rollouts.jsonl, with all that a step needs to be computed again.
 
     `step` is the first update on the rollout.

@@ -157,7 +157,9 @@ def evaluate_task(
                 done = _sample(model, params, tokenizer, task, config, indices)
             with clock("rewards"):
                 prompts = task.prompts[start : start + size]
-                records, *found = _scored(prompts, config.samples, done, tokenizer, pool)
+                records, *found = _scored(
+                    prompts, config.samples, done, task.reader(tokenizer), pool
+                )
             scores.append(found[0])
             totals.append(found[1])
             failures += pool.failures

@@ -10,7 +10,7 @@ from typing import Any
 
 from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.messages import Message, read_messages
-from models.llama.tokenizer import Tokenizer
+from models.llama.tokenizer import Tokenizer, plain_prompt
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym, Reward, import_reasoning_gym, load_reward
 from trainers.rollout import Prompt
@@ -36,11 +36,13 @@ class Task:
         name: stands in messages and in the digest.
         prompts: at least one; all have the same columns.
         rewards: at least one; their names differ.
+        chat: whether completions are answers; else they continue the prompts' texts.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     rewards: tuple[Reward, ...]
+    chat: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -58,6 +60,10 @@ class Task:
         for prompt in self.prompts:
             found.update(repr((list(prompt.ids), sorted(prompt.columns.items()))).encode())
         return found.hexdigest()
+
+    def reader(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer that decodes the completions."""
+        return tokenizer.answers if self.chat else tokenizer
 
     @property
     def longest(self) -> int:
@@ -163,7 +169,8 @@ class PromptEncoder:
         return chat_format_for(self.tokenizer, self.chat_format)
 
     @property
-    def _is_chat(self) -> bool:
+    def is_chat(self) -> bool:
+        """Whether a text is a user's message."""
         if self.chat is not None:
             return self.chat
         asked = self.system is not None or self.chat_format is not None
@@ -172,8 +179,8 @@ class PromptEncoder:
     def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
         """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
         text, ids = prompt, None
-        if isinstance(prompt, str) and not self._is_chat:
-            ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+        if isinstance(prompt, str) and not self.is_chat:
+            ids = plain_prompt(prompt, self.tokenizer)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = read_messages(messages, add_generation_prompt=True)
@@ -244,7 +251,8 @@ def load_task(
         )
         for kind, weight in weights.items()
     ]
-    return Task(name=spec, prompts=tuple(prompts), rewards=tuple(rewards))
+    given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
+    return Task(name=spec, chat=encode.is_chat, **given)
 
 
 def load_prompts(
@@ -283,7 +291,9 @@ def load_prompts(
         except DataError as e:
             records.bad.add(DataError(f"{record.where}: {e}"))
     records.bad.check(path)
-    return Task(name=records.path, prompts=tuple(prompts), rewards=tuple(rewards))
+    lists = any(not isinstance(r.fields["prompt"], str) for r in records.rows)
+    given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
+    return Task(name=records.path, chat=encode.is_chat or lists, **given)
 
 
 def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:

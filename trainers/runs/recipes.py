@@ -126,7 +126,9 @@ class GRPORecipe(Recipe):
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
             write = recorder(stack.enter_context(log).write, self.tokenizer)
-        data = RolloutData(trainer, self.rollout, self.task.prompts, self.tokenizer, pool, write)
+        data = RolloutData(
+            trainer, self.rollout, self.task.prompts, self.task.reader(self.tokenizer), pool, write
+        )
         if self.evaluated is not None:
             config = EvaluationConfig(
                 samples=self.eval_samples,
