@@ -100,11 +100,11 @@ def sft(
     source = load_source(model)
     dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
     dataset.check_full_batch()
-    _say_counts("data", dataset)
+    _say_counts("data", data.data, dataset)
     evaluated = None
     if data.eval_data is not None:
         evaluated = load_dataset(data.eval_data, source.tokenizer, rows)
-        _say_counts("eval_data", evaluated)
+        _say_counts("eval", data.eval_data, evaluated)
     recipe = SFTRecipe(config=training, lora=lora.config, dataset=dataset, evaluated=evaluated)
     return train(recipe, source, run, rows.seed, stop)
 
@@ -127,8 +127,9 @@ def grpo(
     source = load_source(model)
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed)
     first = source.tokenizer.decode(prompts.prompts[0].ids)
-    cli.say(f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens", "")
-    cli.say(f"the first, as the model reads it: {first!r:.600}", "")
+    count = f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens"
+    cli.note(f"data: {prompts.name} · {count}")
+    cli.note(f"the first, as the model reads it: {first!r:.600}")
     recipe = GRPORecipe(
         config=dataclasses.replace(training, micro_batch_size=at_once),
         rollout=dataclasses.replace(rollout, branches=branches),
@@ -150,16 +151,20 @@ def _start() -> cli.Signals:
     return cli.Signals(sigterm=True)
 
 
-def _say_counts(name: str, dataset: Dataset) -> None:
+def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     """Says in one line how many rows there are, and how many were left out or changed."""
     count = dict(dataset.counts)
     del count["read"]
+    steps = len(dataset) / dataset.config.batch_size
     parts = [
-        f"{count.pop('examples'):,} examples, {count.pop('tokens'):,} tokens "
-        f"({count.pop('targets'):,} learnt), in {count.pop('rows'):,} rows"
+        f"{use}: {name}",
+        f"{count.pop('examples'):,} examples",
+        f"{count.pop('tokens'):,} tokens, {count.pop('targets'):,} learnt",
+        f"{count.pop('rows'):,} rows",
     ]
+    parts += [f"{steps:.3g} steps per epoch"] * (use == "data")
     parts += [f"{number:,} {what.replace('_', ' ')}" for what, number in count.items() if number]
-    cli.say(f"{name}: {'; '.join(parts)}", "")
+    cli.note(" · ".join(parts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

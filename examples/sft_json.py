@@ -1,10 +1,10 @@
 """Recipe: the default model learns to answer in a fixed JSON shape, with LoRA, in minutes on a CPU.
 
-    python examples/sft_json.py
+    python examples/sft_json.py [loss.png]
 
 A sentence comes in, an object with four fields goes out. No training sentence combines the who,
 what and where of a held-out sentence. Prints the share of exactly right answers before and after, and
-draws the loss to sft_json.png (matplotlib).
+draws the loss to the file that is named, if one is (matplotlib).
 """
 
 import itertools
@@ -29,8 +29,9 @@ from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from trainers.data import DataConfig, load_dataset
 from trainers.loop import fit
-from trainers.runs.metrics import MetricsLog, ProgressBar
+from trainers.runs.metrics import MetricsLog
 from trainers.sft_trainer import SFTConfig, SFTTrainer
+from utils.console.steps import StepTable
 
 WORDS = (
     "Ada Ben Carla David Emma Felix Grace Henry Ines Jonas Karin Liam Mona Noah".split(),
@@ -86,7 +87,7 @@ def run(folder: Path, max_steps: int = 40, seed: int = 0) -> tuple[float, float]
         LoRAConfig(rank=16),
     )
     state, frozen = trainer.init(params, jax.random.key(seed))
-    with ProgressBar(max_steps) as bar, MetricsLog(folder, sinks=[bar]) as log:
+    with StepTable(max_steps) as table, MetricsLog(folder, sinks=[table], watch=table.watch) as log:
         state, _ = fit(trainer, state, frozen, dataset, log=log)
     after = exact_match(llama, trainer.export_params(state, frozen), tokenizer, held_out)
     return before, after
@@ -113,4 +114,5 @@ if __name__ == "__main__":
         print(
             f"exact match {before:.0%} before, {after:.0%} after, {time.monotonic() - start:.0f} s"
         )
-        draw(Path(temporary), Path(__file__).with_suffix(".png"))
+        if sys.argv[1:]:
+            draw(Path(temporary), Path(sys.argv[1]))

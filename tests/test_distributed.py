@@ -111,7 +111,8 @@ def pair(group, files, tmp_path_factory):
     done = group.run(2, "train.py", "sft", **shared(files, folder))
     assert codes(done) == [0, 0], done
     # Only the first one speaks.
-    assert f"step {STEPS}/{STEPS}" in done[0].stderr and not done[0].stdout + done[1].stdout
+    assert f"\n{STEPS:>7}  " in done[0].stderr and "done in" in done[0].stderr
+    assert not done[0].stdout + done[1].stdout
     assert said(done[1]) == []
     return folder
 

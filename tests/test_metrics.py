@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import json
 import re
 import resource
@@ -18,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from hypothesis import strategies as st
 from jax.interpreters.partial_eval import dce_jaxpr
 from tensorboardX.proto.event_pb2 import Event
@@ -27,7 +25,7 @@ from models.llama.formats.hf import to_config
 from models.llama.model import LLaMa, init_params
 from tests import tiny
 from trainers.runs import metrics
-from trainers.runs.metrics import MetricsLog, ProgressBar
+from trainers.runs.metrics import MetricsLog
 from utils.errors import ConfigError
 from utils.memory import peak_memory_bytes
 
@@ -215,39 +213,6 @@ def test_tensorboard_without_tensorboardx_says_what_to_install(tmp_path, monkeyp
         MetricsLog(tmp_path, tensorboard=True)
     assert not list(tmp_path.iterdir())
     MetricsLog(tmp_path).write({"step": 0})
-
-
-def bar_of(terminal, **kwargs):
-    out = io.StringIO()
-    console = rich.console.Console(file=out, force_terminal=terminal, width=120, color_system=None)
-    return ProgressBar(10, console=console, **kwargs), out
-
-
-def test_off_a_terminal_progress_is_a_line_now_and_then(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    bar, out = bar_of(False, every=20)
-    with bar:
-        for step in range(2, 11):
-            bar({"step": step, "loss": 2 / step, "lr": 1e-4, "tokens_per_s": 1234.5})
-            now += 8
-    assert out.getvalue().splitlines() == [
-        "step 2/10 · loss 1.0000 · lr 1.0e-04 · 1,234 tok/s",
-        "step 5/10 · loss 0.4000 · lr 1.0e-04 · 1,234 tok/s · ETA 0:00:40",
-        "step 8/10 · loss 0.2500 · lr 1.0e-04 · 1,234 tok/s · ETA 0:00:16",
-        "step 10/10 · loss 0.2000 · lr 1.0e-04 · 1,234 tok/s",
-    ]
-
-
-def test_on_a_terminal_progress_is_a_bar_with_the_numbers():
-    bar, out = bar_of(True)
-    with bar:
-        bar({"step": 1, "loss": None, "lr": 0.5})
-        bar({"step": 10, "reward": 0.25})
-    assert "step 10/10 · reward 0.250" in out.getvalue() and "━" in out.getvalue()
-    bar, out = bar_of(False)
-    bar({"step": 1, "loss": None})
-    assert "loss nan" in out.getvalue()
 
 
 def dot_flops(jaxpr):

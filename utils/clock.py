@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -31,10 +31,12 @@ class PhaseClock:
 
     Phases do not nest. A program from the cache of compilations counts as compiled: its shape was new
     to the process. With `tracing`, the seconds of tracing and lowering count as compiling too.
+    `watch` is called with the name and the shape of each phase that begins.
     """
 
-    def __init__(self, *, tracing: bool = False):
+    def __init__(self, *, tracing: bool = False, watch: Callable[[str, str], None] | None = None):
         self._counted = "/jax/core/compile/" + "backend_compile" * (not tracing)
+        self._watch = watch
         self._now, self._lap = ("", ""), Lap({}, {}, [])
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
@@ -49,6 +51,8 @@ class PhaseClock:
         `shape` names what is compiled within.
         """
         self._now, start = (phase, shape), time.monotonic()
+        if self._watch is not None:
+            self._watch(phase, shape)
         try:
             yield
         finally:

@@ -1,10 +1,9 @@
-"""Run metrics: metrics.jsonl, TensorBoard, a progress bar, and the FLOPs and times that speed is told in.
+"""Run metrics: metrics.jsonl, TensorBoard, and the FLOPs and times that speed is told in.
 
 Nothing here may stop a run: a sink that fails costs one warning, and training continues.
 """
 
 import contextlib
-import datetime
 import errno
 import functools
 import json
@@ -18,8 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 
 from models.llama.config import ModelConfig
 from trainers.trainer import Trainer, Work
@@ -49,6 +46,7 @@ class MetricsLog:
         tensorboard: bool = False,
         start_step: int = 0,
         sinks: Sequence[Sink] = (),
+        watch: Callable[[str, str], None] | None = None,
     ):
         """
         Args:
@@ -58,13 +56,14 @@ class MetricsLog:
             start_step: the first step that this run will write. Lines from there on were written
                 after the checkpoint that the run resumes from: they are dropped, so that no step is
                 there twice and a resumed run leaves the same curve.
-            sinks: called with every record, for example a `ProgressBar`.
+            sinks: called with every record, for example a `StepTable`.
+            watch: called with the name and the shape of every phase that begins.
 
         Raises:
             ConfigError: tensorboardX is asked for and not installed.
         """
         folder = Path(folder)
-        self._warned = False
+        self.watch, self._warned = watch, False
         self._stack = contextlib.ExitStack()
         self._sinks: list[Sink] = []
         if tensorboard:
@@ -126,7 +125,7 @@ class RunRecorder:
         dtype = trainer.model.dtype or trainer.config.param_dtype
         # Before the clock listens: measuring compiles too.
         self._peak = (1 if mesh is None else mesh.size) * matmul_peak(dtype)
-        self.phase = PhaseClock()
+        self.phase = PhaseClock(watch=log.watch)
         self.close = self.phase.close
 
     def write_step(self, record: dict[str, Any], work: Work) -> None:
@@ -191,6 +190,15 @@ def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}:{i}", line
 
 
+def earlier_records(path: Path) -> list[dict]:
+    """The records of a file, as far as it can be read: for what a person is shown."""
+    found = []
+    with contextlib.suppress(DataError, ValueError):
+        for _, line in whole_lines(path):
+            found.append(json.loads(line))
+    return found
+
+
 class _TensorBoard:
     """The sink to TensorBoard's event files, through tensorboardX's synchronous writer.
 
@@ -240,64 +248,6 @@ def _as_json(x: Any) -> Any:
     if isinstance(x, float) and not math.isfinite(x):
         return None
     return x
-
-
-class ProgressBar:
-    """A sink that shows a run's steps with its latest numbers; a context manager.
-
-    On a terminal it is a bar, elsewhere (a file, a notebook) a line now and then.
-    """
-
-    # (key of a record, how it is shown)
-    _SHOWN = (("loss", "loss {:.4f}"), ("reward", "reward {:.3f}"), ("lr", "lr {:.1e}"))
-    _SHOWN += (("tokens_per_s", "{:,.0f} tok/s"),)
-
-    def __init__(
-        self, total: int, *, every: float = 20.0, console: rich.console.Console | None = None
-    ):
-        """
-        Args:
-            total: the run's last step.
-            every: seconds between two lines where there is no terminal.
-            console: default: stderr.
-        """
-        self._total, self._every = total, every
-        self._console = console or rich.console.Console(stderr=True)
-        self._first: tuple[float, int] | None = None
-        self._printed = -math.inf
-        columns = rich.progress.BarColumn(), rich.progress.TextColumn("{task.description}")
-        self._bars = rich.progress.Progress(
-            *columns, console=self._console, disable=not self._console.is_terminal
-        )
-        self._task = self._bars.add_task("", total=total)
-
-    def __enter__(self) -> "ProgressBar":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bars.stop()
-
-    def __call__(self, record: dict) -> None:
-        """Shows a record of `MetricsLog`."""
-        now, step = time.monotonic(), record["step"]
-        first_time, first_step = self._first = self._first or (now, step)
-        parts = [f"step {step}/{self._total}"]
-        # None stands for a number that is not finite.
-        parts += [
-            form.format(math.nan if record[key] is None else record[key])
-            for key, form in self._SHOWN
-            if key in record
-        ]
-        if first_step < step < self._total:  # the first step's time is mostly compilation
-            seconds = (now - first_time) / (step - first_step) * (self._total - step)
-            parts.append(f"ETA {datetime.timedelta(seconds=round(seconds))}")
-        text = " · ".join(parts)
-        if self._console.is_terminal:
-            self._bars.update(self._task, completed=step, description=text)
-        elif now - self._printed >= self._every or step >= self._total:
-            self._printed = now
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def train_flops_per_token(config: ModelConfig, mean_context: float, *, lora: bool = False) -> float:

@@ -19,14 +19,17 @@ from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
-from trainers.rollout import RolloutConfig
+from trainers.rollout import Layout, Rollout, RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import TrainConfig, Trainer
 from utils import sharding
+from utils.console.steps import StepTable
 
 
 class Recipe(abc.ABC):
-    """A kind of training with its data."""
+    """A kind of training with its data; `evaluated`: None if there are no evaluations."""
+
+    evaluated: Any
 
     @abc.abstractmethod
     def trainer(self, model: LLaMa) -> Trainer:
@@ -42,7 +45,12 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def open(
-        self, trainer: Trainer, folder: Path, start_step: int, stack: contextlib.ExitStack
+        self,
+        trainer: Trainer,
+        folder: Path,
+        start_step: int,
+        stack: contextlib.ExitStack,
+        table: StepTable,
     ) -> tuple[Data, Dataset | Evaluation | None]:
         """The data that `fit` trains on and evaluates; the stack closes what has to be closed."""
 
@@ -75,7 +83,7 @@ class SFTRecipe(Recipe):
             "train": {name: config[name] for name in names},
         }
 
-    def open(self, trainer, folder, start_step, stack):
+    def open(self, trainer, folder, start_step, stack, table):
         return self.dataset, self.evaluated
 
 
@@ -119,13 +127,22 @@ class GRPORecipe(Recipe):
             "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
         }
 
-    def open(self, trainer, folder, start_step, stack):
+    def open(self, trainer, folder, start_step, stack, table):
         scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
         pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
-        write, evaluation = None, None
+        record, evaluation = None, None
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
-            write = recorder(stack.enter_context(log).write, self.tokenizer)
+            record = recorder(stack.enter_context(log).write, self.tokenizer)
+
+        def write(step: int, rollout: Rollout, layout: Layout) -> None:
+            if record is not None:
+                record(step, rollout, layout)
+            if table.wants_sample(step):
+                b = int(rollout.varied.argmax())  # the first that has better and worse ones
+                scored = list(zip(rollout.rewards[b].tolist(), rollout.texts[b]))
+                table.sample(step, rollout.prompts[b].text, scored)
+
         data = RolloutData(
             trainer, self.rollout, self.task.prompts, self.task.reader(self.tokenizer), pool, write
         )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,26 +21,32 @@ from trainers.planning.estimate import check_memory
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.runs.export import export
 from trainers.runs.folder import RunConfig, files_digest, versions
-from trainers.runs.metrics import MetricsLog, ProgressBar
+from trainers.runs.metrics import MetricsLog, earlier_records
 from trainers.runs.recipes import Recipe
 from trainers.runs.resume import check_resume, keep_first_defaults
 from trainers.trainer import Trainer, TrainState
 from utils import distributed, sharding
 from utils.console import cli
+from utils.console.steps import StepTable
 from utils.distributed import check_replicas
 from utils.errors import CheckpointError
 from utils.files import atomic_file
+from utils.memory import peak_memory_bytes
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
 
 
 class Source(NamedTuple):
-    """The model that a run starts from: its checkpoint, its tokenizer, and the dtype of activations."""
+    """The model that a run starts from: its checkpoint, its tokenizer, and the dtype of activations.
+
+    `name` is the user's word for it.
+    """
 
     checkpoint: Checkpoint
     tokenizer_path: Path
     tokenizer: Tokenizer
     dtype: Any
+    name: str
 
 
 def load_source(flags: ModelFlags) -> Source:
@@ -47,7 +54,7 @@ def load_source(flags: ModelFlags) -> Source:
     with cli.progress() as report:
         checkpoint, tokenizer = open_model(flags, progress=report, say=cli.note)
     tokenizer_path = Path(flags.tokenizer_path or checkpoint.path)
-    return Source(checkpoint, tokenizer_path, tokenizer, compute_dtype(flags.dtype))
+    return Source(checkpoint, tokenizer_path, tokenizer, compute_dtype(flags.dtype), flags.ckpt_dir)
 
 
 class Run(NamedTuple):
@@ -96,6 +103,7 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
     if config.export:
         folder = config.folder / "export"
         export(folder, run.trainer, state, frozen, source.tokenizer_path)
+    cli.note(f"report: python train.py report --run {shlex.quote(config.out_dir)}")
     return 0
 
 
@@ -117,8 +125,13 @@ def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run
     like = jax.eval_shape(
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
     )
+    parts = [f"model: {source.name}", f"{trainer.model.config.n_params / 1e6:,.1f}M parameters"]
+    if trainer.lora is not None:
+        trained = sum(x.size for x in jax.tree.leaves(like.params)) / 1e6
+        parts.append(f"LoRA rank {trainer.lora.rank} ({trained:,.2f}M trained)")
+    cli.note(" · ".join(parts))
     saved = _bytes(like) // jax.process_count()
-    check_memory(recipe.memory(trainer), functools.partial(cli.say, kind=""), saved=saved)
+    check_memory(recipe.memory(trainer), cli.note, saved=saved)
     if sharding.current_mesh() is not None:
         like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
     return Run(config, recipe, source, trainer, meta, like, key)
@@ -209,13 +222,20 @@ def _fit(
     stop: cli.Signals,
     stack: contextlib.ExitStack,
 ) -> TrainState:
-    """Steps until the end or a signal, with the run's data, logs and progress bar."""
+    """Steps until the end or a signal, with the run's data and logs."""
     config, start_step = run.config, int(state.step) + 1
-    data, evaluated = run.recipe.open(run.trainer, config.folder, start_step, stack)
-    bar = stack.enter_context(ProgressBar(run.trainer.config.max_steps, console=cli.stderr))
+    table = StepTable(run.trainer.config.max_steps, evaluates=run.recipe.evaluated is not None)
+    data, evaluated = run.recipe.open(run.trainer, config.folder, start_step, stack, table)
     log = MetricsLog(
-        config.folder, tensorboard=config.tensorboard, start_step=start_step, sinks=[bar]
+        config.folder,
+        tensorboard=config.tensorboard,
+        start_step=start_step,
+        sinks=[table],
+        watch=table.watch,
     )
+    if start_step > 1:
+        table.remember(earlier_records(config.folder / "metrics.jsonl"))
+    stack.enter_context(table)
     session = Session(
         progress=progress,
         meta=run.meta,
@@ -234,6 +254,8 @@ def _fit(
         checkpointer=checkpointer,
         session=session,
     )
+    if int(state.step) == run.trainer.config.max_steps:
+        cli.note(table.summary(peak_memory_bytes()))
     return state
 
 

@@ -270,20 +270,27 @@ def busy(what: str) -> contextlib.AbstractContextManager:
     return stderr.status(f"[dim]{what}[/]") if stderr.is_terminal else contextlib.nullcontext()
 
 
+def bars(
+    clock: rich.progress.ProgressColumn, console: rich.console.Console = stderr
+) -> rich.progress.Progress:
+    """Progress bars on a terminal, which vanish with their context; elsewhere nothing."""
+    columns = rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn()
+    columns += rich.progress.TaskProgressColumn(), clock
+    return rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A callback (what, done, in all) that draws progress bars on stderr while the context lasts."""
-    columns = rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn()
-    columns += rich.progress.TaskProgressColumn(), rich.progress.TimeRemainingColumn()
     tasks: dict[str, Any] = {}
-    with rich.progress.Progress(
-        *columns, console=stderr, transient=True, disable=not stderr.is_terminal
-    ) as bars:
+    with bars(rich.progress.TimeRemainingColumn()) as shown:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total or None)
+                tasks[what] = shown.add_task(what)
+            shown.update(tasks[what], completed=done, total=total or None)
 
         yield report
 
