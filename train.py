@@ -23,7 +23,7 @@ from trainers.runs.folder import RunConfig
 from trainers.runs.run import load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils.console import cli
-from utils.fields import Config, again, field, integer, one_of
+from utils.fields import Config, again, field, integer, one_of, texts
 
 # The seed of the prompts that `--eval_size` holds out: no run has it by chance.
 _EVAL_SEED = 1_000_003
@@ -224,10 +224,15 @@ def replay(step: StepFlags, different_loss: LossFlags) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PageFlags(Config):
-    """The page of a run."""
+    """The page of a run, or of several."""
 
-    run: str = field(help="the run's folder, its --out_dir")
-    out: str | None = field(None, "the file; default: report.html in that folder")
+    run: tuple[str, ...] = field(
+        help="the run's folder, its --out_dir; given twice, two runs side by side", parse=texts
+    )
+    out: str | None = field(
+        None,
+        "the file; default: report.html in that folder, comparison.html in the first of several",
+    )
     pngs: bool = field(False, "write the charts as PNG files beside it too")
 
 

@@ -20,16 +20,19 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import train
 from tests import small_runs
 from trainers.runs.metrics import MetricsLog
 from trainers.report import charts
 from trainers.report.charts import CHARTS
-from trainers.report.report import write_report
+from trainers.report.report import read_metrics, write_report
+from utils.console import cli as console
 from utils.errors import ConfigError, DataError
 
 SETTINGS = {
     "model": dataclasses.asdict(small_runs.MODEL),
-    "task": "reasoning_gym:chain_sum",
+    "data": {"task": "reasoning_gym:chain_sum"},
+    "source": {"ckpt_dir": "/models/smollm"},
     "train": {"loss": "dapo", "group_size": 8, "seed": 17, "learning_rate": 2e-5},
     "lora": {"rank": 4, "alpha": None},
 }
@@ -38,8 +41,10 @@ SETTINGS = {
 HOSTILE = "</title></style></pre>\"'><script>alert(1)</script><img src=x onerror=y>&amp;"
 
 
-# A line of metrics.jsonl that makes one chart only, as each takes 0.1 s.
+# Lines of metrics.jsonl that make one chart only, as each takes 0.1 s.
 LINE = {"step": 1, "kl": 0.5}
+LINES = [LINE, {"step": 2, "kl": 0.25}]
+ALL = [chart for charts in CHARTS.values() for chart in charts]
 
 
 def metrics(step: int, **changes) -> dict:
@@ -50,7 +55,8 @@ def metrics(step: int, **changes) -> dict:
     )
     names += " length_mean length_max truncated unscorable grad_norm lr tokens_per_s mfu ratio_max"
     record = {"step": step, **{name: rng.random() for name in names.split()}}
-    record |= dict(rewards={"exact": rng.random(), "format": rng.random()}, memory=2 * 10**9)
+    record |= dict(accuracy=rng.random())
+    record |= dict(rewards={"exact": rng.random(), "format": rng.random()}, memory=2 * 10**9 + step)
     record |= dict(rollout_tokens_per_s=400.0, updated=True, skipped=0)
     record |= dict(seconds={"rollout": 3.0, "step": 1 + rng.random()}, compilations=[["f", 0.5]])
     return record | changes
@@ -67,7 +73,12 @@ def completion(advantage: float = 1.0, n: int = 3, **changes) -> dict:
 def rollout(step: int, completions=None, prompts: int = 1) -> dict:
     """A line of rollouts.jsonl."""
     group = [completion()] if completions is None else completions
-    one = dict(text=f"prompt of {step}", ids=[1], columns={"answer": "7"}, completions=group)
+    one = dict(
+        text=f"prompt of {step}",
+        ids=[1],
+        columns={"answer": "7", "entry": {"question": "?"}},
+        completions=group,
+    )
     return dict(step=step, temperature=1.0, prompts=[one] * prompts)
 
 
@@ -104,7 +115,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "img"):
+        if tag not in ("meta", "input", "img", "source"):
             self._open.append(tag)
 
     def handle_endtag(self, tag):
@@ -149,7 +160,10 @@ def whole(tmp_path_factory) -> tuple[Path, Page]:
     """A folder with 300 steps, every number and 300 rollouts; and its page, which is only read."""
     records = [metrics(step) for step in range(1, 301)]
     for step, accuracy in ((1, 0.25), (150, 0.4), (300, 0.875)):
-        records[step - 1] |= dict(eval_accuracy=accuracy)
+        of = dict(
+            eval_reward=accuracy, eval_reward_low=accuracy / 2, eval_reward_high=accuracy + 0.1
+        )
+        records[step - 1] |= of | dict(eval_score=-accuracy, eval_exact=accuracy, eval_weight=3.0)
     group = [completion(a, n=64) for a in (1.5, -2.0, 0.25, 0.0, -0.125, 1.0)]
     rollouts = [rollout(step, group, prompts=4) for step in range(1, 301)]
     folder = write(tmp_path_factory.mktemp("report") / "my run", records, rollouts)
@@ -162,32 +176,52 @@ def whole(tmp_path_factory) -> tuple[Path, Page]:
 def test_the_page_stands_alone(whole):
     folder, page = whole
     assert (folder / "report.html").stat().st_size < 2 << 20
-    assert not page.of("script") and not page.of("link") and not page.of("a")
+    assert not page.of("script") and not page.of("link")
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert {a["href"].removeprefix("#") for a in page.of("a")} <= {*ids} and len(ids) == len({*ids})
     assert not re.search(r"@import|url\(|https?://", page.source)
     (policy,) = (a["content"] for a in page.of("meta") if "http-equiv" in a)
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert all(not name.startswith("on") for _, attrs in page.tags for name in attrs)
 
 
-def test_facts_are_at_the_top(whole):
+@pytest.mark.covers("N13")
+def test_the_first_screen_says_what_ran_and_how_it_went(whole):
     _, page = whole
+    top = page.text[: page.text.index("LearningCompletionsMachineSettings")]
+    assert page.text.count("reasoning_gym:chain_sum · smollm") == 2  # title and heading
     n_params = small_runs.MODEL.n_params / 1e6
-    top = page.text[: page.text.index("Before and after")]
-    for fact in (f"{n_params:.1f} million parameters", "LoRA of rank 4", "reasoning_gym:chain_sum"):
-        assert fact in top
+    assert f"{n_params:.1f} million parameters · LoRA of rank 4 · " in top
+    assert re.search(r"held-out reward0\.25 → 0\.875step 1 → step 300 · 95 % 0\.438 to 0\.975", top)
+    rewards = [metrics(step)["reward"] for step in range(1, 301)]
+    first, last = np.mean(rewards[:11]), np.mean(rewards[-11:])  # of a window of 21 at either end
+    assert f"reward{first:.3g} → {last:.3g}first and last 11 steps" in top
     minutes = sum(sum(metrics(step)["seconds"].values()) for step in range(1, 301)) / 60
-    facts = dict(loss="dapo", seed="17", time=f"{minutes:.1f} minutes") | {"last step": "300"}
-    facts |= {"of which compiling": "150 s", "updates skipped": "0"}
-    for name, value in facts.items():
-        assert f"{name}{value}" in top
-    assert re.search(r"accuracy0\.250\.875\+0\.6251 → 300", page.text)
+    assert f"steps300" in top and f"minutes{minutes:.1f}150 s of it compiling" in top
+    rest = page.text[len(top) :]
+    assert rest.split("Settings", 1)[1].lstrip().startswith("Reward. Mean over")
+    assert rest.index("best of 6, reward 1") < rest.index("worst of 6") < rest.index("Loss.")
     assert "train/learning_rate2e-05" in page.text[page.text.index("All settings") :]
+
+
+@pytest.mark.covers("N13")
+def test_evaluations_say_when_and_hide_what_is_internal(whole):
+    _, page = whole
+    assert "exact0.25, step 10.875, step 300" in page.text
+    assert "reward0.25 (0.125 to 0.35), step 10.875 (0.438 to 0.975), step 300" in page.text
+    for name in ("score", "weight", "reward_low"):
+        assert f"<th>{name}</th>" not in page.source
+    assert svg_text(page.charts()["evaluation"])[-2:] == ["reward", "exact"]
 
 
 def test_every_chart_is_there_and_shows_its_numbers(whole):
     folder, page = whole
     charts = page.charts()
-    assert list(charts) == [chart.name for chart in CHARTS]
+    assert sorted(charts) == sorted(chart.name for chart in ALL)
+    words = {"mean", "longest", "below", "above", "cut off", "no score", "training", "sampling"}
+    shown = {text for chart in charts.values() for text in svg_text(chart)}
+    assert words <= shown and not {t for t in shown if t and re.search("[a-z]_[a-z]|e-0", t)}
+    assert page.source.count("<source ") == 1  # a wide picture, of the first chart alone
     assert {"exact", "format"} <= set(svg_text(charts["rewards"]))
     assert {"rollout", "step"} <= set(svg_text(charts["seconds"]))
     assert "seconds per step" in svg_text(charts["seconds"])
@@ -232,12 +266,14 @@ def test_the_bars_of_time_add_up(n):
     """All bars' areas are all the seconds, also those of a step whose first update was skipped."""
     rng = np.random.default_rng(n)
     steps = np.arange(10.0, 10.0 + n)
-    lines = {name: (steps, rng.random(n)) for name in "abc"}
-    lines["c"] = np.append(steps, steps[-1]), np.append(lines["c"][1], 2.0)
-    lines["a"][1][0] = math.nan
+    columns = {f"seconds/{name}": [*zip(steps, rng.random(n))] for name in "abc"}
+    columns["seconds/c"].append((steps[-1], 2.0))
+    columns["seconds/a"][0] = (steps[0], math.nan)
+    (chart,) = (chart for chart in ALL if chart.name == "seconds")
+    lines = charts._lines(chart, {"run": columns})
     ax = matplotlib.figure.Figure().add_subplot()
     handles = charts._draw_stack(ax, lines)
-    for (_, values), patch in zip(lines.values(), handles):
+    for values, patch in zip((line.values for line in lines), handles):
         top, edges, bottom = patch.get_data()
         assert len(top) == min(n, charts._BARS)
         assert (edges[0], edges[-1]) == (9.5, 9.5 + n)
@@ -245,7 +281,7 @@ def test_the_bars_of_time_add_up(n):
 
 
 def test_the_same_run_gives_the_same_page_whatever_the_user_set(tmp_path):
-    folder = write(tmp_path, [LINE | {"seconds": {"a": 1.0, "b": 2.0}}])
+    folder = write(tmp_path, [one | {"seconds": {"a": one["kl"], "b": 2.0}} for one in LINES])
     page = report(folder)
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"text.usetex": True, "svg.fonttype": "path", "lines.color": "red"}):
@@ -254,16 +290,74 @@ def test_the_same_run_gives_the_same_page_whatever_the_user_set(tmp_path):
 
 
 def test_charts_follow_the_readers_colours(tmp_path):
-    page = report(write(tmp_path, [LINE]))
+    page = report(write(tmp_path, LINES))
     picture = ET.tostring(page.charts()["kl"]).decode()
     assert "prefers-color-scheme:dark" in picture and picture.count("currentColor") > 5
     assert "fill: #ffffff" not in picture and picture.count(charts._INK) == 1
 
 
 def test_a_point_alone_is_marked(tmp_path):
-    picture = report(write(tmp_path, [LINE])).charts()["kl"]
+    records = [{"step": i, "kl": kl} for i, kl in enumerate([0.5, None, 0.25, None])]
+    picture = report(write(tmp_path, records)).charts()["kl"]
     uses = picture.iter("{http://www.w3.org/2000/svg}use")
-    assert sum("fill: #0072b2" in e.get("style", "") for e in uses) == 1
+    assert sum("fill: #0072b2" in e.get("style", "") for e in uses) == 2
+
+
+@pytest.mark.covers("N4")
+def test_what_stays_the_same_is_a_line_of_text(tmp_path):
+    """No axes for it, and none at all for what was not measured."""
+    records = [dict(step=i, loss=0.1 * i, clip_low=0.0, clip_high=0.0, lr=1e-5) for i in range(3)]
+    page = report(write(tmp_path, records))
+    assert list(page.charts()) == ["loss"]
+    assert "The same at every step: learning rate 1e-05" in page.text
+    assert "The same at every step: clipped below 0, above 0" in page.text
+    assert "KL" not in page.text and "0 → 0.2" in page.text
+
+
+def test_an_interval_is_a_band_around_its_line(tmp_path):
+    records = [dict(step=i, eval_reward=i / 10, eval_reward_low=0.0) for i in range(5)]
+    records = [one | dict(eval_reward_high=one["eval_reward"] + 0.5) for one in records]
+    columns = read_metrics(write(tmp_path, records) / "metrics.jsonl")
+    (chart,) = (chart for chart in ALL if chart.name == "evaluation")
+    (line,) = charts._lines(chart, {"run": columns})
+    np.testing.assert_allclose(line.high - line.low, np.arange(5) / 10 + 0.5)
+    picture = report(tmp_path).charts()["evaluation"]
+    bands = [e for e in picture.iter() if "fill-opacity: 0.15" in (e.get("style") or "")]
+    assert len(bands) == 1
+
+
+def test_two_runs_side_by_side(tmp_path):
+    """Each chart has both, each setting that differs is named, and each run's last completions show."""
+    runs = {}
+    for name, seed in (("a", 17), ("b", 18)):
+        records = [
+            dict(step=i, kl=seed / 100 * i, seconds={"step": 1.0 * i, "eval": 2.0}) for i in (1, 2)
+        ]
+        settings = SETTINGS | {"train": SETTINGS["train"] | {"seed": seed}}
+        rollouts = [rollout(step, prompts=1) for step in (1, 2)]
+        runs[name] = write(tmp_path / name, records, rollouts, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path = write_report([*runs.values()])
+    assert path == tmp_path / "a" / "comparison.html"
+    page = Page(path.read_text())
+    assert {"a", "b"} <= set(svg_text(page.charts()["kl"]))
+    assert {"a", "b"} <= set(svg_text(page.charts()["seconds"]))
+    assert "differsabtrain/seed1718" in page.text and "a against b" in page.text
+    assert "a 0.17 → 0.34, b 0.18 → 0.36" in page.text and "a 3 → 4" in page.text
+    assert "a: the last of 2 rollouts" in page.text and page.text.count("Step 2") == 2
+    # Two folders of one name are told apart.
+    other = write(tmp_path / "c" / "a", LINES)
+    text = Page(write_report([runs["a"], other], tmp_path / "x.html").read_text()).text
+    assert f"{runs['a']} against {other}" in text
+
+
+def test_report_takes_several_runs():
+    parsed = [
+        console.parse_flags(train.report, words.split())["run"]
+        for words in ("--run a --run=b --pngs", "--run a --pngs")
+    ]
+    assert parsed == ['["a", "b"]', "a"]
 
 
 # Completions ------------------------------------------------------------------------------------
@@ -273,15 +367,16 @@ def test_first_middle_and_last_step_with_the_best_and_the_worst(whole):
     _, page = whole
     assert re.findall(r"Step (\d+)", page.text) == ["1", "150", "300"]
     assert page.text.count("prompt of 150") == 3 and page.text.count("3 of 4 prompts") == 3
-    assert re.findall(r"advantage (\S+) · ", page.text)[:4] == ["+1.5", "+1", "-0.125", "-2"]
-    assert page.text.count("the 2 best and the 2 worst of 6") == 9
+    assert re.findall(r"advantage (\S+) · ", page.text)[:4] == ["+1.5", "-2", "+1", "-0.125"]
+    assert page.text.count("4 of 6: best, worst, second best, second worst") == 9
+    assert "the first, the middle and the last of 300 rollouts" in page.text
     assert len(page.tokens()) == 3 * 3 * 4 * 64
     shown = [a for a in page.of("p") if a.get("class", "").startswith("tokens ")]
     assert [(a["class"], a["style"]) for a in shown[:4]] == [
         ("tokens up", "--a:0.45"),
+        ("tokens down", "--a:0.60"),
         ("tokens up", "--a:0.30"),
         ("tokens down", "--a:0.04"),
-        ("tokens down", "--a:0.60"),
     ]
 
 
@@ -298,6 +393,7 @@ def test_tokens_tell_their_id_text_and_surprise(tmp_path):
         ("masked", 'id 4 · "x" · masked'),
     ]
     assert ' a↵\né"<x' in page.text and "answer = 7" in page.text
+    assert "entry" not in page.text  # it repeats the prompt
     assert "reward none (exact none, format 0.5) · advantage +1 · ended by length" in page.text
 
 
@@ -311,7 +407,8 @@ def test_both_colourings_are_a_matter_of_css(whole):
     )
     assert [int(i) for i, _ in shades] == list(range(8))
     assert [float(a) for _, a in shades] == sorted(float(a) for _, a in shades)
-    legend = [a["class"] for a in page.of("span") if "title" not in a]
+    legend = [a.get("class", "ends") for a in page.of("span") if "title" not in a]
+    legend = [kind for kind in legend if kind != "ends"]
     assert legend == ["up", "down", *(f"s{i}" for i in range(8))]
 
 
@@ -334,18 +431,26 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
     bad = completion(n=2, tokens=[h, "\ud800\x00\u202e"], ids=[h, h], finish=h, reward=h)
     bad |= dict(rewards={h: 1.0}, mask=[h, h], logprobs=[h, h])
     row = rollout(1, [bad, completion(-1.0, text=h, tokens=None)])
-    row["step"], row["prompts"][0] = h, row["prompts"][0] | dict(text=h, columns={h: h, "x": [h]})
+    columns = {h: h, "answer": [h]}
+    row["step"], row["prompts"][0] = h, row["prompts"][0] | dict(text=h, columns=columns)
     record = LINE | {
         h: 1.0,
         "rewards": {h: 1.0, "$\\frac{$": 2.0, "_x": 3.0, "\x00\ud800": 4.0},
     }
     record["seconds"] = {h: 1.0}
-    settings = SETTINGS | {"task": h, h: h}
-    name = HOSTILE.replace("/", "|")
+    settings = SETTINGS | {"data": {"task": h}, h: h}
+    sample = {"step": h, "samples": [dict(prompt=h, completion=h, expected=h)]}
+    folder = tmp_path / HOSTILE.replace("/", "|")
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     page = report(
         write(
-            tmp_path / name,
-            [record, {"step": 2, "eval_" + h: 1}, {"step": 3, "eval_" + h: 2}],
+            folder,
+            [
+                record,
+                {"step": 2, "rewards": {name: 0 for name in record["rewards"]}, "eval_" + h: 1},
+                {"step": 3, "eval_" + h: 2},
+            ],
             [row],
             settings,
         )
@@ -353,10 +458,11 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
     assert not page.of("script")
     assert {tag for tag, _ in page.tags} <= set(
         "html head meta title style body h1 h2 h3 table tr th td div figure figcaption b img input"
-        " label p span pre details summary".split()
+        " label p span pre details summary nav a dl dt dd picture source".split()
     )
     allowed = set(
-        "lang charset http-equiv content name class id alt src type checked for style title".split()
+        "lang charset http-equiv content name class id alt src type checked for style title href"
+        " media srcset".split()
     )
     assert {name for _, attrs in page.tags for name in attrs} <= allowed
     assert all(not attrs["src"].startswith("x") for attrs in page.of("img"))
@@ -380,9 +486,27 @@ def test_a_run_of_fine_tuning(tmp_path):
             )
             log.write(record | dict(grad_norm=math.nan, perplexity=math.inf, compilations=[]))
     page = report(tmp_path)
-    assert list(page.charts()) == ["evaluation", "loss", "lr", "seconds", "speed", "memory"]
-    assert "Completions" not in page.text and "Before and after" not in page.text
-    assert "updates skipped1" in page.text and "million parameters" not in page.text
+    assert list(page.charts()) == ["loss"]
+    told = "learning rate 0.0001", "peak memory 1", "time by phase step 91%, data 9%", "speed 100"
+    assert all(text in page.text for text in told)
+    assert "Completions" not in page.text and "held-out" not in page.text
+    assert "hovers" not in page.text and "steps31 skipped" in page.text
+    assert page.text.count("million parameters") == 0
+
+
+@pytest.mark.covers("N13")
+def test_fine_tuning_says_when_its_first_evaluation_was(tmp_path):
+    records = [dict(step=i, loss=4.0 - i / 10) for i in range(1, 13)]
+    for step in (4, 8, 12):
+        records[step - 1] |= dict(eval_loss=4.0 - step / 10, eval_weight=118.0, eval_accuracy=0.1)
+    sample = {"prompt": "user: hi", "completion": "hello <b>", "expected": "Hello!"}
+    text = "".join(json.dumps({"step": s, "samples": [sample]}) + "\n" for s in (4, 8, 12))
+    (write(tmp_path, records) / "samples.jsonl").write_text(text)
+    page = report(tmp_path)
+    assert "held-out loss3.6 → 2.8step 4 → step 12" in page.text and "before" not in page.text
+    assert {"training", "held-out"} <= set(svg_text(page.charts()["loss"]))
+    assert "<th>weight</th>" not in page.source
+    assert page.text.count("hello <b>") == 4 and page.text.count("expected: Hello!") == 4
 
 
 @pytest.mark.parametrize(
@@ -390,8 +514,8 @@ def test_a_run_of_fine_tuning(tmp_path):
 )
 def test_a_run_of_one_step(tmp_path, record):
     page = report(write(tmp_path, [record], [rollout(record["step"])]))
-    assert f"last step{record['step']}" in page.text
-    assert len(page.charts()) == (len(CHARTS) - 1 if "kl" in record else 0)
+    assert f"steps{record['step']}" in page.text
+    assert not page.charts() and ("kl divergence" in page.text) == ("kl" in record)
     assert page.text.count(f"Step {record['step']}") == 1
 
 
@@ -410,13 +534,13 @@ def test_zeros_on_a_logarithmic_axis(tmp_path):
     records = [
         {"step": i, "gap_max": 0.0, "ratio_max": 1.0, "grad_norm": i - 1.0} for i in range(4)
     ]
-    assert list(report(write(tmp_path, records)).charts()) == ["ratio", "gap", "grad_norm"]
+    assert list(report(write(tmp_path, records)).charts()) == ["grad_norm"]
 
 
 def test_settings_of_another_program(tmp_path):
     for settings in ({"model": "llama"}, {"model": {"dim": 3}}, {"model": None, "lora": {}}, {}):
         page = report(write(tmp_path, [LINE], settings=settings))
-        assert ("all parameters" in page.text) == ("lora" in settings)
+        assert "million parameters" not in page.text
 
 
 def test_half_a_last_line_is_no_line(tmp_path):
@@ -427,7 +551,7 @@ def test_half_a_last_line_is_no_line(tmp_path):
 
 
 def test_where_it_is_written(tmp_path):
-    folder = write(tmp_path / "run", [LINE])
+    folder = write(tmp_path / "run", LINES)
     assert write_report(str(folder)) == folder / "report.html"
     out = tmp_path / "new" / "page.html"
     assert write_report(folder, out, pngs=True) == out

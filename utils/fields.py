@@ -18,7 +18,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from utils.errors import AltiplanoError, ConfigError, is_int, is_number
@@ -324,6 +324,23 @@ def texts(text: str) -> tuple[str, ...]:
             f"{text!r:.80} is not a JSON list of texts ({e}); a text that starts with [ is written as "
             f"{json.dumps([text])!r:.80}"
         ) from e
+
+
+def gathered(words: Sequence[str], flags: Iterable[Flag]) -> list[str]:
+    """A command line where a flag of several texts that is repeated stands once, with their JSON list."""
+    for flag in flags:
+        if setting(flag.field).parse is not texts:
+            continue
+        found, others, left = [], [], iter(words)
+        for word in left:
+            head, equals, value = word.partition("=")
+            if head.replace("_", "-") == f"--{flag.name}".replace("_", "-"):
+                found.append(value if equals else next(left, ""))
+            else:
+                others.append(word)
+        if len(found) > 1:
+            words = [*others, f"--{flag.name}={json.dumps(found)}"]
+    return list(words)
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -5,9 +5,12 @@ A run's files may be hostile, since a completion is what a model wrote: page.htm
 
 import base64
 import bisect
+import dataclasses
 import itertools
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,9 @@ import jinja2
 
 from models.llama.config import ModelConfig
 from trainers.runs.metrics import whole_lines
-from trainers.report.charts import Columns, draw_charts
+from trainers.report.charts import Columns, draw_charts, is_hidden, moving_ends
 from utils.errors import ConfigError, DataError, is_int, is_number, printable
 from utils.files import atomic_file, flatten, parse_json, read_json
-
-# Settings of run.json that stand at the top, by their last name; the others are at the bottom.
-_KEY_SETTINGS = (
-    "task task_args data reward loss aggregation scale kl beta group_size prompts_per_step "
-    "max_completion_len temperature batch_size seq_len optimizer learning_rate lr max_steps dtype seed"
-)
 
 # Limits of what is shown of a step's rollout: beyond them a page would have tens of megabytes.
 _PROMPTS, _COMPLETIONS, _TOKENS = 3, 4, 300
@@ -37,13 +34,16 @@ _LARGEST = 1e100
 _KINDS = {str: "a string", list: "a list", dict: "an object"}
 
 
-def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: bool = False) -> Path:
-    """Writes the report of a run that has ended, or is still under way.
+def write_report(
+    folders: str | Path | Sequence[str | Path], out: str | Path | None = None, *, pngs: bool = False
+) -> Path:
+    """Writes the report of a run that has ended, or is still under way; of several, side by side.
 
     Args:
-        folder: holds metrics.jsonl and, where they were written, run.json and rollouts.jsonl. The
-            half line that a killed run may leave at the end of a file is ignored.
-        out: the HTML file; default: `report.html` in `folder`. Its folder is made if need be.
+        folders: each holds metrics.jsonl and, where they were written, run.json, rollouts.jsonl and
+            samples.jsonl. The half line that a killed run may leave at the end of a file is ignored.
+        out: the HTML file; default: in the first folder, `report.html`, of several runs
+            `comparison.html`. Its folder is made if need be.
         pngs: also write each chart as `report-<chart>.png` beside it.
 
     Returns:
@@ -53,31 +53,56 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, pngs: boo
         DataError: a file is missing or broken (with `file:line`), or there is no step in it yet.
         ConfigError: matplotlib is not installed.
     """
-    folder = Path(folder)
-    out = Path(out) if out is not None else folder / "report.html"
-    columns = _read_metrics(folder / "metrics.jsonl")
-    settings = {}
-    if (folder / "run.json").exists():  # a notebook's run may have none
-        settings = read_json(folder / "run.json", error=DataError)
-    rollouts = [_rollout(*line) for line in _read_rollouts(folder / "rollouts.jsonl")]
-    charts = draw_charts(columns, pngs=pngs)
+    folders = [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    several = len(folders) > 1
+    default = folders[0] / ("comparison.html" if several else "report.html")
+    out = Path(out) if out is not None else default
+    names = [folder.resolve().name for folder in folders]
+    names = names if len({*names}) == len(names) else [str(folder) for folder in folders]
+    runs = [_read_run(name, folder, several) for name, folder in zip(names, folders)]
+    groups = draw_charts({run["name"]: run["columns"] for run in runs}, pngs=pngs)
+    charts = [chart for group in groups.values() for chart in group]
     page = _template().render(
-        name=folder.resolve().name,
-        facts=_facts(settings, columns),
-        evaluations=_evaluations(columns),
-        charts=charts,
+        runs=runs,
+        title=" against ".join(names) if several else runs[0]["title"],
+        hero=next((chart for chart in charts if chart.wide), None),
+        groups=groups,
         swatches=_swatches(),
-        rollouts=rollouts,
-        half=_COMPLETIONS // 2,
-        settings=[(key, json.dumps(value)) for key, value in flatten(settings).items()],
+        settings=_compared([run["settings"] for run in runs]),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    for chart in charts if pngs else []:
-        with atomic_file(out.parent / f"report-{chart.name}.png") as file:
-            file.write(chart.png)
+    for chart in charts:
+        if chart.png is not None:
+            with atomic_file(out.parent / f"report-{chart.name}.png") as file:
+                file.write(chart.png)
     with atomic_file(out) as file:
         file.write(page.encode())
     return out
+
+
+def _read_run(name: str, folder: Path, several: bool) -> dict[str, Any]:
+    """A run as the template shows it."""
+    columns = read_metrics(folder / "metrics.jsonl")
+    settings = {}
+    if (folder / "run.json").exists():  # a notebook's run may have none
+        settings = flatten(read_json(folder / "run.json", error=DataError))
+    n, rollouts = _read_some(folder / "rollouts.jsonl", last=several)
+    _, samples = _read_some(folder / "samples.jsonl", last=several)
+    rollouts = [_rollout(*line) for line in rollouts]
+    written = (folder / "metrics.jsonl").stat().st_mtime
+    return {
+        "name": name,
+        "columns": columns,
+        "settings": settings,
+        "title": _title(settings) or name,
+        "about": [*_about(settings), time.strftime("%-d %B %Y", time.gmtime(written))],
+        "numbers": _numbers(columns),
+        "evaluations": _evaluations(columns),
+        "rollouts": rollouts,
+        "n_rollouts": n,
+        "samples": [_sample(*line) for line in samples],
+        "shown": _best_and_worst(rollouts),
+    }
 
 
 def _template() -> jinja2.Template:
@@ -113,7 +138,7 @@ def _plain(value: Any) -> str:
 # Files ------------------------------------------------------------------------------------------
 
 
-def _read_metrics(path: Path) -> Columns:
+def read_metrics(path: Path) -> Columns:
     """Each number's (step, value) in the order written, NaN for null."""
     columns: Columns = {}
     for where, line in whole_lines(path):
@@ -141,39 +166,79 @@ def _compile_seconds(compilations: Any, where: str) -> float:
         ) from e
 
 
-def _read_rollouts(path: Path) -> list[tuple[str, dict]]:
-    """(`file:line`, rollout): the first, the middle and the last of those in the file.
+def _read_some(path: Path, *, last: bool) -> tuple[int, list[tuple[str, dict]]]:
+    """(lines in a file, (`file:line`, record) of the first, middle and last of them, or the last).
 
     The others are not parsed, as a long run's file may be larger than memory.
     """
     if not path.exists():
-        return []
+        return 0, []
     n = sum(1 for _ in whole_lines(path))
-    shown = (0, (n - 1) // 2, n - 1)
+    shown = (n - 1,) if last else (0, (n - 1) // 2, n - 1)
     found = [line for i, line in enumerate(whole_lines(path)) if i in shown]
-    return [(where, parse_json(line, where, DataError)) for where, line in found]
+    return n, [(where, parse_json(line, where, DataError)) for where, line in found]
 
 
 # Facts ------------------------------------------------------------------------------------------
 
 
-def _facts(settings: dict, columns: Columns) -> list[tuple[str, str]]:
-    """Rows about the run's settings and how far it got."""
-    rows = [("model", _model(settings.get("model")))]
-    flat = flatten(settings)
-    if "lora" in settings:
-        rank = flat.get("lora/rank")
-        rows.append(("trained", f"LoRA of rank {rank}" if rank else "all parameters"))
-    for key in _KEY_SETTINGS.split():
-        found = [v for k, v in flat.items() if k.split("/")[-1] == key and v is not None]
-        rows += [(key.replace("_", " "), _plain(found[0]))] if found else []
-    seconds = sum(_total(columns, name) for name in columns if name.startswith("seconds/"))
-    rows.append(("last step", f"{columns['step'][-1][0]:,}"))
-    rows.append(("time", f"{seconds / 60:,.1f} minutes"))
-    rows.append(("of which compiling", f"{_total(columns, 'compilations/seconds'):,.0f} s"))
+def _title(settings: dict) -> str:
+    """The run's data and model, by the names in run.json."""
+    known = {key.split("/")[-1]: value for key, value in reversed(settings.items())}
+    task, model = known.get("task") or known.get("data"), known.get("ckpt_dir")
+    parts = [Path(task).stem if "/" in task else task] if isinstance(task, str) else []
+    if isinstance(model, str):
+        path = Path(model)
+        hub = [part for part in path.parts if part.startswith("models--")]
+        parts.append(
+            hub[0].split("--")[-1] if hub else path.stem if path.suffix == ".gguf" else path.name
+        )
+    return " · ".join(parts)
+
+
+def _about(settings: dict) -> list[str]:
+    """The model's size, and what of it is trained."""
+    about = []
+    model = {k.removeprefix("model/"): v for k, v in settings.items() if k.startswith("model/")}
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    try:
+        known = {name: value for name, value in model.items() if name in names}
+        config = ModelConfig(**known | {"rope_scaling": None})
+        about.append(f"{config.n_params / 1e6:,.1f} million parameters")
+    except (TypeError, OverflowError, ConfigError):  # of another program, or of a later version
+        pass
+    if rank := settings.get("lora/rank"):
+        about.append(f"LoRA of rank {rank}")
+    return about
+
+
+def _numbers(columns: Columns) -> list[tuple[str, str, str]]:
+    """(name, value, note) of what a reader asks first: how well, how far, how long, how fast."""
+    found = []
+    for name, title in (("reward", "reward"), ("loss", "loss")):
+        if held_out := _first_and_last(columns, f"eval_{name}"):
+            (first, before, _), (last, after, interval) = held_out[0], held_out[-1]
+            note = _at(last) if first == last else f"{_at(first)} → {_at(last)}"
+            note += f" · 95 % {interval}" if interval else ""
+            found.append(
+                (f"held-out {title}", before if first == last else f"{before} → {after}", note)
+            )
+        if any(math.isfinite(value) for _, value in columns.get(name, [])):
+            ends, over = moving_ends(columns[name])
+            note = f"first and last {over} steps" if over > 1 else "first and last step"
+            found.append((title, " → ".join(f"{x:.3g}" for x in ends), note))
+        if found:
+            break
     skipped = sum(value == 0 for _, value in columns.get("updated", []))
-    rows.append(("updates skipped", str(skipped)))
-    return [(name, value) for name, value in rows if value]
+    found.append(("steps", f"{columns['step'][-1][0]:,}", f"{skipped} skipped" if skipped else ""))
+    seconds = sum(_total(columns, name) for name in columns if name.startswith("seconds/"))
+    if seconds:
+        compiling = f"{_total(columns, 'compilations/seconds'):,.0f} s of it compiling"
+        found.append(("minutes", f"{seconds / 60:,.1f}", compiling))
+    speeds = [value for _, value in columns.get("tokens_per_s", []) if math.isfinite(value)]
+    if speeds:
+        found.append(("tokens/s", f"{sorted(speeds)[len(speeds) // 2]:,.0f}", "training, median"))
+    return found
 
 
 def _total(columns: Columns, name: str) -> float:
@@ -181,25 +246,38 @@ def _total(columns: Columns, name: str) -> float:
     return sum(value for _, value in columns.get(name, []) if math.isfinite(value))
 
 
-def _model(fields: Any) -> str:
-    try:
-        config = ModelConfig(**fields | {"rope_scaling": None})
-    except (TypeError, OverflowError, ConfigError):  # of another program, or of a later version
-        return ""
-    shape = f"{config.n_layers} layers of {config.dim}, vocabulary {config.vocab_size:,}"
-    return f"{config.n_params / 1e6:,.1f} million parameters: {shape}"
+def _at(step: int) -> str:
+    return f"step {step:,}" if step else "before training"
+
+
+def _first_and_last(columns: Columns, name: str) -> list[tuple[int, str, str]]:
+    """(step, value, 95 % interval or "") of a number's first and last finite value."""
+    values = [(step, value) for step, value in columns.get(name, []) if math.isfinite(value)]
+    low, high = (dict(columns.get(f"{name}_{end}", [])) for end in ("low", "high"))
+    some = [*dict.fromkeys((values[0], values[-1]))] if values else []
+    interval = {s: f"{low[s]:.3g} to {high[s]:.3g}" for s, _ in some if s in low and s in high}
+    return [(step, f"{value:.3g}", interval.get(step, "")) for step, value in some]
 
 
 def _evaluations(columns: Columns) -> list[tuple[str, ...]]:
-    """The first evaluation next to the last, one row per number."""
+    """The first evaluation next to the last, one row per number, each with its step."""
     rows = []
-    for name, column in columns.items():
-        values = [(step, value) for step, value in column if math.isfinite(value)]
-        if name.startswith("eval_") and len(values) > 1:
-            (first, before), (last, after) = values[0], values[-1]
-            told = f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}"
-            rows.append((name.removeprefix("eval_"), *told, f"{first:,} → {last:,}"))
+    for name in columns:
+        if name.startswith("eval_") and not is_hidden(name, columns):
+            both = _first_and_last(columns, name)
+            cells = [f"{x}{f' ({within})' if within else ''}, {_at(s)}" for s, x, within in both]
+            if len(cells) > 1:
+                rows.append((name.removeprefix("eval_"), *cells))
     return rows
+
+
+def _compared(settings: list[dict]) -> list[tuple[str, ...]]:
+    """All settings of a run; of several runs those that differ, a column each."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = [
+        (name, *(_plain(one[name]) if name in one else "" for one in settings)) for name in names
+    ]
+    return rows if len(settings) == 1 else [row for row in rows if len({*row[1:]}) > 1]
 
 
 # Completions ------------------------------------------------------------------------------------
@@ -222,16 +300,33 @@ def _rollout(where: str, rollout: dict) -> dict[str, Any]:
 
 
 def _prompt(prompt: Any, where: str) -> dict[str, Any]:
-    """A prompt, with its completions of the highest and the lowest advantages."""
+    """A prompt, with its completions of the highest and lowest advantages: best, worst, second best …"""
     text = _get(prompt, "text", str, where)
-    columns = [(k, _plain(v)) for k, v in _get(prompt, "columns", dict, where).items()]
+    answer = _get(prompt, "columns", dict, where).get("answer")
     group = [(_advantage(c, where), c) for c in _get(prompt, "completions", list, where)]
     group.sort(key=lambda pair: pair[0], reverse=True)
     largest = max((abs(advantage) for advantage, _ in group), default=0) or 1.0
-    half = _COMPLETIONS // 2
-    some = group if len(group) <= _COMPLETIONS else group[:half] + group[-half:]
+    from_both_ends = [group[i // 2 if i % 2 == 0 else -1 - i // 2] for i in range(len(group))]
+    some = from_both_ends[:_COMPLETIONS]
     shown = [_completion(c, advantage / largest, where) for advantage, c in some]
-    return {"text": text, "columns": columns, "completions": shown, "n": len(group)}
+    answer = "" if answer is None else _plain(answer)
+    return {"text": text, "answer": answer, "completions": shown, "n": len(group)}
+
+
+def _best_and_worst(rollouts: list[dict]) -> dict[str, Any] | None:
+    """The last rollout's first prompt that has a better and a worse completion; None without one."""
+    for prompt in rollouts[-1]["prompts"] if rollouts else []:
+        if len({c["advantage"] for c in prompt["completions"][:2]}) > 1:
+            return prompt | {"step": rollouts[-1]["step"], "completions": prompt["completions"][:2]}
+    return None
+
+
+def _sample(where: str, line: dict) -> dict[str, Any]:
+    """A line of samples.jsonl: held-out answers at a step."""
+    answers = _get(line, "samples", list, where)
+    names = ("prompt", "completion", "expected")
+    shown = [{name: _get(one, name, str, where) for name in names} for one in answers]
+    return {"step": line.get("step"), "samples": shown}
 
 
 def _advantage(completion: Any, where: str) -> float:
@@ -259,7 +354,7 @@ def _completion(completion: dict, strength: float, where: str) -> dict[str, Any]
 
 def _score(value: Any, sign: str = "") -> str:
     score = _number(value)
-    return "none" if math.isnan(score) else f"{score:{sign}.4g}"
+    return "none" if math.isnan(score) else f"{score:{sign if score else ''}.4g}"
 
 
 def _tokens(completion: dict, where: str) -> list[tuple]:

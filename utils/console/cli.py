@@ -150,6 +150,7 @@ def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
     known = {flag.name: flag for flag in fields.flags_of(command)}
     words = [re.sub("^--no[-_]", "--no", word) for word in words]
     _check_names(words, known)
+    words = fields.gathered(words, known.values())
     found, surplus, said = {}, [], io.StringIO()
     texts = {name: str for name, flag in known.items() if flag.is_text}
 
