@@ -27,17 +27,6 @@ from utils.sharding import default_mesh, make_mesh, mesh_sizes
 
 DOES_NOT_FIT = 1
 
-_ENVIRONMENT = {
-    # libtpu compiles without a TPU, and would look for one and for the others of its slice.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFlags(Config):
@@ -82,7 +71,7 @@ def main(job: Job, plan: PlanFlags) -> None:
 
     Example: python plan.py --model llama-3.1-8b --topology v5e:4x8 --batch 32 --remat block
     """
-    os.environ.update(_ENVIRONMENT | dict(os.environ))
+    os.environ.update(cli.NO_TPU | dict(os.environ))
     jax.config.update("jax_platforms", "cpu")
     cli.Signals()
     where = plan.topology[-1]

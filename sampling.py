@@ -110,7 +110,7 @@ class TopP:
             lambda: truncate(weights_RV, self.top_k, self.top_p, self.min_p),
             lambda: weights_RV,
         )
-        uniform_R = jax.vmap(jax.random.uniform)(keys_R)
+        uniform_R = jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys_R)
         return _inverse_cdf(weights_RV, uniform_R)
 
 
@@ -222,7 +222,7 @@ def _inverse_cdf(weights_RV: Array, uniform_R: Array) -> Array:
     block_R, rest_R = _reach(masses_RM, target_R)
     weights_RC = jnp.take_along_axis(weights_RMC, block_R[:, None, None], axis=1)[:, 0]
     within_R, _ = _reach(weights_RC, rest_R)
-    return block_R * _BLOCK + within_R
+    return (block_R * _BLOCK + within_R).astype(jnp.int32)
 
 
 def _reach(masses_RM: Array, target_R: Array) -> tuple[Array, Array]:

@@ -13,8 +13,10 @@ import contextlib
 import dataclasses
 import difflib
 import gc
+import glob
 import inspect
 import io
+import logging
 import os
 import re
 import signal
@@ -23,6 +25,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -39,6 +42,24 @@ BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
 
 # What stdin may hold: far more than any context.
 MAX_STDIN_BYTES = 16 << 20
+
+# What libtpu, where it is installed, is told without a TPU: it would look for one and for the others
+# of its slice, and print that it found none.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+# Compiled programs that are kept from earlier starts.
+_KEPT_BYTES = 1 << 30
+_BROKEN_ENTRY = re.compile(
+    "Error (reading|writing) persistent compilation cache entry for '([^']+)'"
+)
 
 # A function of configs; None is exit code 0.
 Command = Callable[..., int | None]
@@ -67,6 +88,7 @@ def run(command: Command) -> None:
     gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = _warn
+    _settle_libraries()
     if sys.stdout is None:  # closed by the caller: nothing that is written can be seen
         sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale: a model may say anything
@@ -76,8 +98,26 @@ def run(command: Command) -> None:
         sys.exit(code)
 
 
+def _settle_libraries() -> None:
+    """Sets what the libraries take from the environment, before they start."""
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if not chips and "tpu" not in os.environ.get("JAX_PLATFORMS", ""):
+        os.environ.update(NO_TPU | dict(os.environ))
+    # All is float32 by design; JAX's own attention kernels do not compile with 64 bits.
+    jax.config.update("jax_enable_x64", False)
+    # Its retries: the error that ends them has a line of ours. By name if it is imported, else later.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def _warn(message: Warning | str, *_: Any) -> None:
-    say(str(message), "warning: ")
+    broken = _BROKEN_ENTRY.match(str(message))
+    if broken:  # JAX would keep the file, and warn at each start: without it, it writes a new one
+        folder = Path(jax.config.jax_compilation_cache_dir)
+        for path in folder.glob(f"{glob.escape(broken[2])}*-cache"):
+            path.unlink(missing_ok=True)
+    if not broken or broken[1] == "writing":
+        say(str(message), "warning: ")
 
 
 def _run(command: Command, debug: bool) -> int:
@@ -316,6 +356,23 @@ def keep_compilations() -> None:
     except OSError as e:
         warnings.warn(f"compiled programs are not kept: {e}", stacklevel=2)
         return
+    _drop_oldest(folder, _KEPT_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX's own bound writes nothing any more once an entry has lost its -atime file (jax#39880).
+    jax.config.update("jax_compilation_cache_max_size", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_oldest(folder: Path, most: int) -> None:
+    """Removes the compiled programs that were not used for longest, beyond so many bytes."""
+    found, kept = [], 0
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process removed it
+            status = path.stat()
+            found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    for _, size, path in sorted(found, reverse=True):
+        kept += size
+        if kept > most:
+            with contextlib.suppress(OSError):
+                path.unlink()
