@@ -83,6 +83,39 @@ def test_whatever_a_reader_may_open_is_fetched():
     assert sorted(fetched) == sorted(opened - safetensors)
 
 
+# --- The digest of weights --------------------------------------------------------------------
+
+
+@pytest.mark.covers("R13")
+def test_digest_of_weights_is_of_their_bytes_and_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_BLOCK", 1000)
+    read = []
+    real = hub.InputFile.read
+    monkeypatch.setattr(hub.InputFile, "read", lambda *a: read.append(a) or real(*a))
+    a, b, copy = tmp_path / "a", tmp_path / "b", tmp_path / "copy"
+    a.write_bytes(MODEL)
+    b.write_bytes(MODEL[:-1] + b"x")
+    copy.write_bytes(MODEL)
+    first = hub.weights_digest([a])
+    assert first == hub.weights_digest([copy]) != hub.weights_digest([b])
+    assert hub.weights_digest([a, b]) != hub.weights_digest([b, a])
+    before = len(read)
+    assert hub.weights_digest([a]) == first and len(read) == before > 250
+    # One byte in the middle; size and time of change are as before.
+    times = os.stat(a).st_atime_ns, os.stat(a).st_mtime_ns
+    with open(a, "r+b") as file:
+        file.seek(len(MODEL) // 2)
+        file.write(b"y")
+    os.utime(a, ns=times)
+    assert hub.weights_digest([a]) != first
+    # A cache that cannot be written only costs time.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert hub.weights_digest([copy]) == first
+    with pytest.raises(ArtifactError, match="no such file"):
+        hub.weights_digest([tmp_path / "none"])
+
+
 # --- The default model ------------------------------------------------------------------------
 
 

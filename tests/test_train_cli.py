@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -271,15 +272,16 @@ def test_other_data_is_refused_unless_it_is_allowed(programs, files, whole, tmp_
     assert CheckpointReader(run / "checkpoints").read_meta()["progress"]["position"] == {"rows": 4}
 
 
-@pytest.mark.covers("D22")
+@pytest.mark.covers("D22", "R13")
 def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     options = training(files, run, lr=0.02, batch_size=5, optimizer="lion", state_dtype="bfloat16")
     options |= dict(seq_len=60, seed=3, schedule="linear", clip_norm=0.5, dtype="bfloat16")
+    options["ckpt_dir"] = files / "nan"  # the same model with other weights
     done = programs.run("train.py", "sft", **options, resume=True)
     config = r"--batch_size 4 → 5, --clip_norm 1.0 → 0.5, --lr 0.01 → 0.02, "
     config += r'--schedule "cosine" → "linear", --seed 0 → 3, --seq_len 64 → 60'
-    never = r'--dtype "float32" → "bfloat16", --optimizer "adamw" → "lion", '
+    never = r'base_weights "\w+" → "\w+", --dtype "float32" → "bfloat16", --optimizer "adamw" → "lion", '
     never += r'--state_dtype "float32" → "bfloat16"'
     check_error(
         done,
@@ -289,6 +291,25 @@ def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole
         r"data.digest [^,]* \(change back, or pass --allow_data_change\)",
     )
     assert curve(run) == curve(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.covers("R38")
+@pytest.mark.parametrize("lora", [{}, dict(lora_rank=2)])
+def test_an_export_has_the_dtype_of_the_files_it_came_from(programs, files, tmp_path, lora):
+    source = Path(shutil.copytree(cli.checkpoint(), tmp_path / "bf16"))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model.save_pretrained(source)
+    options = dict(ckpt_dir=source, export=True, max_steps=1, save_every=0) | lora
+    for asked, dtype in ((None, "bfloat16"), ("float32", "float32")):
+        out = tmp_path / dtype
+        wanted = {} if asked is None else dict(export_dtype=asked)
+        done = programs.run("train.py", "sft", **training(files, out, **options, **wanted))
+        assert done.code == 0, done.stderr
+        config = json.loads((out / "export" / "config.json").read_text())
+        assert config["dtype"] == config["torch_dtype"] == dtype
+        weights = safetensors.torch.load_file(out / "export" / "model.safetensors")
+        assert {str(x.dtype) for x in weights.values()} == {f"torch.{dtype}"}
 
 
 # What goes wrong on the way ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Finds the files that a name stands for: a path, the default model, or a Hugging Face id."""
 
+import concurrent.futures
 import contextlib
 import fnmatch
 import glob
@@ -11,13 +12,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import platformdirs
 
 from utils.errors import AltiplanoError, ArtifactError
-from utils.files import atomic_file
+from utils.files import InputFile, atomic_file
 
 Progress = Callable[[str, int, int], None]  # (what, done bytes, total bytes)
 
@@ -38,6 +39,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COMPANIONS += ("chat_template.jinja", "chat_template.json")
 _SETTINGS = ("config.json", "generation_config.json")
+_BLOCK = 8 << 20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -266,6 +268,34 @@ def _progress_bar(report: Callable[[int], None]) -> type:
                 report(int(self.n))
 
     return Bar
+
+
+def weights_digest(paths: Sequence[Path]) -> str:
+    """sha256 of what the files hold, in order: two checkpoints with the same digest are one model.
+
+    A file's own digest is computed once and kept in the cache folder, by all that shows a change of it.
+
+    Raises ArtifactError if a file cannot be read.
+    """
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter
+        return hashlib.sha256("".join(pool.map(_file_digest, paths)).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    file, info = InputFile(path), os.stat(path)
+    state = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+    folder = platformdirs.user_cache_path("altiplano") / "digests"
+    kept = folder / hashlib.sha256(repr(state).encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        return kept.read_text()
+    digest = hashlib.sha256()
+    for offset in range(0, file.size, _BLOCK):
+        digest.update(file.read(offset, min(_BLOCK, file.size - offset)))
+    with contextlib.suppress(OSError):  # without a cache it is computed each time
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(kept) as out:
+            out.write(digest.hexdigest().encode())
+    return digest.hexdigest()
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:

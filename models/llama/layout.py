@@ -8,6 +8,7 @@ LoRA adapts and the tensors of a checkpoint follow from the rows.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -296,11 +297,13 @@ class TensorSource(Protocol):
         description: the file or folder, for messages.
         shapes: by tensor name, as numpy has them.
         dtypes: by tensor name: what `read` returns (float32 for quantised tensors).
+        files: the files that hold them, in order.
     """
 
     description: str
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
+    files: list[Path]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in a new array, dequantised where needed."""

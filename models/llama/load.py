@@ -17,7 +17,7 @@ import numpy as np
 
 from models.llama.config import ModelConfig
 from models.llama.formats import gguf, hf, meta
-from models.llama.hub import DEFAULT_MODEL, resolve
+from models.llama.hub import DEFAULT_MODEL, resolve, weights_digest
 from models.llama.layout import DTYPES, Leaf, TensorSource, check_params, file_tensors, leaves
 from models.llama.model import LLaMa, Params
 from models.llama.stream import Progress, read_params
@@ -53,6 +53,19 @@ class Checkpoint(NamedTuple):
     config: ModelConfig
     source: TensorSource
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of most numbers: GGUF keeps norms in float32, matrices in half precision."""
+        sizes: collections.Counter[np.dtype] = collections.Counter()
+        for leaf in leaves(self.config, self.format):
+            for name in leaf.names:
+                sizes[self.source.dtypes[name]] += math.prod(leaf.shape)
+        return sizes.most_common(1)[0][0]
+
+    def digest(self) -> str:
+        """sha256 of the weights' files: see `weights_digest`."""
+        return weights_digest(self.source.files)
+
     def params(
         self,
         dtype: Any = None,
@@ -84,7 +97,7 @@ class Checkpoint(NamedTuple):
         parts = sorted(leaves(self.config, self.format), key=lambda leaf: -math.prod(leaf.shape))
         # From here on every parameter has its bytes in the file: no config can make us allocate more.
         _check_names(self.config, self.source, parts, _IGNORED[self.format], allow_extra)
-        target = target or _common_dtype(self.source, parts)
+        target = target or self.dtype
         params, broken = read_params(
             self.source, parts, target, decoding=decoding, progress=progress
         )
@@ -138,11 +151,6 @@ def load_checkpoint(
     """
     checkpoint = open_checkpoint(path_or_name, tie=tie, progress=progress)
     return checkpoint.config, checkpoint.params(dtype, progress=progress, **options)
-
-
-def load_config(path_or_name: str | Path, *, tie: bool | None = None) -> ModelConfig:
-    """The config of a checkpoint. Arguments and errors as `open_checkpoint`."""
-    return open_checkpoint(path_or_name, tie=tie).config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,15 +271,6 @@ def _dtype(dtype: Any, *names: str) -> np.dtype:
     if found is None or found.name not in names:
         raise ConfigError(f"dtype={dtype!r:.40}, expected {', '.join(names)}")
     return found
-
-
-def _common_dtype(source: TensorSource, parts: list[Leaf]) -> np.dtype:
-    """The dtype that most numbers have: GGUF keeps norms in float32 and matrices in half precision."""
-    sizes: collections.Counter[np.dtype] = collections.Counter()
-    for leaf in parts:
-        for name in leaf.names:
-            sizes[source.dtypes[name]] += math.prod(leaf.shape)
-    return sizes.most_common(1)[0][0]
 
 
 def _open(path: Path, tie: bool | None) -> tuple[str, ModelConfig, TensorSource]:

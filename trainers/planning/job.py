@@ -7,7 +7,7 @@ from typing import Any
 
 from models.llama.config import PRESETS, ModelConfig
 from models.llama.formats import hf
-from models.llama.load import load_config
+from models.llama.load import open_checkpoint
 from models.llama.lora import TARGETS
 from models.llama.model import REMATS
 from trainers.optimizer import DTYPES, OPTIMIZERS
@@ -30,7 +30,7 @@ def model_config(name: str) -> ModelConfig:
     if path.is_file() and path.suffix == ".json":
         return hf.to_config(parse_json(path.read_bytes(), str(path), ConfigError))
     if path.exists():
-        return load_config(path)
+        return open_checkpoint(path).config
     known = ", ".join(PRESETS)
     raise ConfigError(
         f"--model {name!r:.60}, expected a checkpoint, its config.json or one of {known}"

@@ -67,6 +67,11 @@ def read_run(folder: Path, step: int) -> SavedRun:
     logged = [flatten(r) for r in _records(folder / "metrics.jsonl") if r["step"] == step]
 
     source = open_checkpoint(settings["source"]["ckpt_dir"])
+    if source.digest() != settings.get("base_weights"):
+        raise ConfigError(
+            f"the weights in {source.path} are not those that {folder} started from; put those back "
+            "(run.json has their digest, base_weights)"
+        )
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     trainer = GRPOTrainer(model, saved(GRPOConfig), lora, train["vocab_limit"])

@@ -4,6 +4,9 @@ import functools
 import shlex
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from models.llama.load import save_checkpoint
 from models.llama.model import Params
 from trainers.trainer import Trainer, TrainState
@@ -12,12 +15,18 @@ from utils.console import cli
 
 
 def export(
-    folder: Path, trainer: Trainer, state: TrainState, frozen: Params, tokenizer: Path
+    folder: Path,
+    trainer: Trainer,
+    state: TrainState,
+    frozen: Params,
+    tokenizer: Path,
+    dtype: np.dtype,
 ) -> None:
     """Writes the trained model, adapters merged, in Hugging Face's format; replaces an older export."""
     save = functools.partial(save_checkpoint, format="hf", tokenizer=tokenizer, overwrite=True)
     with cli.busy("exporting"):
-        params = distributed.to_first(trainer.export_params(state, frozen))
+        params = jax.tree.map(lambda x: x.astype(dtype), trainer.export_params(state, frozen))
+        params = distributed.to_first(params)
         distributed.from_first(lambda: save(folder, trainer.model.config, params))
     told = shlex.quote(str(folder))
     cli.say(f"exported to {folder}: python generate.py --ckpt_dir {told} --chat", "")

@@ -8,16 +8,12 @@ from pathlib import Path
 import jax
 import jaxlib
 
+from models.llama.layout import DTYPES
 from models.llama.model import REMATS
 from trainers.runs.checkpoint import CheckpointReader
-from utils.errors import ArtifactError
 from utils.fields import ALWAYS, Config, Range, field, integer, one_of
-from utils.files import InputFile, list_folder
 
 _ROOT = Path(__file__).parents[2]
-
-# A digest covers this many blocks of a larger file, evenly spread: another model differs everywhere.
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +36,9 @@ class RunConfig(Config):
     )
     keep: int = field(2, "newest checkpoints to keep, beside the best one", integer(1))
     export: bool = field(True, "write the model to out_dir/export in Hugging Face's format")
+    export_dtype: str | None = field(
+        None, "dtype of the export; default: that of the model's own files", one_of(*DTYPES)
+    )
     tensorboard: bool = field(False, "write TensorBoard's event files too")
     check_every: int = field(
         100, "steps between comparisons of the parameters' copies on a mesh; 0: none", integer(0)
@@ -78,20 +77,3 @@ def versions() -> dict[str, str]:
     python = ".".join(map(str, sys.version_info[:2]))
     known = {"code": code.hexdigest()[:16], "jax": jax.__version__, "jaxlib": jaxlib.__version__}
     return known | {"python": python}
-
-
-def files_digest(path: Path) -> str:
-    """A digest of a checkpoint's files: names, sizes, and up to 64 MiB of the content of each.
-
-    Raises ArtifactError if a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in list_folder(path) if path.is_dir() else [""]:
-        if (path / name).is_dir():
-            continue
-        file = InputFile(path / name, ArtifactError)
-        digest.update(f"{name} {file.size} ".encode())
-        step = max(_BLOCK_BYTES, (file.size - _BLOCK_BYTES) // (_BLOCKS - 1))
-        for offset in range(0, file.size, step):
-            digest.update(file.read(offset, min(_BLOCK_BYTES, file.size - offset)))
-    return digest.hexdigest()[:16]

@@ -20,7 +20,7 @@ from trainers.loop import Progress, Session, fit
 from trainers.planning.estimate import check_memory
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.runs.export import export
-from trainers.runs.folder import RunConfig, files_digest, versions
+from trainers.runs.folder import RunConfig, versions
 from trainers.runs.metrics import MetricsLog, earlier_records
 from trainers.runs.recipes import Recipe
 from trainers.runs.resume import check_resume, keep_first_defaults
@@ -102,7 +102,8 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
         return code
     if config.export:
         folder = config.folder / "export"
-        export(folder, run.trainer, state, frozen, source.tokenizer_path)
+        dtype = jnp.dtype(config.export_dtype or source.checkpoint.dtype)
+        export(folder, run.trainer, state, frozen, source.tokenizer_path, dtype)
     cli.note(f"report: python train.py report --run {shlex.quote(config.out_dir)}")
     return 0
 
@@ -120,8 +121,7 @@ def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run
     meta = describe(trainer, source, recipe)
     if distributed.several():
         settings = dataclasses.asdict(config) | {"seed": seed}
-        known = {"settings": settings, "checkpoint": files_digest(source.checkpoint.path)}
-        distributed.check_same(versions() | known | meta)
+        distributed.check_same(versions() | {"settings": settings} | meta)
     like = jax.eval_shape(
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
     )
@@ -272,6 +272,7 @@ def describe(trainer: Trainer, source: Source, recipe: Recipe) -> dict[str, Any]
     known = recipe.meta(trainer)
     return {
         "model": dataclasses.asdict(trainer.model.config),
+        "base_weights": source.checkpoint.digest(),
         "tokenizer": tokenizer_digest(source.tokenizer),
         "data": known["data"],
         "train": dataclasses.asdict(trainer.config) | known["train"] | numerics,

@@ -165,7 +165,7 @@ class GGUFFile:
         self.metadata: dict[str, Any] = metadata
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: _dtype(tensor.kind) for name, tensor in tensors.items()}
-        self.description = str(file.path)
+        self.description, self.files = str(file.path), [file.path]
         self._file, self._tensors = file, tensors
 
     def read(self, name: str) -> np.ndarray:

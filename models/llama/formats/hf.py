@@ -276,15 +276,15 @@ class SafetensorsFolder:
         """Reads and checks the index and every header. Raises ArtifactError."""
         self.description = str(folder)
         names = list_folder(folder)
-        self._files: dict[str, SafetensorsFile] = {}
         if SINGLE in names:
             if INDEX in names:
                 message = f"{folder} has both {SINGLE} and {INDEX}: {SINGLE} is used"
                 warnings.warn(message, stacklevel=2)
             file = SafetensorsFile(Path(folder, SINGLE))
-            self._files = dict.fromkeys(file.shapes, file)
+            self._files: dict[str, SafetensorsFile] = dict.fromkeys(file.shapes, file)
         else:
             self._files = _open_shards(Path(folder), names)
+        self.files = sorted({Path(file.description) for file in self._files.values()})
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         self.dtypes = {name: file.dtypes[name] for name, file in self._files.items()}
 

@@ -151,6 +151,7 @@ class MetaFolder:
             lacking = sorted(set(expected or ["consolidated.00.pth"]) - set(names))
             raise ArtifactError(f"{folder} has a gap in its shards: no {', '.join(lacking)}")
         self._shards = [_Shard(Path(folder, name)) for name in names]
+        self.files = [shard.path for shard in self._shards]
         first = self._shards[0].tensors
         for shard in self._shards[1:]:
             if differing := sorted(first.keys() ^ shard.tensors.keys()):
