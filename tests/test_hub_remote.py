@@ -50,8 +50,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         api = path[:2] == ["api", "models"]
         repo = "/".join(path[2:4] if api else path[:2])
         self.server.asked.append("" if api else "/".join(path[4:]))
+        revision = path[5] if path[4:5] == ["revision"] else path[3] if path[2] == "resolve" else ""
+        self.server.revisions.add(revision)
         if repo not in REPOS:
             self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "none"})
+        elif revision == "no-such":
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "none"})
         elif api and path[4:5] == ["tree"]:
             oid = lambda name: hashlib.sha1(name.encode()).hexdigest()
             tree = [dict(path=n, type="file", size=len(n) * 1000, oid=oid(n)) for n in REPOS[repo]]
@@ -89,7 +93,7 @@ def content(name: str) -> bytes:
 @pytest.fixture(scope="module")
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
+        server.asked, server.revisions = [], set()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -162,6 +166,10 @@ def test_fetches_one_kind_of_weights_config_and_tokenizer(fetch, server, repo, n
         ("org/gated", "org/gated is gated: accept its terms on https://huggingface.co/org/gated"),
         ("org/missing", "org/missing is neither a folder here nor a public repository"),
         ("org/a--b", "org/a--b is neither a folder here nor a public repository"),
+        (
+            "org/plain@no-such",
+            "org/plain has no such revision; see https://huggingface.co/org/plain/c",
+        ),
         ("org/gguf", "no weights that .* `hf download org/gguf a-Q4_0.gguf`"),
         ("org/nothing", "has no model.*safetensors and no consolidated"),
         (
@@ -175,6 +183,17 @@ def test_repositories_that_cannot_be_loaded(fetch, repo, message):
     with pytest.raises(ArtifactError, match=message):
         raise ArtifactError(got["what"])
     assert "\n" not in got["what"]
+
+
+@pytest.mark.covers("R46")
+def test_a_revision_is_pinned_and_its_commit_known(fetch, server):
+    server.revisions.clear()
+    folder = Path(fetch("org/plain@v1.0")["what"])
+    assert server.revisions == {"v1.0", "", COMMIT} - {COMMIT} or server.revisions == {"v1.0", ""}
+    assert hub.commit_of(folder) == COMMIT and hub.commit_of(folder.parent) is None
+    for name in ("org/plain@v1.0", f"org/plain@{COMMIT}"):
+        assert fetch(name, HF_HUB_OFFLINE="1")["what"] == str(folder)
+    assert fetch("org/plain", HF_HUB_OFFLINE="1")["what"].startswith("cannot fetch org/plain")
 
 
 def test_no_network_and_nothing_in_the_cache(fetch):

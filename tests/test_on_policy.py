@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from models.llama.lora import LoRAConfig
+from tests import tiny
 from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
@@ -496,6 +497,18 @@ def test_a_step_without_rollouts_is_refused_before_a_model_is_loaded(tmp_path):
             read_run(tmp_path, step)
     with pytest.raises(ArtifactError, match="nowhere"):
         read_run(tmp_path, 2)
+
+
+@pytest.mark.covers("R13")
+def test_replay_from_another_base_is_refused(tmp_path):
+    settings = {"train": {"loss": "dapo", "iterations": 2}, "base_weights": "those of a run"}
+    (tmp_path / "checkpoints").mkdir()
+    settings["source"] = {"ckpt_dir": str(tiny.hf_model("gqa")[0])}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="gqa are not those that .* started from"):
+        read_run(tmp_path, 1)
 
 
 @pytest.mark.covers("N12")

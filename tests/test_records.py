@@ -1,5 +1,7 @@
 """Rows of JSON Lines: all shapes, hostile files, and datasets of the hub with a mocked client."""
 
+import datetime
+import decimal
 import gzip
 import hashlib
 import json
@@ -7,6 +9,7 @@ import re
 import tracemalloc
 
 import httpx
+import pyarrow.parquet
 import pytest
 from huggingface_hub import errors
 from hypothesis import given, settings
@@ -256,11 +259,13 @@ def hub(monkeypatch, write):
     class Hub:
         files, fail, asked = [], None, []
 
-        def list_repo_files(self, repo, *, repo_type):
+        def list_repo_files(self, repo, *, repo_type, revision):
             assert repo_type == "dataset"
+            self.revisions.add(revision)
             return self.answer(repo, self.files)
 
-        def download(self, repo, name, *, repo_type, tqdm_class):
+        def download(self, repo, name, *, repo_type, revision, tqdm_class):
+            self.revisions.add(revision)
             assert repo_type == "dataset" and tqdm_class(total=3).disable
             self.asked.append(name)
             data = json.dumps({"text": name}).encode()
@@ -274,7 +279,7 @@ def hub(monkeypatch, write):
             return what
 
     hub = Hub()
-    hub.asked = []
+    hub.asked, hub.revisions = [], set()
     monkeypatch.setattr(records, "HfApi", lambda: hub)
     monkeypatch.setattr(records, "hf_hub_download", hub.download)
     return hub
@@ -286,6 +291,7 @@ def hub(monkeypatch, write):
         (["README.md", "all.jsonl", "dataset_infos.json"], ["all.jsonl"]),
         (["data/train-1.json", "data/train-0.jsonl.gz", "data/test.jsonl", "dataset_infos.json"],)
         + (["data/train-0.jsonl.gz", "data/train-1.json"],),
+        (["train.parquet", "train.jsonl"], ["train.jsonl"]),
         (["main/train/a.jsonl", "main/test/a.jsonl", "training.jsonl"], ["main/train/a.jsonl"]),
     ],
 )
@@ -302,14 +308,78 @@ def test_hub_file_by_name(hub):
     assert read.rows[0].where == "hf://datasets/org/set/data/x.jsonl:1"
 
 
+@pytest.mark.covers("R46")
+@pytest.mark.parametrize("path", ["org/set@v1.0", "hf://datasets/org/set@v1.0/train.jsonl"])
+def test_hub_revision(hub, path):
+    hub.files = ["train.jsonl"]
+    read = read_records(path)
+    assert hub.revisions == {"v1.0"}
+    assert read.rows[0].where == "hf://datasets/org/set@v1.0/train.jsonl:1"
+
+
+# Parquet ----------------------------------------------------------------------------------------
+
+CHAT = [dict(role="user", content="né"), dict(role="assistant", content="b")]
+TABLES = {
+    "messages": [dict(messages=CHAT * n, source="x", score=n / 2) for n in (1, 2, 3)],
+    "completion": [dict(prompt="a", completion="b"), dict(prompt="日本", completion="\n")],
+    "chats": [dict(prompt=CHAT[:1], completion=CHAT[1:])],
+    "text": [dict(text=str(n), n=n, flag=True, tags=["a", None]) for n in range(600)],
+}
+
+
+@pytest.mark.covers("R45")
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_parquet_are_those_of_json_lines(write, tmp_path, name):
+    table, rows = tmp_path / f"{name}.parquet", TABLES[name]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table, row_group_size=100)
+    lines = write([json.dumps(row).encode() for row in rows], f"{name}.jsonl")
+    ours, theirs = read_records(table), read_records(lines)
+    assert [r.fields for r in ours.rows] == [r.fields for r in theirs.rows]
+    assert [r.kind for r in ours.rows] == [r.kind for r in theirs.rows]
+    assert ours.read == len(rows) and ours.rows[-1].where == f"{table}:{len(rows)}"
+    again = tmp_path / "again"  # told by its content, not by its name
+    again.write_bytes(table.read_bytes())
+    assert read_records(again).digest == ours.digest != theirs.digest
+
+
+@pytest.mark.covers("R45")
+def test_columns_that_json_has_no_type_for_are_text(tmp_path):
+    day = datetime.datetime(2024, 7, 26, 12)
+    row = dict(prompt="a", day=day, price=decimal.Decimal("1.50"), raw=b"ab", none=None)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (read,) = read_records(tmp_path / "a.parquet", kinds=("prompt",)).rows
+    known = dict(day="2024-07-26T12:00:00", price="1.50", raw="ab", none=None)
+    assert read.fields == dict(prompt="a") | known
+
+
+@pytest.mark.covers("R45")
+def test_bad_parquet(tmp_path):
+    table = pyarrow.Table.from_pylist([dict(text="a"), dict(text=None), dict(text="c")])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet:2: the row has no fields"):
+        read_records(tmp_path / "a.parquet")
+    assert len(read_records(tmp_path / "a.parquet", skip_bad=1).rows) == 2
+    whole = (tmp_path / "a.parquet").read_bytes()
+    for n in range(4, len(whole), 7):
+        (tmp_path / "cut.parquet").write_bytes(whole[:n])
+        with pytest.raises(DataError, match="cut.parquet:1: broken Parquet"):
+            read_records(tmp_path / "cut.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([dict(text=b"\xff")]), tmp_path / "b.parquet"
+    )
+    with pytest.raises(DataError, match="b.parquet:1: .*can't decode byte 0xff"):
+        read_records(tmp_path / "b.parquet")
+
+
 def test_hub_without_usable_files(hub):
     hub.files = ["a.jsonl", "b.jsonl"]
     with pytest.raises(
-        DataError, match="2 .jsonl files .* name one: hf://datasets/org/set/a.jsonl"
+        DataError, match="2 .jsonl or .parquet files .* name one: hf://datasets/org/set/a.jsonl"
     ):
         read_records("org/set")
-    hub.files = ["data/train-00000.parquet"]
-    with pytest.raises(DataError, match="0 .jsonl files .* export it to .jsonl first"):
+    hub.files = ["data/train-00000.csv"]
+    with pytest.raises(DataError, match="0 .jsonl or .parquet files .* export it to .jsonl or"):
         read_records("org/set")
 
 

@@ -44,7 +44,7 @@ class DataFlags(Config):
     """A file of rows."""
 
     data: str = field(
-        help='a .jsonl or .jsonl.gz file, or a data set on the hub, of {"messages": […]}, '
+        help='a .jsonl, .jsonl.gz or .parquet file, or a data set on the hub, of {"messages": […]}, '
         '{"prompt": …, "completion": …} or {"text": …}'
     )
     skip_bad: int = field(0, "skip up to this many malformed rows", integer(0))

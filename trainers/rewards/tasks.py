@@ -79,7 +79,7 @@ class TaskFlags(Config):
     task_args: str | None = field(None, "JSON object with the task's own arguments")
     data: str | None = field(
         None,
-        'instead of a task: a .jsonl or .jsonl.gz file of {"prompt": …}; its other fields are '
+        'instead of a task: a .jsonl, .jsonl.gz or .parquet file of {"prompt": …}; its other fields are '
         "columns for the rewards",
     )
     reward: str | None = field(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from models.llama.generation import random_key
+from models.llama.hub import commit_of
 from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model
 from models.llama.model import LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer
@@ -172,6 +173,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
     if distributed.is_first():
         paths = {
             "ckpt_dir": str(run.source.checkpoint.path),
+            "commit": commit_of(run.source.checkpoint.path),
             "tokenizer": str(run.source.tokenizer_path),
         }
         with atomic_file(run.config.folder / "run.json") as file:
