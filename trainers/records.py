@@ -199,8 +199,9 @@ def _table_rows(file: InputFile, name: str, digest: Any) -> Iterator[tuple[int, 
         with pyarrow.parquet.ParquetFile(file.path) as table:
             for batch in table.iter_batches(batch_size=256, use_threads=False):
                 for row in batch.to_pylist():
+                    line = json.dumps(row, default=_as_json, ensure_ascii=False).encode()
                     number += 1
-                    yield number, json.dumps(row, default=_as_json, ensure_ascii=False).encode()
+                    yield number, line
     except (pyarrow.ArrowException, OSError, UnicodeError) as e:
         reason = " ".join(str(e).split())
         raise DataError(
