@@ -8,57 +8,56 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()  # until cli.run: imports make much that stays, and looking at it takes time
 
-import contextlib
 import dataclasses
+import glob
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fire
-import jax
-import readline  # noqa: F401, gives input() line editing and a history
 from rich.markup import escape
 
-from models.llama.chat_format import ChatFormat, chat_format_for
-from models.llama.decoding import GenerationConfig
-from models.llama.generation import Generation, context_length, random_key, stream_text
-from models.llama.load import DecodingModelFlags, Model, load_model
-from models.llama.messages import read_messages
-from models.llama.tokenizer import decode_utf8
+from models.llama.chat_format import chat_format_for
+from models.llama.conversation import SAMPLER, Conversation
+from models.llama.generation import context_length, random_key
+from models.llama.load import DecodingModelFlags, load_model
+from models.llama.messages import read_messages, read_tools
 from sampling import TopP
 from utils import distributed
-from utils.console import cli
 from utils.clock import PhaseClock
-from utils.errors import AltiplanoError, ConfigError, DataError, SamplingError
+from utils.console import cli
+from utils.console.terminal import Answer, Lines
+from utils.errors import AltiplanoError, ConfigError, DataError
 from utils.fields import Config, field, integer, misfit, setting
 from utils.files import atomic_file, read_json
-from utils.kvcache import KVCache
 
 HELP = '''\
 /reset               forget the conversation; the system message stays
-/system TEXT         set the system message (without TEXT: the model's own)
+/system TEXT         set the system message; "" is an empty one; without TEXT: the template's own
 /regen               answer the last message again
+/undo                take back the last message and its answer
 /save FILE           write the conversation to a file
 /load FILE           continue with a saved one
 /set NAME VALUE      change the sampler or max_gen_len; /set alone lists their values
-/help, /quit
-A line that ends in \\ continues in the next one. Lines between two lines of """ are one message,
-which may begin with a /. Ctrl-C stops an answer; at the prompt, press it twice to leave.'''
+/help, /quit, /exit
+A paste of several lines is one message. A line that ends in \\ continues in the next one. Lines between two lines of """ are one message,
+which may begin with a /. Tab completes commands. Ctrl-C stops an answer; at the prompt, press it twice to leave.'''
+
+COMMANDS = sorted(set(re.findall("/[a-z]+", HELP)))
 
 MAX_CONVERSATION_BYTES = 16 << 20
-SAMPLER = TopP(temperature=0.6, top_p=0.9)
-
-# Slots of a new conversation's cache. Each decode step reads all of them, so it starts small.
-MIN_SLOTS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatFlags(Config):
     """A conversation's settings."""
 
-    system: str | None = field(None, "the system message; default: the template's own")
+    system: str | None = field(
+        None, "the system message, empty as well; default: the template's own"
+    )
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates"
     )
@@ -73,136 +72,19 @@ class ChatFlags(Config):
     seed: int = field(0, "the same seed and messages give the same answers", integer(0, 2**32 - 1))
 
 
-class Conversation:
-    """Messages, and the KV cache of those that the model has read.
-
-    Attributes:
-        messages: the system message, if any, then user and assistant in turn.
-        context: tokens of messages and answer together, at most.
-        sampler: may be replaced between answers.
-        max_gen_len: tokens per answer, at most.
-        dropped: messages, the oldest ones, that the last answer left out for lack of room.
-        answer_tokens: tokens of the last answer.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        format: ChatFormat,
-        context: int,
-        key: jax.Array,
-        sampler: TopP = SAMPLER,
-        max_gen_len: int | None = None,
-    ):
-        self._model, self._format, self._key = model, format, key
-        self._cache: KVCache | None = None
-        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
-        self._answers = 0
-        self.messages: list[dict[str, str]] = []
-        self.context = context
-        self.sampler = sampler
-        self.max_gen_len = min(512, context // 2) if max_gen_len is None else max_gen_len
-        self.dropped = self.answer_tokens = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached)
-
-    def reset(self) -> None:
-        """Forgets all messages but the system's."""
-        self.messages = [m for m in self.messages if m["role"] == "system"]
-
-    def set_system(self, text: str) -> None:
-        """Sets the system message; an empty one leaves it to the template."""
-        others = [m for m in self.messages if m["role"] != "system"]
-        self.messages = [{"role": "system", "content": text}] * bool(text) + others
-
-    def answer(self, text: str) -> Iterator[str]:
-        """Yields the answer to a user's message as it comes.
-
-        A caller that stops early keeps the message and the answer so far in the conversation; an
-        error leaves it as it was.
-        """
-        return self._answer([*self.messages, {"role": "user", "content": text}])
-
-    def regenerate(self) -> Iterator[str]:
-        """Answers the last user message again; see `answer`."""
-        users = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-        if not users:
-            raise DataError("there is no message to answer again")
-        return self._answer(self.messages[: users[-1] + 1])
-
-    def _answer(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        messages, ids = self._fit(messages)
-        said = ""
-        with contextlib.suppress(GeneratorExit):  # a caller that stops keeps what was said
-            for piece in self._generate(ids):
-                said += piece
-                yield piece
-        self.messages = [*messages, {"role": "assistant", "content": said}]
-
-    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
-        """(messages, their tokens), without the oldest turns if an answer needs their room."""
-        self.dropped = 0
-        while True:
-            ids = self._format.encode_chat(messages)
-            if len(ids) + self.max_gen_len <= self.context:
-                return messages, ids
-            start = int(messages[0]["role"] == "system")
-            users = [i for i, m in enumerate(messages) if m["role"] == "user" and i > start]
-            if not users:
-                raise SamplingError(
-                    f"the message takes {len(ids)} tokens and an answer {self.max_gen_len}: that "
-                    f"exceeds the context of {self.context}; shorten it or /set max_gen_len"
-                )
-            self.dropped += users[0] - start
-            messages = messages[:start] + messages[users[0] :]
-
-    def _generate(self, ids: list[int]) -> Iterator[str]:
-        # At least one token has to be read.
-        kept = len(os.path.commonprefix([ids[:-1], self._cached]))
-        # The cache is donated: after an error nobody knows what is in it.
-        cache, self._cache, self._cached = self._cache, None, []
-        if cache is not None:
-            cache = cache.replace(lengths=cache.lengths * 0 + kept)
-        tokenizer = self._model.tokenizer.answers
-        config = GenerationConfig(
-            max_new_tokens=self.max_gen_len,
-            max_seq_len=self.context,
-            stop_ids=tokenizer.stop_ids,
-            vocab_limit=self._model.vocab_limit,
-        )
-        run = Generation(self._model.llama, self._model.params, self.sampler, config)
-        # A key per row: one that depended on the ids read here would depend on the cache.
-        key = jax.random.fold_in(self._key, self._answers)[None]
-        self._answers += 1
-        # A larger cache compiles again, so it doubles.
-        room = max(MIN_SLOTS, 1 << (len(ids) + self.max_gen_len - 1).bit_length())
-        run.start([ids[kept:]], key=key, cache=cache, room=min(room, self.context))
-        with contextlib.suppress(GeneratorExit):
-            yield from stream_text(run, tokenizer)
-        completion = run.completions().row(0)
-        self.answer_tokens = len(completion)
-        self._cache = run.state.cache
-        self._cached = (ids + completion)[: int(self._cache.lengths[0])]
-
-
 class Terminal:
     """Reads lines, runs commands, prints answers. With stdin piped, an error ends it."""
 
-    def __init__(self, conversation: Conversation, signals: cli.Signals):
-        self._chat, self._signals = conversation, signals
+    def __init__(self, conversation: Conversation, lines: Lines, signals: cli.Signals):
+        self._chat, self._lines, self._signals = conversation, lines, signals
         self._clock = PhaseClock(tracing=True)
-        self._interactive = sys.stdin is not None and sys.stdin.isatty()
-        self._lines = 0
 
     def loop(self) -> None:
         """Runs until /quit or the end of the input."""
         while (read := self._read()) is not None:
             text, is_command = read
             try:
-                if is_command and text.split()[0] == "/quit":
+                if is_command and text.split()[0] in ("/quit", "/exit"):
                     return
                 elif is_command:
                     name, rest = (*text.split(maxsplit=1), "")[:2]
@@ -210,7 +92,7 @@ class Terminal:
                 elif text.strip():
                     self._say(self._chat.answer(text))
             except AltiplanoError as e:
-                if not self._interactive:
+                if not self._lines.interactive:
                     raise
                 cli.say(str(e))
 
@@ -220,70 +102,37 @@ class Terminal:
         interrupted = False
         while True:
             try:
-                return self._read_lines()
+                return self._lines.read()
             except EOFError:
-                if self._interactive:
+                if self._lines.interactive:
                     cli.stderr.print()
                 return None
             except DataError as e:
-                if not self._interactive:
+                if not self._lines.interactive:
                     raise
                 cli.say(str(e))
             except KeyboardInterrupt:
-                if interrupted or not self._interactive:
+                if interrupted or not self._lines.interactive:
                     raise
                 interrupted = True
                 cli.stderr.print("\n[dim]press Ctrl-C again or type /quit to leave[/]")
 
-    def _read_lines(self) -> tuple[str, bool]:
-        text = self._line("> ")
-        block = text.strip() == '"""'
-        lines = [] if block else [text]
-        # The end of the input ends a message too.
-        with contextlib.suppress(EOFError):
-            if block:
-                while (line := self._line(". ")).strip() != '"""':
-                    lines.append(line)
-            else:
-                while lines[-1].endswith("\\"):
-                    lines[-1] = lines[-1][:-1]
-                    lines.append(self._line(". "))
-        return "\n".join(lines), text.startswith("/")
-
-    def _line(self, prompt: str) -> str:
-        """The next line. Raises EOFError at the end, DataError if it is not text, or huge."""
-        self._lines += 1
-        if self._interactive:
-            if not sys.stdout.isatty():  # input() would write the prompt there, between answers
-                cli.stderr.print(prompt, end="")
-                prompt = ""
-            try:
-                return input(prompt)
-            except UnicodeDecodeError as e:
-                raise DataError(f"the line is not UTF-8: byte {e.object[e.start]:#04x}") from e
-        where, limit = f"line {self._lines} of stdin", cli.MAX_STDIN_BYTES
-        data = b"" if sys.stdin is None else sys.stdin.buffer.readline(limit + 1)
-        if not data:
-            raise EOFError
-        if len(data) > limit:
-            raise DataError(f"{where} has over {limit} bytes, too many for a message")
-        return decode_utf8(data, where).removesuffix("\n").removesuffix("\r")
-
     def _say(self, pieces: Iterator[str]) -> None:
         """Prints an answer as it comes; Ctrl-C stops it, and the conversation goes on."""
         self._signals.set(leave_at=2)
-        with cli.busy("reading"):
+        with cli.busy("reading; new lengths compile first"):
             first = next(pieces)
+        answer = Answer()
         try:
             with self._clock("answer"):
-                cli.write(first)
+                answer.write(first)
                 for piece in pieces if not self._signals.count else ():
-                    cli.write(piece)
+                    answer.write(piece)
                     if self._signals.count:
                         break
         finally:
             pieces.close()
-            cli.write("\n")
+            answer.write("\n")
         self._status(self._clock.take().busy("answer"), stopped=self._signals.count > 0)
 
     def _status(self, seconds: float, stopped: bool) -> None:
@@ -291,7 +140,7 @@ class Terminal:
         if chat.dropped:
             dropped = f"dropped the oldest {chat.dropped} messages"
             cli.stderr.print(f"[dim]the context is full: {dropped}[/]")
-        if self._interactive:
+        if self._lines.interactive:
             n = chat.answer_tokens
             cli.stderr.print(
                 f"[dim]{'stopped; ' * stopped}{n} tokens, {max(n - 1, 0) / seconds:.1f} tok/s; "
@@ -302,45 +151,72 @@ class Terminal:
         chat = self._chat
         if name == "/reset":
             chat.reset()
+            self._note("the conversation is forgotten; the system message stays")
+        elif name == "/undo":
+            self._note(f"taken back, with its answer: {chat.undo()!r:.60}")
         elif name == "/system":
-            chat.set_system(rest)
+            chat.set_system("" if rest == '""' else rest or None)
+            owner = "yours" if rest else "the template's own"
+            self._note(f"the system message is {owner} from the next answer on")
         elif name == "/regen":
             self._say(chat.regenerate())
         elif name == "/save":
-            _save(rest, chat.messages)
+            _save(rest, chat)
         elif name == "/load":
-            chat.messages = _load(rest)
+            _load(rest, chat)
+            self._note(f"{len(chat.messages)} messages read from {rest}")
         elif name == "/set":
             _set(chat, rest.split())
+            self._note(f"{' is '.join(rest.split())}" * bool(rest))
         elif name == "/help":
             cli.stderr.print(escape(HELP))
         else:
             raise ConfigError(f"unknown command {name:.80}; /help lists them")
 
+    def _note(self, said: str) -> None:
+        """Says to a person what a command did."""
+        if said and self._lines.interactive:
+            cli.note(said)
 
-def _save(path: str, messages: list[dict[str, str]]) -> None:
+
+def _complete(words: list[str], text: str) -> Sequence[str]:
+    """Tab's proposals for the word after some words of a line."""
+    if words and words[0] in ("/load", "/save"):
+        return sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
+    known = {(): COMMANDS, ("/set",): _settings()}.get(tuple(words), ())
+    return [f"{name} " for name in known if name.startswith(text)] * bool(words or text)
+
+
+def _settings() -> dict[str, dataclasses.Field]:
+    """The fields that /set changes."""
+    settings = {f.name: f for f in dataclasses.fields(TopP)}
+    return settings | {f.name: f for f in dataclasses.fields(ChatFlags) if f.name == "max_gen_len"}
+
+
+def _save(path: str, chat: Conversation) -> None:
     if not path:
         raise ConfigError("/save needs a file")
+    said = {"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {})
     try:
         with atomic_file(Path(path).expanduser()) as f:
-            f.write(json.dumps({"messages": messages}, ensure_ascii=False, indent=1).encode())
+            f.write(json.dumps(said, ensure_ascii=False, indent=1).encode())
     except OSError as e:
         raise DataError(f"cannot write {path}: {e.strerror}") from e
-    cli.say(f"{len(messages)} messages written to {path}", kind="")
+    cli.say(f"{len(chat.messages)} messages written to {path}", kind="")
 
 
-def _load(path: str) -> list[dict[str, str]]:
+def _load(path: str, chat: Conversation) -> None:
     if not path:
         raise ConfigError("/load needs a file")
     file = Path(path).expanduser()
-    messages = read_json(file, max_bytes=MAX_CONVERSATION_BYTES, error=DataError).get("messages")
-    return messages if messages == [] else read_messages(messages)
+    said = read_json(file, max_bytes=MAX_CONVERSATION_BYTES, error=DataError)
+    messages, tools = said.get("messages"), read_tools(said.get("tools"))
+    chat.messages, chat.tools = messages if messages == [] else read_messages(messages), tools
 
 
 def _set(chat: Conversation, words: list[str]) -> None:
     """/set NAME VALUE, or /set to list; raises ConfigError and changes nothing if it is wrong."""
-    settings = {f.name: f for f in dataclasses.fields(chat.sampler)}
-    settings |= {f.name: f for f in dataclasses.fields(ChatFlags) if f.name == "max_gen_len"}
+    settings = _settings()
     if not words:
         for name, f in settings.items():
             value = getattr(chat.sampler, name, chat.max_gen_len)
@@ -367,16 +243,18 @@ def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags)
     """
     signals = cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
-    with cli.progress() as report:
-        loaded = load_model(model, progress=report, say=cli.note)
-    context = context_length(loaded.llama.config, chat.max_seq_len)
-    format = chat_format_for(loaded.tokenizer, chat.chat_format)
-    key = random_key(chat.seed)
-    conversation = Conversation(loaded, format, context, key, sampler, chat.max_gen_len)
-    conversation.set_system(chat.system or "")
-    if sys.stdin is not None and sys.stdin.isatty():
-        cli.stderr.print(f"[dim]{escape(model.ckpt_dir)} · /help lists the commands[/]")
-    Terminal(conversation, signals).loop()
+    with Lines(COMMANDS, _complete) as lines:
+        signals.leaving = lines.restore
+        with cli.progress() as report:
+            loaded = load_model(model, progress=report, say=cli.note)
+        context = context_length(loaded.llama.config, chat.max_seq_len)
+        format = chat_format_for(loaded.tokenizer, chat.chat_format)
+        key = random_key(chat.seed)
+        conversation = Conversation(loaded, format, context, key, sampler, chat.max_gen_len)
+        conversation.set_system(chat.system)
+        if lines.interactive:
+            cli.stderr.print(f"[dim]{escape(model.ckpt_dir)} · /help lists the commands[/]")
+        Terminal(conversation, lines, signals).loop()
 
 
 def check_alone() -> None:

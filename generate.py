@@ -8,38 +8,52 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()  # until cli.run: imports make much that stays, and looking at it takes time
 
+import contextlib
 import dataclasses
 import json as jsonlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from models.llama.chat_format import chat_format_for
-from models.llama.decoding import Completions, GenerationConfig
-from models.llama.generation import (
-    Generation,
-    context_length,
-    finish,
-    generate,
-    random_key,
-    stream,
-    stream_text,
-)
+from models.llama.decoding import Completions, GenerationConfig, cache_dtype
+from models.llama.generation import Generation, context_length, finish, generate, plan_buffers
+from models.llama.generation import random_key, stream, stream_text
+from models.llama.hub import local_models
 from models.llama.load import DecodingModelFlags, Model, load_model
+from models.llama.messages import Message, Tools, read_prompt
+from models.llama.model import cache_shape
 from models.llama.tokenizer import Tokenizer, decode_utf8, plain_prompt
 from sampling import TopP
-from utils import memory
+from utils import distributed, memory
 from utils.console import cli
 from utils.clock import PhaseClock
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError, DataError, SamplingError
 from utils.fields import Config, field, integer
 from utils.files import InputFile, parse_json
 
 __all__ = ["Completions", "GenerationConfig", "generate", "stream"]
 
 DEFAULT_QUESTION = "What is the capital of France?"
+
+# Rows of a batch at most: those of a file come out batch by batch.
+MAX_ROWS = 64
+
+
+class Prompt(NamedTuple):
+    """A text or a conversation, and the place in a file where it stands; "" for the only one."""
+
+    content: str | list[Message]
+    where: str = ""
+    tools: Tools | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation, a list of messages."""
+        return not isinstance(self.content, str)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +64,16 @@ class PromptFlags(Config):
         None, "the text to complete; default: stdin, or a question if stdin is empty"
     )
     prompts_file: str | None = field(
-        None, 'a file with one prompt per line; or .jsonl with objects {"prompt": …}'
+        None,
+        'a file with one prompt per line; or .jsonl with objects {"prompt": …} or '
+        '{"messages": […]}; completed in batches that fit the memory',
     )
     chat: bool = field(
         False, "the prompt is a user's message, written in the checkpoint's chat template"
     )
-    system: str | None = field(None, "the system message, with --chat")
+    system: str | None = field(
+        None, "the system message, empty as well, with --chat; default: the template's own"
+    )
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates, with --chat"
     )
@@ -68,47 +86,72 @@ class PromptFlags(Config):
         both = self.prompt is not None and self.prompts_file is not None
         return super().problems() + ["pass --prompt or --prompts_file, not both"] * both
 
-    def read(self) -> tuple[list[str], bool]:
+    def read(self) -> tuple[list[Prompt], bool]:
         """(the prompts, whether they are messages of a chat), from the flags, a file or stdin."""
-        texts, chat = [self.prompt], self.chat
         if self.prompts_file is not None:
-            texts = _read_prompts_file(self.prompts_file)
-        elif self.prompt is None:
-            texts = [_read_stdin().removesuffix("\n")]
-            if not texts[0].strip():
+            prompts, chat = _read_prompts_file(self.prompts_file), self.chat
+        else:
+            text, chat = self.prompt, self.chat
+            if text is None:
+                text = _read_stdin().removesuffix("\n")
+            if self.prompt is None and not text.strip():
                 cli.say(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)", "")
-                texts, chat = [DEFAULT_QUESTION], True
-        if not chat and (self.system is not None or self.chat_format is not None):
+                text, chat = DEFAULT_QUESTION, True
+            prompts = [Prompt(text)]
+        if not (chat or any(p.is_chat for p in prompts)) and (
+            self.system is not None or self.chat_format is not None
+        ):
             raise ConfigError("--system and --chat_format need --chat")
-        return texts, chat
+        return prompts, chat
 
-    def encode(self, texts: Sequence[str], chat: bool, tokenizer: Tokenizer) -> list[list[int]]:
-        """The token ids of each prompt, or of the conversation that it starts."""
-        if not chat:
-            return [plain_prompt(text, tokenizer, self.markup) for text in texts]
-        form = chat_format_for(tokenizer, self.chat_format)
-        before = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [form.encode_chat([*before, {"role": "user", "content": text}]) for text in texts]
+    def encode(self, prompts: Sequence[Prompt], chat: bool, tokenizer: Tokenizer):
+        """The token ids of each prompt, or of the conversation that it is or starts."""
+        chats = chat or any(p.is_chat for p in prompts)
+        form = chat_format_for(tokenizer, self.chat_format) if chats else None
+        ids = []
+        for content, where, tools in prompts:
+            with _errors_at(where):
+                if isinstance(content, str) and not chat:
+                    ids.append(plain_prompt(content, tokenizer, self.markup))
+                else:
+                    ids.append(form.encode_chat(self._conversation(content), tools=tools))
+        return ids
+
+    def _conversation(self, content: str | list[Message]) -> list[Message]:
+        """Messages, with --system before those that have no system message of their own."""
+        said = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        if self.system is None or said[0]["role"] == "system":
+            return said
+        return [{"role": "system", "content": self.system}, *said]
 
 
-def _read_prompts_file(path: str) -> list[str]:
+def _read_prompts_file(path: str) -> list[Prompt]:
     file = InputFile(path, DataError)
     text = decode_utf8(bytes(file.read(0, file.size)), path)
     # Not splitlines(): a line may hold U+2028 and the like, JSON's strings too.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    prompts = [Prompt(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
         raise DataError(f"{path} has no prompts: expected one per line")
-    if Path(path).suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_of(line, f"{path}:{number}") for number, line in numbered]
+    if Path(path).suffix == ".jsonl":
+        return [_row(*p) for p in prompts]
+    return prompts
 
 
-def _prompt_of(line: str, where: str) -> str:
-    value = parse_json(line.encode(), where, DataError).get("prompt")
-    if not isinstance(value, str):
-        raise DataError(f'{where}: expected {{"prompt": "…"}}, got prompt={value!r:.80}')
-    return value
+def _row(line: str, where: str, _: None) -> Prompt:
+    row = parse_json(line.encode(), where, DataError)
+    with _errors_at(where):
+        content, tools = read_prompt(row)
+    return Prompt(content, where, tools)
+
+
+@contextlib.contextmanager
+def _errors_at(where: str) -> Iterator[None]:
+    """Errors of a prompt begin with its place."""
+    try:
+        yield
+    except (DataError, SamplingError) as e:
+        raise type(e)(f"{where}: {e}" if where else str(e)) from e
 
 
 def _read_stdin() -> str:
@@ -128,6 +171,9 @@ class OutputFlags(Config):
 
     json: bool = field(False, "one JSON object per completion")
     logprobs: bool = field(False, "each token's log-probability, in the JSON")
+    list_models: bool = field(
+        False, "list the models that are on this machine, with their sizes, and end", flag="list"
+    )
 
     def problems(self) -> list[str]:
         alone = self.logprobs and not self.json
@@ -148,39 +194,42 @@ def main(
 
     Example: python generate.py --prompt "Once upon a time" --max_gen_len 50
     """
+    if output.list_models:
+        return _list_models()
     clock, signals = PhaseClock(tracing=True), cli.Signals(raises=True, leave_at=2)
     cli.keep_compilations()
-    texts, chat = prompts.read()
+    asked, chat = prompts.read()
     with cli.progress() as report:
         loaded = load_model(model, progress=report, say=cli.note)
-    ids = prompts.encode(texts, chat, loaded.tokenizer)
-    if chat:
-        loaded = dataclasses.replace(loaded, tokenizer=loaded.tokenizer.answers)
+    ids = prompts.encode(asked, chat, loaded.tokenizer)
+    if chat or any(p.is_chat for p in asked):
+        loaded = loaded._replace(tokenizer=loaded.tokenizer.answers)
     signals.set()
-    run = Generation(loaded.llama, loaded.params, sampler, _complete(generation, loaded, ids))
-    with clock("prompt"), cli.busy("reading the prompt"):
-        run.start(ids, key=random_key(prompts.seed))
-    with clock("completion"):
-        if run.rows == 1 and not output.json:
-            for piece in stream_text(run, loaded.tokenizer):
-                cli.write(piece)
-            cli.write("\n")
-        else:
-            done = _finish_with_progress(run, loaded.tokenizer)
-            said = [done.text(i, loaded.tokenizer) for i in range(run.rows)]
-            rows = _json_rows(texts, ids, done, said, output.logprobs) if output.json else said
-            for row in rows:
-                cli.write(row + "\n")
-    lap = clock.take()
-    n_prompt, n_tokens = sum(map(len, ids)), int(run.completions().lengths.sum())
+    config, key = _complete(generation, loaded, ids), random_key(prompts.seed)
+    run = Generation(loaded.llama, loaded.params, sampler, config)
+    n_tokens = cache = 0
+    for part in _batches(run, asked, ids):
+        run.state = None  # one batch's cache goes before the next one's comes
+        with clock("prompt"), cli.busy("reading the prompt; new lengths compile first"):
+            run.start(ids[part], key=key)
+        with clock("completion"):
+            _write(run, loaded.tokenizer, asked[part], ids[part], output)
+        n_tokens += int(run.completions().lengths.sum())
+        cache = max(cache, memory.tree_bytes(run.state.cache))
+    lap, n_prompt, n_rows = clock.take(), sum(map(len, ids)), len(ids) * config.n
     cli.stderr.print(
         f"{n_prompt} prompt tokens, {n_prompt / lap.busy('prompt'):.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
-        f"{n_tokens} tokens, {max(n_tokens - run.rows, 0) / lap.busy('completion'):.1f} tok/s; "
+        f"{n_tokens} tokens, {max(n_tokens - n_rows, 0) / lap.busy('completion'):.1f} tok/s; "
         f"weights {memory.human(memory.tree_bytes(loaded.params))}, "
-        f"KV cache {memory.human(memory.tree_bytes(run.state.cache))}; "
-        f"compiled in {sum(lap.compiling.values()):.1f} s"
+        f"KV cache {memory.human(cache)}; compiled in {sum(lap.compiling.values()):.1f} s"
     )
+
+
+def _list_models() -> None:
+    for name, size, place in local_models():
+        place = place or "fetched when it is first asked for"
+        cli.write(f"{name:<40} {memory.human(size):>7}  {place}\n")
 
 
 def _complete(
@@ -201,10 +250,63 @@ def _complete(
     )
 
 
-def _finish_with_progress(run: Generation, tokenizer: Tokenizer) -> Completions:
+def _batches(
+    run: Generation, asked: Sequence[Prompt], ids: Sequence[Sequence[int]]
+) -> Iterator[slice]:
+    """The prompts in order, as many at once as fit half of the free memory.
+
+    Raises SamplingError, before anything is computed, for one that the model cannot complete.
+    """
+    limits = [_limit(run, *pair) for pair in zip(asked, ids)]
+    room = distributed.from_first(memory.free_bytes)  # one number for all processes
+    start = 0
+    for end in range(1, len(ids) + 1):
+        more = slice(start, end + 1)
+        rows = (end + 1 - start) * run.config.n
+        fits = room is None or _bytes(run, ids[more], limits[more]) <= room / 2
+        if end == len(ids) or rows > MAX_ROWS or not fits:
+            yield slice(start, end)
+            start = end
+
+
+def _limit(run: Generation, prompt: Prompt, ids: Sequence[int]) -> int:
+    with _errors_at(prompt.where):
+        return int(run.limits([ids], np.zeros(1, np.int32))[0])
+
+
+def _bytes(run: Generation, ids: Sequence[Sequence[int]], limits: Sequence[int]) -> int:
+    """Bytes that a batch needs: its cache, its logits, and a layer of its prompts' activations."""
+    c, rows, held = run.model.config, len(ids) * run.config.n, np.zeros(len(ids), np.int32)
+    lengths = np.asarray([len(row) for row in ids])
+    width, capacity = plan_buffers(run.config, held, lengths, np.asarray(limits), 1)
+    cache = memory.cache_bytes(cache_shape(c, rows, capacity), c.n_layers, cache_dtype(run.params))
+    layer = len(ids) * width * (8 * c.dim + 3 * c.ffn_dim)
+    return cache + 4 * (layer + 4 * rows * c.vocab_size)
+
+
+def _write(
+    run: Generation,
+    tokenizer: Tokenizer,
+    asked: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
+    output: OutputFlags,
+) -> None:
+    """Decodes a started batch to its end, and writes its completions."""
+    if run.rows == 1 and not output.json:
+        for piece in stream_text(run, tokenizer):
+            cli.write(piece)
+        return cli.write("\n")
     total = int(np.asarray(run.state.limits_R).sum())
     with cli.progress() as report:
-        return finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
+        done = finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
+    rows = said = [done.text(i, tokenizer) for i in range(run.rows)]
+    if output.json:
+        rows = _json_rows([p.content for p in asked], ids, done, said, output.logprobs)
+    for i, row in enumerate(rows):
+        if sys.stdout.isatty() and not output.json:  # where does a text end?
+            sample = f"{i % run.config.n + 1} of {run.config.n}" * (run.config.n > 1)
+            cli.note(f"── {asked[i // run.config.n].where} {sample}")
+        cli.write(row + "\n")
 
 
 def _json_rows(prompts, ids, done: Completions, texts: list[str], logprobs: bool) -> Iterator[str]:

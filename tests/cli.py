@@ -58,13 +58,13 @@ def checkpoint(context: int = 256, layers: int = 1) -> Path:
 
 
 def environment(optimized: bool = False) -> dict[str, str]:
-    """The caller's, with a cache folder of the tests' own that keeps compiled programs.
+    """The caller's, with a folder of the tests' own for compiled programs and chat's history.
 
     Args:
         optimized: whether XLA shall optimise: it costs a tiny model more time than it saves.
     """
-    cache = {"XDG_CACHE_HOME": str(tiny.cache_dir() / "xdg")}
-    return os.environ | compiling.environment(optimized) | cache
+    folders = {f"XDG_{kind}_HOME": str(tiny.cache_dir() / "xdg") for kind in ("CACHE", "STATE")}
+    return os.environ | compiling.environment(optimized) | folders
 
 
 def share_default_model(path: Path) -> None:

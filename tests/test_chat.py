@@ -1,6 +1,7 @@
 """chat.py: the conversation and its cache, in this process; the program, by pipe and by terminal."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -8,20 +9,22 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import jax
 import pytest
 
 import sampling
-from chat import Conversation
 from generate import DEFAULT_QUESTION
 from models.llama.chat_format import chat_format_for
+from models.llama.conversation import Conversation
 from models.llama.generation import Generation
 from models.llama.load import Model, load_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
+from utils.console.terminal import Answer
 from utils.errors import DataError, SamplingError
 
 TINY = ["--ckpt_dir", str(cli.checkpoint()), "--max_gen_len", "12", "--temperature", "0"]
@@ -106,7 +109,7 @@ def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_rig
     fresh = conversation()
     fresh.set_system("abd")
     assert ask(fresh, "one") == other
-    chat.set_system("")
+    chat.set_system(None)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
 
@@ -218,6 +221,36 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(passes):
     assert ask(fresh, "two") == answer
 
 
+@pytest.mark.covers("R37")
+def test_an_empty_system_message_is_a_message(tmp_path):
+    for args, typed, empty in (
+        ([], "", False),
+        (["--system", ""], "", True),
+        ([], '/system ""\n', True),
+        (["--system", "x"], "/system\n", False),
+    ):
+        file = tmp_path / "said.json"
+        cli.inside("chat.py", *TINY, *args, input=f"{typed}one\n/save {file}\n")
+        messages = json.loads(file.read_text())["messages"]
+        assert messages[:-2] == [{"role": "system", "content": ""}] * empty
+        by_generate = cli.inside("generate.py", *TINY, "--chat", "--prompt=one", "--json", *args)
+        if not typed:
+            ids = json.loads(by_generate.stdout)["prompt_tokens"]
+            assert ids == encode(messages[:-1])
+
+
+def test_a_message_can_be_taken_back():
+    chat = conversation()
+    chat.messages = [{"role": "system", "content": "x"}]
+    ask(chat, "one")
+    before = list(chat.messages)
+    ask(chat, "two")
+    assert chat.undo() == "two" and chat.messages == before
+    assert chat.undo() == "one" and len(chat.messages) == 1
+    with pytest.raises(DataError, match="no message"):
+        chat.undo()
+
+
 # The program, with stdin piped ------------------------------------------------------------------
 
 
@@ -256,7 +289,7 @@ def test_messages_and_commands_by_pipe(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.covers("B9", "C13")
+@pytest.mark.covers("B9", "C13", "N10")
 def test_an_error_ends_a_piped_chat_with_its_code():
     cases = [
         ("/nonsense\n", 2, "unknown command /nonsense; /help lists them"),
@@ -310,17 +343,17 @@ def test_interrupt_stops_a_piped_answer_and_the_conversation_goes_on():
 class TerminalOf:
     """A program in a pseudo-terminal of its own, and what it has shown so far."""
 
-    def __init__(self, *args, environment):
+    def __init__(self, *command, environment):
         self.fd, inside = os.openpty()
+        self.settings = termios.tcgetattr(inside)
         # A process becomes the leader of its terminal after the fork, so it needs a helper.
         lead = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", lead, str(inside), *cli.command("chat.py", *args)],
+            [sys.executable, "-c", lead, str(inside), *command],
             pass_fds=[inside],
             env=environment | {"TERM": "xterm", "COLUMNS": "200"},
         )
-        os.close(inside)
-        self.text = ""
+        self.inside, self.text = inside, ""
 
     def wait_for(self, pattern, seconds=90):
         """Reads on until the text since the last call matches; returns that text."""
@@ -337,34 +370,52 @@ class TerminalOf:
         os.write(self.fd, text.encode())
 
     def wait_for_end(self):
-        """The exit code."""
+        """The exit code; the terminal has to be as it was."""
         while select.select([self.fd], [], [], 30)[0]:
             try:
                 self.text += os.read(self.fd, 65536).decode(errors="replace")
             except OSError:  # the other end is closed
                 break
-        return self.process.wait(30)
+        code = self.process.wait(30)
+        assert termios.tcgetattr(self.inside) == self.settings
+        os.close(self.inside)
+        return code
 
 
 STATUS = r"(\d+) tokens, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
 
 
-@pytest.mark.covers("C11")
-def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
-    terminal = TerminalOf(*ENDLESS, environment=cli.environment())
+@pytest.mark.covers("C11", "R40", "N6", "N7")
+def test_a_conversation_in_a_terminal(tmp_path):
+    home = {"XDG_STATE_HOME": str(tmp_path)}
+    terminal = TerminalOf(*cli.command("chat.py", *ENDLESS), environment=cli.environment() | home)
     terminal.wait_for("> $")
     terminal.type("hello\n")
     terminal.wait_for("[!-~]{120}")
+    terminal.type("typed in advance")
     terminal.type("\x03")
-    shown = terminal.wait_for("> $")
+    shown = terminal.wait_for("> typed in advance$")
     assert re.search("stopped; " + STATUS, shown)
-    terminal.type("/set max_gen_len 4\n")
+    assert shown.count("advance") == 1 and "^C" not in shown
+    terminal.type("\x15/set max_gen_len 4\n")
+    assert "max_gen_len is 4" in terminal.wait_for("4\r\n.*> $")
+    pastes = ("one\ntwo\n\n/three", "\x1b[200~/* one */\n  two\n\x1b[201~", "a\\\nb\nc")
+    for paste in pastes:
+        terminal.type(paste)
+        terminal.type("\n")
+        assert len(re.findall(STATUS, terminal.wait_for(STATUS + "(?s:.)*> $"))) == 1
+    terminal.type(f"/save {tmp_path / 'said.json'}\n")
     terminal.wait_for("> $")
+    messages = json.loads((tmp_path / "said.json").read_text())["messages"]
+    said = [m["content"] for m in messages if m["role"] == "user"]
+    assert said == ["hello", "one\ntwo\n\n/three", "/* one */\n  two", "a\\\nb\nc"]
+    terminal.type("/und\t\n")
+    assert "taken back, with its answer: 'a" in terminal.wait_for("> $")
     terminal.type("again\n")
     count, used, context = re.search(STATUS, terminal.wait_for("> $")).groups()
     assert int(count) <= 4 and int(used) > 100 and context == "32768"
     terminal.type("/bad\n")
-    assert "error: unknown command /bad" in terminal.wait_for("> $")
+    assert "\x1b[31merror: unknown command /bad" in terminal.wait_for("> $")
     terminal.type("half a line\x03")
     assert "type /quit to leave" in terminal.wait_for("> $")
     terminal.type("\x1b[A\x1b[A\n")  # cursor up twice, in the history: "again"
@@ -374,13 +425,71 @@ def test_interrupt_in_a_terminal_stops_the_answer_and_twice_leaves():
     terminal.type("\x03")
     assert terminal.wait_for_end() == 130
     assert "Traceback" not in terminal.text
+    history = tmp_path / "altiplano" / "chat_history"
+    assert history.stat().st_mode & 0o777 == 0o600 and "hello\n" in history.read_text()
+
+
+@pytest.mark.covers("N6")
+def test_the_terminal_is_restored_on_every_way_out():
+    """Where a signal ends the process at once, too, and by an error."""
+    program = """if True:
+        import os, signal, sys, time
+        from utils.console import cli
+        from utils.console.terminal import Lines
+        with Lines([], print) as lines:
+            signals = cli.Signals(leave_at=2)
+            signals.leaving = lines.restore
+            print("ready", flush=True)
+            sys.argv[1] == "error" and 1 / 0
+            time.sleep(60)
+    """
+    ways = {"\x03\x03": 130, "\x1c": 128 + signal.SIGQUIT, "term": 128 + signal.SIGTERM, "error": 1}
+    terminals = {
+        way: TerminalOf(sys.executable, "-c", program, way[:5], environment=cli.environment())
+        for way in ways
+    }
+    for way, terminal in terminals.items():
+        terminal.wait_for("ready")
+        if way == "term":
+            terminal.process.terminate()
+        for key in way if len(way) < 3 else ():
+            terminal.type(key)
+        assert terminal.wait_for_end() == ways[way]
+
+
+def test_an_answer_breaks_its_lines_between_words(monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Screen())
+    answer, text = Answer(), "Once upon a time, in\n\na " + "very" * 9 + " long 世界 land far away."
+    for i in range(0, len(text), 3):
+        answer.write(text[i : i + 3])
+    lines = [[]]
+    for code, back, c in re.findall(r"(\x1b\[(\d+)D\x1b\[K)|((?s:.))", sys.stdout.getvalue()):
+        if code:  # the cells of a word that moves
+            del lines[-1][-int(back) :]
+        elif c == "\n":
+            lines.append([])
+        else:
+            lines[-1].append(c)
+    shown = ["".join(line) for line in lines]
+    assert shown[:3] == ["Once upon a", "time, in", ""]
+    # A word longer than half a line is not moved.
+    assert shown[3:7] == ["a veryveryv", "eryveryvery", "veryveryver", "yvery long "]
+    assert shown[7:] == ["世界 land ", "far away."]
 
 
 def test_three_turns_with_the_default_model(default_model_path):
     cli.share_default_model(default_model_path)
     # A cache of as many slots as generate.py takes for the first question: one compilation less.
     args = ["--temperature", "0", "--max_seq_len", "384", "--max_gen_len", "120"]
-    terminal = TerminalOf(*args, environment=cli.environment(optimized=True))
+    terminal = TerminalOf(
+        *cli.command("chat.py", *args), environment=cli.environment(optimized=True)
+    )
     assert "smollm2-135m-instruct · /help lists the commands" in terminal.wait_for("> $")
     used = []
     for question in (DEFAULT_QUESTION, "And of Italy?", "Thanks, that is all."):

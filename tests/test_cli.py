@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import generate as program
 from generate import DEFAULT_QUESTION
+from models.llama.generation import Generation
 from tests import cli
 from utils.console import cli as console
 
@@ -231,6 +233,89 @@ def test_prompts_seeds_and_stops(tmp_path):
     [row] = rows(inside(*greedy, "--stop", json.dumps(["absent", stop])))
     assert row["text"] == text[: text.index(stop)] and row["finish_reason"] == "stop"
     assert inside(*plain, f"--stop={stop}").stdout == row["text"] + "\n"
+
+
+@pytest.mark.covers("R18")
+def test_a_file_of_prompts_comes_out_batch_by_batch(tmp_path, monkeypatch):
+    """In order, the same as in one batch; whatever cannot be completed is found before the first."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("".join(f"Count to {i}\n" for i in range(7)))
+    args = [*TINY, "--seed", "7", "--prompts_file", str(file), "--json"]
+    whole, starts, start = rows(inside(*args)), [], Generation.start
+
+    def spy(self, prompts, **options):
+        starts.append(len(prompts))
+        return start(self, prompts, **options)
+
+    monkeypatch.setattr(Generation, "start", spy)
+    monkeypatch.setattr(program, "MAX_ROWS", 4)
+    assert rows(inside(*args)) == whole and starts == [4, 3]
+    monkeypatch.setattr(program.memory, "free_bytes", lambda: 0)  # one at a time is the least
+    starts.clear()
+    assert rows(inside(*args)) == whole and starts == [1] * 7
+    for long, what in (("x" * 300, "no room for a completion"), ("x" * 250, "263 exceed")):
+        file.write_text(f"one\n\n{long}\ntwo\n")
+        starts.clear()
+        check_error(inside(*args), 2, rf"prompts\.txt:3: prompt has \d+ tokens.*{what}")
+        assert not starts
+
+
+@pytest.mark.covers("R18")
+def test_a_file_of_conversations(tmp_path):
+    """Each is what --chat makes of the same messages, and a wrong one is named with its line."""
+    file = tmp_path / "chats.jsonl"
+    user = {"role": "user", "content": "hi"}
+    system = {"role": "system", "content": "x"}
+    lines = [{"messages": [user]}, {"messages": [system, user]}, {"prompt": "hi"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    args = [*TINY, "--temperature", "0", "--json"]
+    for system in ([], ["--system", "y"]):
+        alone, own, text = rows(inside(*args, "--prompts_file", str(file), *system))
+        [asked] = rows(inside(*args, "--prompt", "hi", "--chat", *system))
+        assert alone["prompt_tokens"] == asked["prompt_tokens"] and alone["text"] == asked["text"]
+        assert alone["prompt"] == [user]
+        [asked] = rows(inside(*args, "--prompt", "hi", "--chat", "--system", "x"))
+        assert own["prompt_tokens"] == asked["prompt_tokens"]
+        assert text["prompt_tokens"] == rows(inside(*args, "--prompt", "hi"))[0]["prompt_tokens"]
+    for wrong in (
+        {"messages": [{"role": "x", "content": "hi"}]},
+        {"messages": "hi"},
+        {"text": "a"},
+    ):
+        file.write_text("\n".join(map(json.dumps, [*lines, wrong])))
+        check_error(inside(*args, "--prompts_file", str(file)), 4, r"chats\.jsonl:4: ")
+
+
+def test_completions_in_a_terminal_are_told_apart(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
+    fd, shown = os.openpty()
+    done = generate(*TINY, "--prompts_file", str(file), "--n", "2", stdout=shown)
+    places = re.findall("── (.*)", done.stderr)
+    assert places == [f"{file}:{line} {i} of 2" for line in (1, 2) for i in (1, 2)]
+    os.close(shown)
+    os.close(fd)
+
+
+def test_the_models_on_this_machine_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    blobs = tmp_path / "hub" / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a").write_bytes(bytes(1500))
+    snapshot = blobs.parent / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").symlink_to(blobs / "a")
+    hub = "huggingface_hub.utils._cache_manager.HF_HUB_CACHE"
+    monkeypatch.setattr(hub, str(tmp_path / "hub"))
+    lines = inside("--list").stdout.splitlines()
+    assert re.fullmatch(r"smollm2-135m-instruct +98.4 MB  fetched when it is first .*", lines[0])
+    assert re.fullmatch(rf"org/name +1.5 kB  {blobs.parent}", lines[1]) and len(lines) == 2
+
+
+@pytest.mark.covers("N11")
+def test_a_word_without_a_flag_is_refused_by_name():
+    check_error(inside("Hello there"), 2, "unknown argument 'Hello there'; did you mean --prompt")
+    check_error(cli.inside("chat.py", "hello"), 2, "unknown argument 'hello'")
 
 
 @pytest.mark.covers("C14")

@@ -49,6 +49,15 @@ def available_bytes() -> int | None:
         return None
 
 
+def free_bytes() -> int | None:
+    """Bytes that arrays may still take: of this machine on a CPU, else of the fullest local device."""
+    if jax.default_backend() == "cpu":
+        return available_bytes()
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = (s["bytes_limit"] - s["bytes_in_use"] for s in stats if "bytes_limit" in s)
+    return min(free, default=None)
+
+
 def check_fits(parts: dict[str, int]) -> None:
     """Raises ArtifactError, with the predicted bytes, if this machine's memory cannot hold parts.
 

@@ -96,7 +96,7 @@ class Generation:
         held_B = np.zeros(len(prompts), np.int32)
         if cache is not None:
             held_B = np.asarray(cache.lengths)[: len(prompts)]
-        limits_B = self._limits(prompts, held_B)
+        limits_B = self.limits(prompts, held_B)
         if cache is not None and self.config.n > 1:
             raise SamplingError(f"n={self.config.n} with a filled cache, expected n=1")
         lengths_B = np.asarray([len(p) for p in prompts], np.int32)
@@ -109,7 +109,7 @@ class Generation:
             memory.check_fits({f"the KV cache of {self.rows} rows of {capacity} tokens": size})
             cache = cache and cache.resized(capacity)
         check_capacity(held_B, width, capacity if cache is None else cache.capacity)
-        keys_B = _prompt_keys(jax.random.key(0) if key is None else key, prompts)
+        keys_B = prompt_keys(jax.random.key(0) if key is None else key, prompts)
         batch, sizes = pack(prompts, limits_B, keys_B, width), (self.config.n, capacity)
         self.state = prefill(self.model, sizes, self.params, self.rules, cache, batch)
         self._raise_if_not_finite()
@@ -161,7 +161,7 @@ class Generation:
             after=self.after,
         )
 
-    def _limits(self, prompts, held_B: np.ndarray) -> np.ndarray:
+    def limits(self, prompts, held_B: np.ndarray) -> np.ndarray:
         """[B] int32, tokens that each row may sample. Raises SamplingError for an impossible prompt."""
         c, vocab = self.config, self.model.config.vocab_size
         context = context_length(self.model.config, c.max_seq_len)
@@ -216,7 +216,7 @@ def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
     return max_seq_len or model
 
 
-def _prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
+def prompt_keys(key: Array, prompts: Sequence[Sequence[int]]) -> Array:
     """[B] keys: the given ones, or one key folded with a checksum of each prompt."""
     if key.ndim:
         return key

@@ -73,11 +73,32 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
     )
 
 
-def _default_model(progress: Progress | None) -> Path:
+def local_models() -> list[tuple[str, int, Path | None]]:
+    """(name, bytes, place) of the default model, None if it is yet to be fetched, and the hub's cache."""
+    from huggingface_hub import errors, scan_cache_dir  # here: see hub_errors
+
+    path = _default_path()
+    found = [(DEFAULT_MODEL, _GGUF_SIZE, path if _is_whole(path) else None)]
+    with contextlib.suppress(errors.CacheNotFound):
+        repos = (repo for repo in scan_cache_dir().repos if repo.repo_type == "model")
+        found += sorted((repo.repo_id, repo.size_on_disk, repo.repo_path) for repo in repos)
+    return found
+
+
+def _default_path() -> Path:
     folder = platformdirs.user_cache_path("altiplano") / "models" / DEFAULT_MODEL
-    path = folder / Path(_GGUF_MEMBER).name
+    return folder / Path(_GGUF_MEMBER).name
+
+
+def _is_whole(path: Path) -> bool:
     # Its size is proof enough: the file got this name by one rename, after its hash was checked.
-    if path.is_file() and path.stat().st_size == _GGUF_SIZE:
+    return path.is_file() and path.stat().st_size == _GGUF_SIZE
+
+
+def _default_model(progress: Progress | None) -> Path:
+    path = _default_path()
+    folder = path.parent
+    if _is_whole(path):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -243,8 +243,9 @@ def _report(message: str, code: int, debug: bool, everywhere: bool = False) -> i
 
 
 def say(message: str, kind: str = "error: ") -> None:
-    """Says on stderr, in one line, what is wrong."""
-    stderr.print(kind + " ".join(printable(message).split()), markup=False)
+    """Says on stderr, in one line, what is wrong: in colour on a terminal, unless NO_COLOR is set."""
+    style = {"error: ": "red", "warning: ": "yellow"}.get(kind)
+    stderr.print(kind + " ".join(printable(message).split()), markup=False, style=style)
 
 
 def note(message: str) -> None:
@@ -257,6 +258,11 @@ def write(text: str) -> None:
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def ask(prompt: str) -> str:
+    """A line typed at a prompt, without its end. Raises EOFError at the end of stdin."""
+    return input(prompt)
+
+
 class Signals:
     """Ends the process at Ctrl-C, or counts it for whoever looks; SIGTERM too if asked for.
 
@@ -266,6 +272,7 @@ class Signals:
     Attributes:
         count: signals since `set`.
         code: the exit code of the first one: 130 for Ctrl-C, 75 for SIGTERM; None: none came.
+        leaving: called before the process ends at once.
     """
 
     CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
@@ -273,6 +280,7 @@ class Signals:
     def __init__(self, *, sigterm: bool = False, raises: bool = False, leave_at: int | None = 1):
         self._numbers = self.CODES if sigterm else [signal.SIGINT]
         self.code: int | None = None
+        self.leaving: Callable[[], None] | None = None
         self.set(raises=raises, leave_at=leave_at)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -300,6 +308,8 @@ class Signals:
             if self.count == self._leave_at:
                 # stdout is flushed after every write: nothing is lost.
                 stderr.show_cursor(True)
+                if self.leaving is not None:
+                    self.leaving()
                 os._exit(self.CODES[number])
             self.code = self.code or self.CODES[number]
             if self._notice:
