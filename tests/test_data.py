@@ -80,7 +80,7 @@ def test_prompt_and_completion_are_tokenised_apart(load, smollm, llama2):
     row = {"prompt": "the c", "completion": "at sat"}
     for tokenizer in (smollm, llama2):
         prompt = tokenizer.encode("the c", bos=tokenizer.adds_bos)
-        completion = [*tokenizer.encode("at sat"), tokenizer.eos_id]
+        completion = tokenizer.encode_pieces(["at sat"], continues=True) + [tokenizer.eos_id]
         for mask in ("auto", "completion", "all"):
             ((ids, targets),) = documents(load([row], tokenizer, mask=mask))
             assert ids == prompt + completion

@@ -14,9 +14,9 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models.llama.tokenizer import check_against_model, decode_utf8, load_tokenizer
-from models.llama.tokenizers.gguf import GGUF_PATTERNS
+from models.llama.tokenizers.gguf import GGUF_PATTERNS, TURN_ENDS
 from tests.oracles import tokenizer_files as oracle
-from tests.test_tokenizer_save import small_metadata
+from tests.test_tokenizer_save import PATTERN_NAMES, small_metadata
 from utils.errors import ArtifactError, DataError, SamplingError
 
 TEXTS = [*oracle.HOSTILE, *oracle.random_texts(150)]
@@ -113,11 +113,15 @@ def test_the_kinds_of_one_tokenizer_agree(load):
         assert load("smollm_gguf").encode(text) == load("smollm_json").encode(text)
         assert load("sentencepiece").encode(text) == load("sentencepiece_gguf").encode(text)
     for a, b in (("llama3", "llama3_json"), ("smollm_gguf", "smollm_json")):
-        for field in ("special_tokens", "bos_id", "pad_id", "stop_ids", "adds_bos", "vocab_size"):
+        for field in ("special_tokens", "bos_id", "pad_id", "adds_bos", "vocab_size"):
             assert getattr(load(a), field) == getattr(load(b), field), field
+    assert load("llama3").stop_ids == load("llama3_json").stop_ids
+    # llama.cpp also stops at the name of a repository, which starts another file.
+    assert load("smollm_json").stop_ids == load("smollm_gguf").stop_ids - {4} == {0, 2}
 
 
-@pytest.mark.parametrize("pre", GGUF_PATTERNS)
+@pytest.mark.covers("R22")
+@pytest.mark.parametrize("pre", PATTERN_NAMES)
 def test_gguf_equals_llama_cpp(tmp_path, default_model_path, pre):
     metadata = oracle.tokenizer_metadata(default_model_path) | {"tokenizer.ggml.pre": pre}
     path = default_model_path
@@ -129,6 +133,91 @@ def test_gguf_equals_llama_cpp(tmp_path, default_model_path, pre):
         assert ours.encode(text, allow_special=True) == llama_cpp.encode(text, parse_special=True)
     if pre == "smollm":
         assert ours.encode("a  12") == [81, 256, 33, 34]
+
+
+@pytest.mark.slow
+@pytest.mark.covers("R22")
+def test_every_name_of_a_pattern_is_llama_cpps(tmp_path, default_model_path):
+    for pre in GGUF_PATTERNS:
+        metadata = small_metadata(default_model_path) | {"tokenizer.ggml.pre": pre}
+        path = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
+        ours, llama_cpp = load_tokenizer(path), oracle.LlamaCpp(path)
+        for text in TEXTS[:40]:
+            assert ours.encode(text) == llama_cpp.encode(text), pre
+
+
+@pytest.mark.covers("R19")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["<|im_start|>", "<|im_end|>"],
+        [name for name in TURN_ENDS if name not in ("<|call|>", "<|calls|>", "<|tool_response>")],
+        ["<|call|>", "<|return|>", "<|end|>", "<|fim_pad|>", "<|repo_name|>"],
+    ],
+)
+def test_gguf_stops_where_llama_cpp_stops(tmp_path, names):
+    """The metadata name `</s>` alone, or nothing; a type other than CONTROL does not matter."""
+    metadata = oracle.sentencepiece_metadata(oracle.sentencepiece_model())
+    for n, name in enumerate(set(names) - {"</s>"}):
+        metadata["tokenizer.ggml.tokens"].append(name)
+        metadata["tokenizer.ggml.scores"].append(0.0)
+        metadata["tokenizer.ggml.token_type"].append(3 + n % 2)
+    path = oracle.write_tokenizer_gguf(tmp_path / "a.gguf", metadata)
+    ours = load_tokenizer(path)
+    assert ours.stop_ids == oracle.LlamaCpp(path).stop_ids()
+    assert ours.stop_ids <= ours.hidden_ids
+
+
+@pytest.mark.covers("R19")
+@pytest.mark.parametrize(
+    "config, template, stops",
+    [({}, "", {2, 380, 381}), ({"eos_token_id": 2}, "", {2})]
+    + [({"eos_token_id": 2}, "{{ 'x<|im_end|>' }}", {2, 380})],
+)
+def test_the_end_of_a_turn_that_no_hugging_face_file_names(tmp_path, config, template, stops):
+    spec = oracle.llama2_json(oracle.sentencepiece_model(), False)
+    added = {"<|im_end|>": 380, "<|endoftext|>": 381}
+    spec["added_tokens"] += [{"id": i, "content": n, "special": True} for n, i in added.items()]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    roles = {"eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).stop_ids == stops
+
+
+@pytest.mark.covers("R24")
+@pytest.mark.parametrize("where", ["json", "tag", "model", "decoder"])
+def test_a_pad_token_that_the_model_has_no_row_for(tmp_path, where):
+    """Llama 2's own files had 32001 tokens for 32000 rows; nothing needs a pad token."""
+    config, added = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"}, {"<pad>": 380}
+    if where in ("model", "decoder"):
+        (tmp_path / "tokenizer.model").write_bytes(oracle.sentencepiece_model())
+        entry = {"added_tokens_decoder": {"380": {"content": "<pad>"}}}
+        config |= entry if where == "decoder" else {}
+        added = added if where == "model" else {}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    else:
+        spec = oracle.llama2_json(oracle.sentencepiece_model(), False)
+        spec["added_tokens"].append({"id": 380, "content": "<pad>", "special": where == "json"})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        if where == "tag":
+            config["pad_token"] = ""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="pad token.*unused"):
+        tokenizer = load_tokenizer(tmp_path)
+        check_against_model(tokenizer, 380)
+    assert tokenizer.pad_id is None and tokenizer.encode("the", bos=True)[0] == 1
+
+
+@pytest.mark.covers("R24")
+def test_a_pad_token_in_no_vocabulary_and_empty_names(tmp_path):
+    spec = oracle.llama2_json(oracle.sentencepiece_model(), False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"eos_token": "</s>", "bos_token": "", "unk_token": "", "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"pad token '\[PAD\]' is not in the vocabulary: unused"):
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id is None and tokenizer.eos_id == 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -1,6 +1,5 @@
 """One tokenizer for four kinds of files: `load_tokenizer`, and the `Tokenizer` that it returns."""
 
-import codecs
 import copy
 import functools
 import itertools
@@ -13,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizers.bpe import Piece, Vocabulary, chat_templates_of
+from models.llama.tokenizers.bpe import Piece, Vocabulary, chat_templates_of, is_pad
 from models.llama.tokenizers.bpe import read_tokenizer_json, token_name
-from models.llama.tokenizers.gguf import read_gguf
+from models.llama.tokenizers.gguf import TURN_ENDS, read_gguf
 from models.llama.tokenizers.model import LLAMA3_PAD, LLAMA3_STOPS
 from models.llama.tokenizers.model import parse_model, read_sentencepiece, read_tiktoken
+from models.llama.tokenizers.stream import StreamDecoder
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, parse_json, read_json
 
@@ -51,19 +51,27 @@ class Tokenizer:
         self.bos_id = special.get(token_name(config, "bos_token"))
         self.eos_id = special.get(token_name(config, "eos_token"))
         self.pad_id = special.get(token_name(config, "pad_token"), config.get("pad_token_id"))
+        self.chat_templates = chat_templates_of(config)
         stop_ids = {self.eos_id, *config.get("eos_token_id", ())}
         if "<|eot_id|>" in special:  # Llama 3, whichever file named its tokens
             stop_ids |= {special.get(name) for name in LLAMA3_STOPS}
             self.pad_id = special.get(LLAMA3_PAD, self.pad_id)
+        stop_ids |= self._turn_ends(vocabulary)
         self.stop_ids = frozenset(stop_ids - {None})
         self.adds_bos = config.get("add_bos_token") is True
-        self.chat_templates = chat_templates_of(config)
         roles = {self.bos_id, self.eos_id} - {None}
         self.hidden_ids = vocabulary.hidden | roles | self.stop_ids
         self._special = _names_pattern(special, vocabulary.words)
         self._continues = True
         tags = {name for name, i in special.items() if i not in self.hidden_ids}
         self._tags = _names_pattern(tags, vocabulary.words)
+
+    def _turn_ends(self, vocabulary: Vocabulary) -> set[int]:
+        """Ends of turns that the chat templates write, or all where the files name no stop ids."""
+        written = "".join(self.chat_templates.values())
+        silent = not vocabulary.config.get("eos_token_id")
+        ends = {name: self.special_tokens.get(name) for name in TURN_ENDS}
+        return {i for n, i in ends.items() if i in vocabulary.hidden and (silent or n in written)}
 
     @property
     def chat_template(self) -> str | None:
@@ -146,10 +154,11 @@ class Tokenizer:
         stream = self.stream(skip_special, after)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
-    def stream(self, skip_special: bool = False, after: int | None = None) -> "StreamDecoder":
+    def stream(self, skip_special: bool = False, after: int | None = None) -> StreamDecoder:
         """A decoder that takes one id at a time; its texts join to `decode` of all ids."""
         continues = self._continues and after is not None and after not in self.hidden_ids
-        return StreamDecoder(self, skip_special, self.strips_first_space and not continues)
+        hidden = self.hidden_ids if skip_special else frozenset()
+        return StreamDecoder(self.token_bytes, hidden, self.strips_first_space and not continues)
 
     @functools.cached_property
     def answers(self) -> "Tokenizer":
@@ -193,31 +202,6 @@ class Tokenizer:
         return self._codec.token_bytes(index)
 
 
-class StreamDecoder:
-    """Decodes id by id and holds back the bytes of an unfinished character."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool, strip: bool):
-        """`strip`: take the space away that the text starts with."""
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._strip = strip
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain now. Raises SamplingError for an id outside the vocabulary."""
-        data = self._tokenizer.token_bytes(token_id)
-        if self._skip_special and token_id in self._tokenizer.hidden_ids:
-            return ""
-        if self._strip:
-            self._strip = False
-            data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
-
-    def finish(self) -> str:
-        """The rest: U+FFFD for a character that never ended, else nothing."""
-        return self._utf8.decode(b"", final=True)
-
-
 def _names_pattern(names: Iterable[str], words: Iterable[str]) -> re.Pattern:
     """Finds names; where one name starts another, the longer one is meant."""
     alone = {name: rf"(?<!\w){re.escape(name)}(?!\w)" for name in words}
@@ -256,6 +240,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises ArtifactError if the tokenizer has an id for which the model has no row.
 
+    A pad token without a row, which nothing needs, is left out with a warning.
+
     JAX silently clamps an index that is out of range, so the id would read another token's row.
     Fewer ids than rows are fine: the other rows are padding.
 
@@ -263,7 +249,15 @@ def check_against_model(tokenizer: Tokenizer, vocab_size: int) -> None:
         tokenizer: a tokenizer.
         vocab_size: rows of the model's embedding.
     """
-    largest = max([tokenizer.vocab_size - 1, *tokenizer.stop_ids])
+    largest = tokenizer.vocab_size - 1
+    while largest >= vocab_size and is_pad(tokenizer.token_bytes(largest).decode(errors="replace")):
+        largest -= 1
+    if largest < tokenizer.vocab_size - 1:
+        tokenizer.pad_id = None if (tokenizer.pad_id or 0) > largest else tokenizer.pad_id
+        warnings.warn(
+            f"the pad token has the id {largest + 1}, and the model {vocab_size} rows: unused"
+        )
+    largest = max([largest, *tokenizer.stop_ids])
     if largest >= vocab_size:
         raise ArtifactError(
             f"the tokenizer has ids up to {largest}, the model {vocab_size} rows of embedding; "
@@ -355,9 +349,9 @@ def _read(path: Path, folder: Path) -> Vocabulary:
     if re.match(rb"[A-Za-z0-9+/=]+ ", start):
         return read_tiktoken(data, config)
     if start.startswith(b"\n"):  # field 1 of a protobuf message, of the type "bytes"
-        added = [*_companion(folder, "added_tokens.json").values()]
-        added += config.get("added_tokens_decoder") or []
-        return read_sentencepiece(parse_model(data), config, added)
+        return read_sentencepiece(
+            parse_model(data), config, _companion(folder, "added_tokens.json")
+        )
     raise ArtifactError(
         f"unknown kind of tokenizer, starts with {start[:16]!r}; expected tokenizer.json, "
         "tiktoken or sentencepiece tokenizer.model, or GGUF"

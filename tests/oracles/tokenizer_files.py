@@ -3,7 +3,11 @@
 import functools
 import io
 import json
+import os
 import random
+import re
+import tempfile
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -201,12 +205,29 @@ def write_tokenizer_gguf(path: Path, metadata: dict) -> Path:
 class LlamaCpp:
     """llama.cpp's server in this process, asked for token ids."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, verbosity: int = 0):
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.warmup, params.cpuparams.n_threads = 256, False, 1
-        params.verbosity = 0
+        params.verbosity, self._path = verbosity, path
         self._server = xllamacpp.Server(params)
+
+    def stop_ids(self) -> set[int]:
+        """The ids that end a text, as another server of the same file says them in its log."""
+        with tempfile.TemporaryFile() as log:
+            before = os.dup(2)
+            os.dup2(log.fileno(), 2)
+            try:
+                LlamaCpp(self._path, verbosity=5).encode("a")
+                for _ in range(100):  # another thread writes the log
+                    time.sleep(0.1)
+                    log.seek(0)
+                    if b"max token length" in (written := log.read()):
+                        break
+            finally:
+                os.dup2(before, 2)
+                os.close(before)
+            return set(map(int, re.findall(rb"EOG token += +([0-9]+) ", written)))
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         return self._ask("tokenize", content=text, add_special=False, parse_special=parse_special)

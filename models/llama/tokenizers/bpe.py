@@ -11,6 +11,7 @@ import functools
 import json
 import re
 import secrets
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -194,6 +195,9 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
     special = {t.content: t.id for t in added if t.control}
     hidden = frozenset(t.id for t in added if t.special)
     words = frozenset(t.content for t in added if t.flags["single_word"])
+    if names["pad_token"] not in {None, *special}:
+        warnings.warn(f"the pad token {names['pad_token']!r:.40} is not in the vocabulary: unused")
+        names["pad_token"] = None
     for role, name in names.items():
         if name is not None and name not in special:
             raise ArtifactError(f"{role} {name!r:.80} is not in the vocabulary")
@@ -208,7 +212,12 @@ def token_name(config: Mapping[str, Any], key: str) -> str | None:
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
         raise ArtifactError(f"{key} is {value!r:.80}, expected a string")
-    return value
+    return value or None
+
+
+def is_pad(name: str) -> bool:
+    """Whether a token's name is a pad token's: `<pad>`, `[PAD]`, `<|pad|>`."""
+    return re.fullmatch(r"[<\[|]*_*pad_*[|>\]]*", name, re.IGNORECASE) is not None
 
 
 def chat_templates_of(config: Mapping[str, Any]) -> dict[str, str]:

@@ -12,13 +12,36 @@ from models.llama.tokenizers.model import read_sentencepiece
 from utils.errors import ArtifactError, is_int
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+# Names of Llama 3's pattern with which a word of the vocabulary is taken whole, and BOS comes first.
+_WHOLE_WORDS = (
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split()
+)
 # The patterns by which llama.cpp splits a text, one after the other, by the name in the file.
 GGUF_PATTERNS = {
-    "smollm": (r"\p{N}", _GPT2),
-    "gpt-2": (_GPT2,),
-    "llama-bpe": (LLAMA3_PATTERN,),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "default": _DEFAULT,
+    **dict.fromkeys(
+        "smollm starcoder refact command-r codeshell exaone minerva-7b".split(), (r"\p{N}", _GPT2)
+    ),
+    **dict.fromkeys(
+        "gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de a.x-4.0 mellum modern-bert "
+        "jina-v1-en jina-v2-code roberta-bpe exaone4 mpt olmo jais trillion".split(),
+        (_GPT2,),
+    ),
+    **dict.fromkeys([*_WHOLE_WORDS, "smaug-bpe", "dbrx"], (LLAMA3_PATTERN,)),
 }
+# Tokens at which llama.cpp stops, whatever the metadata says: ends of turns and texts, and of files.
+TURN_ENDS = (
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
+    "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
+    "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~["
+).split()
+_FILE_ENDS = (
+    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> "
+    "<reponame> <|file_sep|>"
+).split()
+# Roles in the metadata at whose tokens llama.cpp stops.
+_STOPPING = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -40,21 +63,21 @@ def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, d
             f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
         )
     ids = {}
-    for name in ("bos", "eos", "eot", "eom", "padding"):
+    for name in ("bos", "padding", *_STOPPING):
         i = ids[name] = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if i is not None and not (is_int(i) and 0 <= i < len(tokens)):
             raise ArtifactError(
                 f"tokenizer.ggml.{name}_token_id is {i!r:.80} of {len(tokens)} tokens"
             )
     bos, eos = (None if ids[role] is None else tokens[ids[role]] for role in ("bos", "eos"))
-    stop_ids = {ids[name] for name in ("eos", "eot", "eom")} - {None}
+    stop_ids = {ids[name] for name in _STOPPING} - {None} | _ends(tokens)
     special, plain = {}, {}
     for i, (token, t) in enumerate(zip(tokens, types)):
         if i in stop_ids or i == ids["bos"] or t == CONTROL:
             special[token] = i
         elif t == USER_DEFINED:
             plain[token] = i
-    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    implied = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", implied))
     config = {"bos_token": bos, "eos_token": eos, "add_bos_token": adds_bos}
     config |= {"eos_token_id": sorted(stop_ids), "pad_token_id": ids["padding"]}
@@ -62,6 +85,14 @@ def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, d
     if kind == "llama":
         return gguf_model(metadata, types, special), config
     return gguf_spec(metadata, special, plain, bos if adds_bos else None), config
+
+
+def _ends(tokens: Sequence[str]) -> set[int]:
+    """Ids of tokens at which llama.cpp stops for their names."""
+    found = {name: i for i, name in enumerate(tokens) if name in {*TURN_ENDS, *_FILE_ENDS}}
+    if found.keys() & {"<|call|>", "<|calls|>"} and found.keys() & {"<|return|>", "<|flush|>"}:
+        found.pop("<|end|>", None)  # there it ends a message within a turn
+    return set(found.values())
 
 
 def gguf_model(
@@ -119,7 +150,7 @@ def gguf_spec(
     if len(vocab) != len(tokens):
         raise ArtifactError("tokenizer.ggml.tokens: a token appears twice")
     merges = gguf_array(metadata, "merges", str)
-    whole_words = pre == "llama-bpe"
+    whole_words = pre in _WHOLE_WORDS
     return byte_level_spec(vocab, merges, GGUF_PATTERNS[pre], special, plain, bos, whole_words)
 
 

@@ -10,6 +10,7 @@ import base64
 import functools
 import re
 import struct
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from models.llama.tokenizers.bpe import (
     Piece,
     Vocabulary,
     byte_level_spec,
+    is_pad,
     looks_like_markup,
     piece_bytes,
     token_name,
@@ -111,16 +113,23 @@ def is_tag(entry: Entry) -> bool:
 
 
 def read_sentencepiece(
-    model: SentencePieceModel, config: Mapping[str, Any], added: Iterable[Any] = ()
+    model: SentencePieceModel, config: Mapping[str, Any], added: Mapping[str, Any] = {}
 ) -> Vocabulary:
     """The vocabulary of a sentencepiece model.
 
     Args:
         model: the file's content.
         config: see Vocabulary. Roles of tokens that are not control tokens are ignored.
-        added: ids of the tokens that other files add; the model has to hold them all.
+        added: names of tokens that other files add, and ids. The model has to hold them all, and
+            those of the config, but for a pad token, which nothing needs.
     """
-    if any(int(i) >= len(model.entries) for i in map(str, added) if i.isdecimal()):
+    listed = config.get("added_tokens_decoder") or {}
+    named = [(i, name) for name, i in added.items()]
+    named += [(i, e.get("content") if isinstance(e, dict) else e) for i, e in listed.items()]
+    missing = [n for i, n in named if str(i).isdecimal() and int(i) >= len(model.entries)]
+    if missing and all(isinstance(name, str) and is_pad(name) for name in missing):
+        warnings.warn(f"tokenizer.model does not hold the pad token {missing[0]!r:.40}: unused")
+    elif missing:
         raise ArtifactError(
             "tokenizer_config.json or added_tokens.json adds tokens that tokenizer.model does "
             "not hold; save a tokenizer.json with transformers, beside it"
