@@ -2,8 +2,11 @@
 
 import signal
 
+from utils.console import usage
+
 if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    usage.require_command()
 
 import dataclasses
 import json

@@ -113,6 +113,7 @@ def test_flags_are_read_as_they_were_typed():
     )
 
 
+@pytest.mark.covers("N14")
 @pytest.mark.parametrize("off", ["--nojson", "--no-json", "--no_json", "--json=False"])
 def test_a_switch_is_turned_off(off):
     assert parse("--json", off, "--n", "2") == {"json": False, "n": 2}
@@ -184,6 +185,7 @@ def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
     assert page.count("--seed 0 ") == 1 and "beta1" not in page and "plain" not in page
     assert page.endswith(
         "\n\nevery command:\n  --debug                   show the traceback of an error\n"
+        "  --version                 print the version and exit\n"
     )
 
 
@@ -192,6 +194,7 @@ COMMANDS |= {f"train.py {name}": command for name, command in train.COMMANDS.ite
 COMMANDS |= {f"evaluate.py {name}": command for name, command in evaluate.COMMANDS.items()}
 
 
+@pytest.mark.covers("N3")
 @pytest.mark.parametrize("program", COMMANDS)
 def test_help_has_every_flag_and_its_whole_help(program):
     page = fields.help_page(COMMANDS[program], program)

@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -112,6 +114,27 @@ def test_a_command_is_needed_and_help_lists_it(programs, program, command):
     assert (nothing.code, asked.code) == (2, 0) and nothing.stderr == asked.stdout
     assert re.match(rf"usage: .*{command}.*\n +{command} +\w", asked.stdout)
     assert "--data TEXT" in programs.run(program, command, "--help").stdout
+
+
+@pytest.mark.covers("N3", "N14")
+@pytest.mark.parametrize("program, command", [("train.py", "grpo"), ("evaluate.py", "task")])
+def test_commands_are_listed_without_importing_jax(program, command):
+    without = "import runpy, sys; sys.modules['jax'] = None; sys.argv = sys.argv[1:]; "
+    without += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    for args, code, shown in (
+        ([], 2, rf"usage: .*{command}.*\n +\w+ +\w"),
+        (["--help"], 0, rf"\n  {command} +\w"),
+        (["--task", "x"], 2, r"'--task': expected a command"),
+        ([command + "s"], 2, f"did you mean {command}"),
+        (["--version"], 0, r"^altiplano \d"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", without, program, *args],
+            cwd=cli.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and re.search(shown, done.stdout + done.stderr), done
 
 
 # A patch: weights that are asked for are a failure.

@@ -192,6 +192,7 @@ class EveryCommand(Config):
     """Flags that all commands have."""
 
     debug: bool = field(False, "show the traceback of an error")
+    version: bool = field(False, "print the version and exit")
 
 
 _INDENT = " " * 28  # of the help texts of `--help`

@@ -36,6 +36,7 @@ import rich.progress
 import rich.table
 
 from utils import distributed, fields
+from utils.console import usage
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, printable
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
@@ -126,6 +127,8 @@ def _run(command: Command, debug: bool) -> int:
         code = 0
         if {"--help", "-h"} & set(sys.argv[1:]):
             print(fields.help_page(command, sys.argv[0]), end="")
+        elif "--version" in sys.argv[1:]:
+            print(f"altiplano {usage.version()}")
         else:
             given = parse_flags(command, sys.argv[1:])
             _join_others(given.get("distributed"))
@@ -167,18 +170,9 @@ def _join_others(flag: str | None) -> None:
 
 def run_one_of(commands: dict[str, Command]) -> None:
     """Runs the command that the first argument names."""
-    program, name = sys.argv[0], "".join(sys.argv[1:2])
-    if name in commands:
-        sys.argv[:2] = [f"{program} {name}"]
-        return run(commands[name])
-    if name in ("", "-h", "--help"):
-        out = sys.stdout if name else sys.stderr
-        print(f"usage: python {program} {{{','.join(commands)}}} …; each has --help", file=out)
-        for known, command in commands.items():
-            print(f"  {known:<8} {fields.paragraphs(command)[0]}", file=out)
-    else:
-        say(f"{program} {name!r:.40}: expected a command: {', '.join(commands)}; each has --help")
-    sys.exit(0 if name.startswith("-") else ConfigError.exit_code)
+    name = usage.require_command()
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    run(commands[name])
 
 
 def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
