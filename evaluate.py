@@ -30,9 +30,6 @@ from utils.errors import ConfigError, is_int
 from utils.fields import Config, again, field, integer, integers
 from utils.files import atomic_file
 
-# Failures of rewards that are shown one by one.
-_FAILURES = 5
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsConfig(DataConfig):
@@ -167,10 +164,6 @@ def task(
             found = evaluate_task(
                 llama, params, tokenizer, asked, pool, sampling, report=report, write=rows.append
             )
-    for message in found["failures"][:_FAILURES]:
-        cli.say(message, "warning: ")
-    if more := found["failures"][_FAILURES:]:
-        cli.say(f"and {len(more)} more failures of rewards", "warning: ")
     cli.write(jsonlib.dumps(found) + "\n" if output.json else _page(found))
     if output.out is not None and is_first():
         with atomic_file(output.out) as file:

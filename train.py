@@ -17,11 +17,12 @@ from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.grpo_trainer import GRPOConfig
+from trainers.planning.job import rows_at_once
 from trainers.runs.recipes import GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step, verdict
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags
-from trainers.rollout import RolloutConfig, rows_at_once
+from trainers.rollout import RolloutConfig
 from trainers.runs.folder import RunConfig
 from trainers.runs.run import load_source, train
 from trainers.sft_trainer import SFTConfig

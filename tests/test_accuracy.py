@@ -101,11 +101,12 @@ class Pool(RewardPool):
     def __init__(self, task, failures=()):
         super().__init__(task.rewards)
         self._functions = [reward.function for reward in task.rewards]
-        self._said, self.failures, self.calls = list(failures), [], []
+        self._told, self.calls = list(failures), []
 
     def __call__(self, prompts, completions, completion_ids, columns, group_size):
         self.calls.append((prompts, completions, completion_ids, columns, group_size))
-        self.failures = [self._said.pop(0)] if prompts and self._said else []
+        told = [self._told.pop(0)] if prompts and self._told else []
+        self._failures = [("kind", line, 0) for line in told]
         values = [f(prompts, completions, completion_ids, **columns) for f in self._functions]
         values = np.asarray(values, np.float64)
         return Scores(values=values, failed=np.zeros(values.shape, bool))

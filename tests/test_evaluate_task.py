@@ -129,16 +129,17 @@ def test_ones_own_data_and_rewards_and_what_cannot_be_scored(programs, files, tm
     assert found["total"]["mean"]["prompts"] == 2 and found["total"]["unscorable"] == 3
     (failure,) = found["failures"]
     assert "'mine.vowels' on prompt 1 ('two')" in failure
-    assert done.stderr == f"warning: {failure}\n"
+    assert done.stderr == f"warning: {failure}; 3 of 6 completions unscorable\n"
 
 
-def test_many_failures_are_not_all_shown(programs, files, tmp_path):
+@pytest.mark.covers("N1")
+def test_many_failures_of_a_kind_are_counted(programs, files, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "?", "answer": "die"}\n' * 7)
     done = programs.run("evaluate.py", "task", **own(files, data=data, samples=1, batch_size=7))
     assert done.code == 0 and "│ mine.vowels │ – │ " in re.sub(" +", " ", done.stdout)
-    said = done.stderr.splitlines()
-    assert len(said) == 6 and said[-1] == "warning: and 2 more failures of rewards"
+    first = "warning: reward 'mine.vowels' on prompt 0 ('?'): its process ended (exit code 3)"
+    assert done.stderr == f"{first}; 7 of 7 completions unscorable\n"
 
 
 @pytest.mark.covers("A34", "C4", "C9")

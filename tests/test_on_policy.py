@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,7 @@ class Told(RolloutData):
 
     def __init__(self, of, **config):
         config = RolloutConfig(**dict(prompts_per_step=4, group_size=4) | config)
-        super().__init__(of, config, task().prompts, tokenizer(), None)
+        super().__init__(of, config, task().prompts, tokenizer(), SimpleNamespace(report=dict))
         self.answers, self.keys = [], []
 
     def sample(self, policy, prompts, keys, clock):
@@ -541,7 +543,8 @@ def test_the_best_checkpoint_is_that_of_the_largest_reward(monkeypatch, reward, 
     found = dict(total=dict(mean=mean), rewards=dict(ones=dict(mean=mean)), mean_length=5.0)
     monkeypatch.setattr(accuracy, "evaluate_task", lambda *_: found)
     of = trainer()
-    evaluation = TaskEvaluation(of, task(), tokenizer(), None, EvaluationConfig())
+    pool = SimpleNamespace(report=dict)
+    evaluation = TaskEvaluation(of, task(), tokenizer(), pool, EvaluationConfig())
     wanted = dict(reward=reward, reward_low=0.1, reward_high=0.4, ones=reward)
     assert evaluation.evaluate(*start(of)) == wanted | dict(length_mean=5.0, score=score)
 
@@ -564,14 +567,19 @@ def test_an_evaluation_comes_before_the_first_step_and_decides_on_the_best(tmp_p
     assert kept == ([2, 4] if rewards[2] > rewards[4] else [4])
 
 
-@pytest.mark.covers("D11", "D12")
+@pytest.mark.covers("D11", "D12", "N1")
 def test_a_failing_reward_costs_its_prompts_and_a_wrong_one_the_run(tmp_path):
     of = trainer(max_skipped=0)
     rewards = [Reward(name="failing", function=failing), REWARDS[0]]
-    with pytest.raises(TrainError, match="1 updates in a row were skipped"):
-        run(of, tmp_path, asked=task(rewards=rewards))  # not one complete group
+    failure = r"reward 'failing' on prompt 0 \('.*='\): RuntimeError: no score today"
+    said = r"1 updates in a row were skipped: no completion could be scored: " + failure
+    with pytest.warns(UserWarning, match=failure + r".*; 16 of 16 completions unscorable"):
+        with pytest.raises(TrainError, match=said):
+            run(of, tmp_path, asked=task(rewards=rewards))  # not one complete group
     (record,) = curve(tmp_path)
     assert record["unscorable"] == 1 and record["targets"] == 0 and not record["updated"]
+    (failed,) = record["failures"]
+    assert re.match(failure, failed["first"]) and failed["completions"] == 16
     with pytest.raises(TrainError, match="'wrong'.*'good'"):
         run(of, tmp_path / "b", asked=task(rewards=[Reward(name="wrong", function=wrong_type)]))
     assert parts({"x": np.arange(6)}, 3)[2]["x"].tolist() == [4, 5]

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 import queue
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from multiprocessing import connection
 from pathlib import Path
 
@@ -190,6 +192,38 @@ def test_a_failure_of_the_whole_batch_alone_is_told():
         assert (ask(pool).values == GOOD).all()
     [message] = pool.failures
     assert message.startswith("reward 'f0' on the batch, and on no prompt alone: AssertionError")
+
+
+@pytest.mark.covers("N1")
+def test_the_first_failure_of_each_kind_is_warned_of_and_all_are_counted():
+    def picky(completions, **_):
+        for text in completions:
+            if "b" in text:
+                raise KeyError(text)
+            if len(text) == 4:
+                json.loads(text)  # raises in a file of its own
+        return lengths(completions)
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pool_of(lengths, picky) as pool:
+            ask(pool)
+            # A prompt with "bb", then one with "bad" and "dddd", which fails on the first of the two.
+            kinds = list(pool.kinds.values())
+            (report,) = pool.report().values()
+            assert pool.report() == {}
+            ask(pool, ["bbb", "bbb", "cc", "cc", "xxxx", "yyyy"])
+            assert [kind["completions"] for kind in pool.report()["failures"]] == [2, 2]
+    line = picky.__code__.co_firstlineno
+    key = rf"reward 'f1' on prompt 0 \('question 0'\): KeyError: 'bb' \(\S+:{line + 3}\)"
+    decode = rf"reward 'f1' on prompt 2 .*: JSONDecodeError: Exp.* \(\S+:{line + 5}\)"
+    assert report == kinds and re.fullmatch(key, report[0]["first"])
+    assert report[0]["completions"] == 4
+    texts = [str(warning.message) for warning in said]
+    assert re.fullmatch(key + "; 4 of 6 completions unscorable", texts[0])
+    assert re.fullmatch(decode + "; 2 of 6 completions unscorable", texts[1])
+    kind = rf"reward 'f1': KeyError \(\S+:{line + 3}\)"
+    assert re.fullmatch(kind + ": 6 completions unscorable in all", texts[2]) and len(texts) == 3
 
 
 @pytest.mark.covers("D11")

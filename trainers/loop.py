@@ -65,6 +65,10 @@ class Batches(abc.ABC):
         """Numbers of the last rollout, for the step's record."""
         return {}
 
+    def explain(self) -> str:
+        """Why there was nothing to learn from the last batch, if that is known."""
+        return ""
+
     @abc.abstractmethod
     def __next__(self) -> Batch:
         """The next batch."""
@@ -372,12 +376,14 @@ class _Run:
         """Ends a run that no longer learns."""
         skipped = self.skipped_in_a_row
         if len(skipped) > self.config.max_skipped:
-            raise TrainError(
-                f"{len(skipped)} updates in a row were skipped, not finite or without a target: the "
-                f"last has loss {metrics['loss']}, gradient norm {metrics['grad_norm']} and weight "
-                f"{metrics['weight']}, the batches end at {skipped}. Lower the learning rate, or look at "
-                "that data; the last checkpoint is from before them"
+            last = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "weight"))
+            known = "" if metrics["weight"] else self.batches.explain()
+            reason = known or (
+                f"not finite or without a target (the last with {last}; the batches end at {skipped}); "
+                "lower the learning rate, or look at that data"
             )
+            before = "the last checkpoint is from before them"
+            raise TrainError(f"{len(skipped)} updates in a row were skipped: {reason}; {before}")
         if self.session.check is not None:
             self.session.check(state)
 

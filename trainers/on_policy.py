@@ -47,6 +47,9 @@ class Scorer(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """([R, F] scores, NaN where a function gave none; [R] rewards, NaN where unscorable)."""
 
+    def report(self) -> dict[str, Any]:
+        """`failures` since the last report, a list of dicts; the `first` of a kind says what failed."""
+
 
 class RolloutData:
     """Scored rollouts of a policy, all of a few shapes: the data that `fit` trains a GRPOTrainer on.
@@ -215,7 +218,7 @@ class RolloutBatches(Batches):
         if data.write is not None:
             data.write(int(state.step) + 1, rollout, layout)
         speed = float(sampled.lengths.sum()) / seconds
-        self._report = sampled.metrics() | {"rollout_tokens_per_s": speed}
+        self._report = sampled.metrics() | data.scorer.report() | {"rollout_tokens_per_s": speed}
         self._warn_if_none_ended(sampled)
         batch = rollout.batch(layout, mask_truncated=data.trainer.config.mask_truncated)
         self._batches = parts(batch, config.mini_batches) * config.iterations
@@ -263,6 +266,13 @@ class RolloutBatches(Batches):
 
     def report(self) -> dict[str, Any]:
         return self._report
+
+    def explain(self) -> str:
+        if self._report["unscorable"] == 1:
+            failed = self._report.get("failures", [{"first": "the rewards gave no number"}])
+            return f"no completion could be scored: {failed[0]['first']}"
+        cut = self._data.trainer.config.mask_truncated and self._report["truncated"] == 1
+        return "all completions were cut, and mask_truncated leaves them out" if cut else ""
 
     def __next__(self) -> Batch:
         return self._batches.pop(0)

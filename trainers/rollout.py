@@ -103,16 +103,6 @@ class RolloutConfig(Config):
         return self.iterations * self.mini_batches
 
 
-def rows_at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | None]:
-    """Completions at once as (rows at once, completions per row, see RolloutConfig.branches)."""
-    both = is_int(micro_batch_size) and is_int(group_size)
-    if not both or micro_batch_size < 1 or group_size < 1:
-        return micro_batch_size, None  # the configs complain
-    divisors = (n for n in range(min(micro_batch_size, group_size), 0, -1) if group_size % n == 0)
-    branches = next(divisors)
-    return max(micro_batch_size // branches, 1), branches
-
-
 def check_context(prompts: Sequence["Prompt"], max_completion_len: int, context: int) -> None:
     """Raises ConfigError if the longest prompt and a completion exceed the model's context."""
     longest = max(len(prompt.ids) for prompt in prompts)

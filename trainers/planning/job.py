@@ -12,12 +12,21 @@ from models.llama.lora import TARGETS
 from models.llama.model import REMATS
 from trainers.optimizer import DTYPES, OPTIMIZERS
 from trainers.planning.hlo import Cost, KernelCost, analyse
-from trainers.rollout import rows_at_once
-from utils.errors import ConfigError
+from utils.errors import ConfigError, is_int
 from utils.fields import Config, field, integer, one_of
 from utils.files import parse_json
 
 KINDS = ("sft", "lora", "grpo", "generate")
+
+
+def rows_at_once(micro_batch_size: Any, group_size: Any) -> tuple[Any, int | None]:
+    """Completions at once as (rows at once, completions per row, see RolloutConfig.branches)."""
+    both = is_int(micro_batch_size) and is_int(group_size)
+    if not both or micro_batch_size < 1 or group_size < 1:
+        return micro_batch_size, None  # the configs complain
+    divisors = (n for n in range(min(micro_batch_size, group_size), 0, -1) if group_size % n == 0)
+    branches = next(divisors)
+    return max(micro_batch_size // branches, 1), branches
 
 
 def model_config(name: str) -> ModelConfig:

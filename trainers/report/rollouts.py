@@ -13,12 +13,19 @@ _BY_TOKEN = ("logprobs", "old_logprobs", "ref_logprobs")
 
 
 def recorder(
-    write: Callable[[dict[str, Any]], None], tokenizer: Tokenizer
+    write: Callable[[dict[str, Any]], None],
+    tokenizer: Tokenizer,
+    failures: Callable[[], list[dict[str, Any]]] = list,
 ) -> Callable[[int, Rollout, Layout], None]:
-    """The `write` of RolloutData that hands each rollout's line to `write`, a MetricsLog's for example."""
+    """The `write` of RolloutData that hands each rollout's line to `write`, a MetricsLog's for example.
+
+    The line has the rollout's `failures` of rewards, if there are any.
+    """
 
     def record(step: int, rollout: Rollout, layout: Layout) -> None:
-        write(to_record(step, rollout, layout, tokenizer))
+        failed = failures()
+        more = {"failures": failed} if failed else {}
+        write(to_record(step, rollout, layout, tokenizer) | more)
 
     return record
 

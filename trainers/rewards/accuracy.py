@@ -200,13 +200,14 @@ class TaskEvaluation(Evaluation):
         self._how = tokenizer, task, pool, config
 
     def evaluate(self, state: TrainState, frozen: Params) -> dict[str, float]:
-        """`reward`, with the ends of its 95 % interval, and each function's mean."""
+        """`reward`, with the ends of its 95 % interval, each function's mean, and `failures`."""
         policy = decoding_params(self._trainer, state, frozen)
         found = evaluate_task(self._trainer.model, policy, *self._how)
         total = found["total"]["mean"]
         values = {name: measures["mean"]["value"] for name, measures in found["rewards"].items()}
         values |= {"reward": total["value"], "reward_low": total["low"]}
         values |= {"reward_high": total["high"], "length_mean": found["mean_length"]}
+        values |= self._how[2].report()
         return values | {"score": math.inf if total["value"] is None else -total["value"]}
 
 

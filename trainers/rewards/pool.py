@@ -4,16 +4,19 @@ A crash, an exception or a hang costs the prompt that it happens on, and is repo
 type, a wrong length or an infinity is a bug in the function and stops the run.
 """
 
+import collections
 import dataclasses
 import inspect
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
@@ -178,6 +181,8 @@ class RewardPool:
     Attributes:
         names: of the rewards, in the order of their scores.
         failures: one line per failure in the last call: "reward 'f' on prompt 3 ('What is …'): timed out …".
+        kinds: failures since the last `report`, {"first": its line, "completions": number lost} each;
+            those of one reward with the same type of exception from the same place are of one kind.
     """
 
     def __init__(
@@ -204,7 +209,10 @@ class RewardPool:
             problems.append(f"on_failure is {on_failure!r}, expected 'unscorable' or 'stop'")
         raise_all("rewards", problems)
         self.names = tuple(names)
-        self.failures: list[str] = []
+        self.kinds: dict[str, dict[str, Any]] = {}
+        self._failures: list[tuple[str, str, int]] = []  # of the last call: kind, line, rows lost
+        self._said: dict[str, int] = {}  # rows lost by kind: when it was warned of, and in all
+        self._lost: collections.Counter[str] = collections.Counter()
         self._weights = [reward.weight for reward in rewards]
         self._stop = on_failure == "stop"
         self._processes = [
@@ -216,6 +224,13 @@ class RewardPool:
 
     def __exit__(self, *_) -> None:
         self.close()
+        for kind, lost in self._lost.items():
+            if lost > self._said[kind]:
+                warnings.warn(f"{kind}: {lost} completions unscorable in all", stacklevel=2)
+
+    @property
+    def failures(self) -> list[str]:
+        return [line for _, line, _ in self._failures]
 
     def close(self) -> None:
         """Ends all workers; the next call would start new ones."""
@@ -234,6 +249,11 @@ class RewardPool:
         scores = self(texts, completions, completion_ids, columns, group_size)
         return scores.values.T, scores.total(self._weights)
 
+    def report(self) -> dict[str, Any]:
+        """The `failures` since the last report, one of `kinds` each; {} if there are none."""
+        kinds, self.kinds = self.kinds, {}
+        return {"failures": [*kinds.values()]} if kinds else {}
+
     def __call__(
         self,
         prompts: list[str],
@@ -243,6 +263,8 @@ class RewardPool:
         group_size: int,
     ) -> Scores:
         """Scores a batch. Where there are several processes, the first one does and tells the others.
+
+        Warns of the first failure of each kind.
 
         Args:
             prompts: the text of each row's prompt, R of them.
@@ -258,11 +280,12 @@ class RewardPool:
         """
         rows = dict(prompts=prompts, completions=completions, completion_ids=completion_ids)
 
-        def score() -> tuple[list, list, list[str]]:
+        def score() -> tuple[list, list, list]:
             scores = self._call(rows, columns, group_size)
-            return scores.values.tolist(), scores.failed.tolist(), self.failures
+            return scores.values.tolist(), scores.failed.tolist(), self._failures
 
-        values, failed, self.failures = distributed.from_first(score)
+        values, failed, self._failures = distributed.from_first(score)
+        self._count(len(completions))
         return Scores(values=np.asarray(values, np.float64), failed=np.asarray(failed, bool))
 
     def _call(self, batch: dict[str, list], columns: dict[str, list], group_size: int) -> Scores:
@@ -274,7 +297,7 @@ class RewardPool:
         batch |= columns
         for process in self._processes:
             process.check_takes(batch)
-        self.failures = []
+        self._failures = []
         shape = (len(self._processes), n)
         scores = Scores(values=np.full(shape, np.nan), failed=np.zeros(shape, bool))
         parts = zip(self._processes, scores.values, scores.failed)
@@ -285,6 +308,27 @@ class RewardPool:
             self.close()
             raise
         return scores
+
+    def _count(self, rows: int) -> None:
+        """Counts the last call's failures, and warns of those of a new kind."""
+        found: dict[str, dict[str, Any]] = {}
+        for kind, line, lost in self._failures:
+            found.setdefault(kind, {"first": line, "completions": 0})["completions"] += lost
+        for kind, entry in found.items():
+            lost = entry["completions"]
+            if kind not in self._said:
+                self._said[kind] = lost
+                text = f"{entry['first']}; {lost} of {rows} completions unscorable"
+                warnings.warn(text, stacklevel=4)
+            self._lost[kind] += lost
+            self.kinds.setdefault(kind, entry | {"completions": 0})["completions"] += lost
+
+    def _fail(self, process: RewardProcess, where: str, what: str, lost: int) -> str:
+        """Notes a failure; returns its line."""
+        kind = re.sub(r": .*(?= \([^()]*:\d+\)$)", "", what)  # without the exception's text
+        line = f"{process.title} {where}: {what}"
+        self._failures.append((f"{process.title}: {kind}", line, lost))
+        return line
 
     def _score(
         self,
@@ -304,8 +348,8 @@ class RewardPool:
             prompt = start // group_size
             if timeouts == MAX_TIMEOUTS:
                 failed[start:] = True
-                text = f"{process.title} from prompt {prompt} on: not asked"
-                self.failures.append(f"{text}, {timeouts} prompts in a row timed out")
+                what = f"not asked, {timeouts} prompts in a row timed out"
+                self._fail(process, f"from prompt {prompt} on", what, rows - start)
                 return
             if rows > group_size:  # of a single prompt, the answer is there
                 answer = yield process.ask(batch, start, start + group_size)
@@ -315,13 +359,12 @@ class RewardPool:
             timeouts = timeouts + 1 if answer["timeout"] else 0
             failed[start : start + group_size] = True
             text = " ".join(batch["prompts"][start][:60].split())
-            text = f"{process.title} on prompt {prompt} ({text!r}): {answer['failed']}"
-            self.failures.append(text)
+            where = f"on prompt {prompt} ({text!r})"
+            line = self._fail(process, where, answer["failed"], group_size)
             if self._stop:
-                raise TrainError(text)
+                raise TrainError(line)
         if not failed.any():
-            text = f"{process.title} on the batch, and on no prompt alone: {whole['failed']}"
-            self.failures.append(text)
+            self._fail(process, "on the batch, and on no prompt alone", whole["failed"], 0)
 
 
 def _store(process: RewardProcess, answer: dict, values: np.ndarray, start: int) -> bool:

@@ -67,13 +67,16 @@ def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """One line: the exception's type, text and the place that raised it."""
+    """One line: the exception's type, its text, and the function's last own line before it."""
     try:
         text = " ".join(str(error).split())[:200]
     except Exception:  # some exceptions cannot even be printed
         text = ""
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    # The frame after this file's is the function; deeper ones may be a library's.
+    places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = places[:2][-1][0]
+    file, line = next(place for place in reversed(places) if place[0] == own)
+    place = f"{Path(file).name}:{line}"
     return f"{type(error).__name__}{text and ': '}{text} ({place})"
 
 

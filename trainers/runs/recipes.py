@@ -133,7 +133,8 @@ class GRPORecipe(Recipe):
         record, evaluation = None, None
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
-            record = recorder(stack.enter_context(log).write, self.tokenizer)
+            line = stack.enter_context(log).write
+            record = recorder(line, self.tokenizer, lambda: [*pool.kinds.values()])
 
         def write(step: int, rollout: Rollout, layout: Layout) -> None:
             if record is not None:
