@@ -21,7 +21,7 @@ from models.llama.model import LLaMa
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import TaskFlags
+from trainers.rewards.tasks import TaskFlags, task_names
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch
 from utils.console import cli
@@ -152,6 +152,9 @@ def task(
 
     Example: python evaluate.py task --task reasoning_gym:chain_sum --ckpt_dir run/export
     """
+    if task.task == "list":
+        cli.write("".join(f"{name}\n" for name in task_names()))
+        return
     cli.Signals()
     cli.keep_compilations()
     from_first(lambda: _check_writable(output.out))

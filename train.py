@@ -21,7 +21,7 @@ from trainers.planning.job import rows_at_once
 from trainers.runs.recipes import GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step, verdict
 from trainers.report.report import write_report
-from trainers.rewards.tasks import Task, TaskFlags
+from trainers.rewards.tasks import Task, TaskFlags, task_names
 from trainers.rollout import RolloutConfig
 from trainers.runs.folder import RunConfig
 from trainers.runs.run import load_source, train
@@ -126,6 +126,9 @@ def grpo(
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
+    if task.task == "list":
+        cli.write("".join(f"{name}\n" for name in task_names()))
+        return 0
     stop = _start()
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
     source = load_source(model)

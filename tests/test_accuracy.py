@@ -17,7 +17,8 @@ from models.llama.tokenizer import load_tokenizer
 from sampling import Greedy, TopP
 from tests import cli
 from trainers.rewards import accuracy
-from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task, pass_at_k
+from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task
+from trainers.rewards.accuracy import _measures, mean_interval, pass_at_k
 from trainers.rewards.functions import Reward
 from trainers.rewards.pool import RewardPool, Scores
 from trainers.rewards.tasks import Task
@@ -90,6 +91,23 @@ def test_the_interval_does_not_change_from_one_call_to_the_next_and_may_be_of_on
     assert low == high != values.mean()
     assert bootstrap_interval(values, samples=1001) != bootstrap_interval(values, samples=1000)
     assert bootstrap_interval([0.25]) == bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+
+
+@pytest.mark.covers("N5")
+def test_the_interval_of_0_and_1_is_wilsons():
+    statsmodels = {(0, 6): (0, 0.3903343), (6, 6): (0.6096657, 1), (3, 10): (0.1077913, 0.6032219)}
+    for (right, n), expected in statsmodels.items():
+        values = [1.0] * right + [0.0] * (n - right)
+        np.testing.assert_allclose(mean_interval(values), expected, atol=1e-6)
+    assert mean_interval([0.0] * 200) == pytest.approx((0, 0.0188453), abs=1e-6)
+    # Equal shares say little; of what is not within [0, 1] no bound is known.
+    assert mean_interval([0.5] * 4) == mean_interval([0.0, 1.0] * 2)
+    assert mean_interval([2.0] * 4) == (2.0, 2.0)
+    values = np.random.default_rng(0).random(20)
+    assert mean_interval(values) == bootstrap_interval(values)
+    measures = _measures(np.zeros((6, 4)), (1, 4))
+    for name in ("mean", "pass@1", "pass@4"):
+        assert (measures[name]["low"], round(measures[name]["high"], 3)) == (0.0, 0.39)
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -226,7 +244,7 @@ def test_the_measures_are_those_of_the_scores_that_were_written(whole):
                 assert measure["prompts"] == len(values)
                 if values:
                     assert measure["value"] == pytest.approx(np.mean(values))
-                    assert (measure["low"], measure["high"]) == bootstrap_interval(values)
+                    assert (measure["low"], measure["high"]) == mean_interval(values)
             assert measures["unscorable"] == unscorable
     # What cannot be scored is left out, of a mean, and where too few are left of pass@k too.
     picked = found["rewards"]["picky"]

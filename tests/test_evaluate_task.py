@@ -12,7 +12,7 @@ import pytest
 
 from tests import cli
 from tests.programs import check_error, flags, programs
-from trainers.rewards.accuracy import bootstrap_interval, pass_at_k
+from trainers.rewards.accuracy import mean_interval, pass_at_k
 
 SUM = "reasoning_gym:chain_sum"
 ONE_DIGIT = '{"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}'
@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_completions_in_the_file(programs, tmp_path
         scores = np.asarray([row["scores"][name] for row in rows]).reshape(5, 3)
         measures = found["rewards"][name]
         assert measures["mean"]["value"] == pytest.approx(scores.mean())
-        low, high = bootstrap_interval(scores.mean(axis=1))
+        low, high = mean_interval(scores.mean(axis=1))
         assert [measures["mean"][n] for n in ("low", "high")] == pytest.approx([low, high])
         for k in (1, 2, 3):
             rates = [pass_at_k(3, int((group == 1).sum()), k) for group in scores]

@@ -25,6 +25,7 @@ from trainers.rewards.functions import (
     ReasoningGym,
     Reward,
     SoftOverlong,
+    ThinkFormat,
     answer_text,
     exact_match,
     extract_number,
@@ -402,6 +403,51 @@ def test_extract_number(text, lenient, strict):
     assert extract_number(text, strict=True) == exact(strict)
 
 
+@pytest.mark.covers("R35")
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"so \boxed{\frac{3}{4}}", "3/4"),
+        (r"\boxed{1} or \boxed{\left(\dfrac{2}{3}\right)} for 7", "2/3"),
+        (r"<answer>it is \boxed{\frac{1}{3}}</answer> 5", "1/3"),
+        (r"\frac34", "3/4"),
+        (r"-\frac{1}{2}", "-1/2"),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"\frac{1,000}{3}", "1000/3"),
+        (r"3\frac{1}{2}", "7/2"),
+        ("it is 3 1/2.", "7/2"),
+        ("-3 1/2", "-7/2"),
+        ("1/2 3/4", "3/4"),
+        ("4 3/2", "3/2"),  # two numbers
+        ("on 3 1/2/2024", "2024"),
+        ("1 234", "1234"),
+        ("$1\u202f234\u00a0567.5", "2469135/2"),
+        ("12 7 100", "100"),  # a list
+        ("2019 500", "500"),
+        ("1.000.000", "1000000"),
+        ("It is -1.234.567.", "-1234567"),
+        ("1.000", "1"),
+        (r"\boxed{1{,}234}", "1234"),
+        (r"\boxed{1,\!234}", "1234"),
+        (r"\boxed{12\text{ cm}^2}", "12"),
+        (r"\boxed{\$5}", "5"),
+        (r"\boxed{5", "5"),
+        (r"5 \boxed{}", None),
+        # What the docstring lists as no numbers: the last part counts.
+        ("2,5", "5"),
+        (r"\frac{1.5}{2}", "2"),
+        ("10^3", "3"),
+        ("1'000", "0"),
+        ("seven", None),
+    ],
+)
+def test_fractions_groups_and_boxes(text, expected):
+    expected = None if expected is None else Fraction(expected)
+    assert extract_number(text, strict=False) == expected
+    (score,) = READY_MADE["number"](completions=[text], answer=[str(expected)])
+    assert score == (None if expected is None else 1.0)
+
+
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(
     st.decimals(
@@ -424,7 +470,20 @@ def test_no_text_breaks_it_and_strict_agrees_with_lenient(text):
 
 
 def test_long_texts_take_no_time():
-    for part in ("1,", "1,111,", "<answer>", "</answer>", "9", ".", "1/", "-$", "1e"):
+    for part in (
+        "1,",
+        "1,111,",
+        "<answer>",
+        "</answer>",
+        "9",
+        ".",
+        "1/",
+        "-$",
+        "1e",
+        "1 234 ",
+        "\\boxed{",
+        "\\frac{",
+    ):
         start = time.process_time()
         extract_number(part * 100_000, strict=False)
         extract_number(part * 100_000, strict=True)
@@ -451,6 +510,33 @@ def test_format_match_is_of_the_whole_text_across_lines():
     think = "<think>\nwell\n</think>\n<answer>4</answer>\n"
     texts = [think, "4", think + "!", think.replace("<answer>", "")]
     assert FormatMatch(THINK_FORMAT)(completions=texts) == [1, 0, 0, 0]
+    assert READY_MADE["think_format"](completions=texts) == [1, 0, 0, 0]
+
+
+@pytest.mark.covers("R14")
+@pytest.mark.parametrize("template_opens", [False, True])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a\n</think>\n<answer>4\n5</answer>\n", 1),
+        ("a < b</think><answer></answer>", 1),
+        ("a</think>\n<think>b</think>\n<answer>1</answer>", 0),
+        ("a</think><answer>1</answer></answer>", 0),
+        ("a</think><answer>1</answer> x <answer>2</answer>", 0),
+        ("a</think><answer>1</answer> x", 0),
+        ("a</think> so <answer>1</answer>", 0),
+        ("<think>a</think><answer>1</answer>", 0),
+        ("<answer>a</answer></think><answer>1</answer>", 0),
+        ("a</think><answer>1<think></answer>", 0),
+        ("a</think><answer>1", 0),
+    ],
+)
+def test_each_tag_is_there_once_and_in_order(text, expected, template_opens):
+    score = ThinkFormat(opened=template_opens)
+    whole = "<think>" + text
+    assert score(completions=[text if template_opens else whole]) == [expected]
+    assert score(completions=[whole if template_opens else text])[0] == 0 or text[0] == "<"
+    assert score(completions=[text], prompts=["<think>\n"]) == [expected]
     for pattern in ("(", 3):
         with pytest.raises(ConfigError, match="is not a pattern"):
             FormatMatch(pattern)

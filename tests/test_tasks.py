@@ -10,9 +10,9 @@ import reasoning_gym
 
 from models.llama.tokenizer import load_tokenizer
 from tests import cli
-from trainers.rewards.functions import Reward
+from trainers.rewards.functions import Reward, load_reward
 from trainers.rewards.pool import reward_rows
-from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task
+from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task, task_names
 from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -215,6 +215,23 @@ def test_a_text_is_plain_where_there_is_no_chat(tokenizer, plain, tmp_path):
     path = write(tmp_path, {"prompt": "?"}, {"prompt": ""})
     with pytest.raises(DataError, match=r"prompts.jsonl:2: the prompt is empty"):
         load_prompts(path, PromptEncoder(plain), REWARDS)
+
+
+@pytest.mark.covers("R15")
+def test_a_template_that_opens_the_thoughts_is_seen_by_think_format(tokenizer, tmp_path):
+    path = write(tmp_path, {"prompt": "2 + 2"})
+    done = ["a\n</think>\n<answer>4</answer>"]
+    for opening, expected in (("", 0.0), ("<think>\n", 1.0)):
+        tokenizer.chat_templates["default"] = cli.TEMPLATE + opening
+        rewards = [load_reward("think_format=0.5")]
+        task = load_prompts(path, PromptEncoder(tokenizer), rewards)
+        assert task.rewards[0].function(prompts=["2 + 2"], completions=done) == [expected]
+        assert (task.rewards[0].name, task.rewards[0].weight) == ("think_format", 0.5)
+
+
+def test_all_tasks_are_named():
+    names = task_names()
+    assert SUM in names and len(names) == len(set(names)) > 50
 
 
 def test_other_fields_are_columns_in_every_row(tokenizer, tmp_path):

@@ -80,7 +80,7 @@ def bootstrap_interval(
     """An interval for the mean over all prompts of a task, from some of them, by percentile bootstrap.
 
     Prompts are resampled, so the interval covers both the choice of prompts and the luck of their
-    samples. Where all values are equal it is that single value, however few there are.
+    samples. It cannot see what was not drawn: `mean_interval` is for any values.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
 
     Args:
@@ -100,6 +100,30 @@ def bootstrap_interval(
         means.append(values[rng.integers(len(values), size=shape)].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(mean: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval for a probability of which n draws have this mean; (0, 0.39) for 0 of 6.
+
+    Source: Wilson (1927); Brown, Cai and DasGupta (2001), equation 4. z is that of 95 %.
+    """
+    middle = mean + z * z / (2 * n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return (0.0 if mean == 0 else low, 1.0 if mean == 1 else high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % interval for the mean over all prompts of a task, from one value for each of some.
+
+    Wilson's for values of 0 and 1, and where all are equal between them: nothing within [0, 1] varies
+    more. Otherwise the bootstrap's; of equal values outside [0, 1] it is only that value.
+    """
+    values = np.asarray(values, np.float64)
+    inside = values.min() >= 0 and values.max() <= 1
+    if np.isin(values, (0, 1)).all() or inside and np.ptp(values) == 0:
+        return wilson_interval(float(values.mean()), len(values))
+    return bootstrap_interval(values)
 
 
 def evaluate_task(
@@ -282,7 +306,7 @@ def _measures(scores_PN: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:
 def _measure(values: Sequence[float]) -> dict[str, Any]:
     if not len(values):
         return {"value": None, "low": None, "high": None, "prompts": 0}
-    low, high = bootstrap_interval(values)
+    low, high = mean_interval(values)
     return {"value": float(np.mean(values)), "low": low, "high": high, "prompts": len(values)}
 
 

@@ -13,21 +13,39 @@ import json
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from utils.errors import ConfigError, is_int, is_number, raise_all
 
-# The layout of R1-style training: thoughts, then the answer, and nothing around them.
-THINK_FORMAT = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+# The layout of R1-style training: thoughts, then the answer, each tag once, and nothing around them.
+_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"
+_REST = rf"{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*"
+THINK_FORMAT = rf"\s*<think>{_REST}"
 
 # A sign counts only where no letter, digit or bracket is right before it: "10-3" ends in 3.
-# ASCII digits; commas only between thousands; a fraction is two integers without blanks.
+# ASCII digits. Blanks between thousands may be no-break or thin ones.
+_BLANK = "[ \u00a0\u2009\u202f]"
+_MIXED = rf"(?P<whole>[0-9]{{1,9}}){_BLANK}(?P<top>[0-9]{{1,9}})/(?P<bottom>0*[1-9][0-9]{{0,8}})(?![0-9])"
+_GROUPS = (
+    r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])",
+    rf"(?<![0-9]{_BLANK})[1-9][0-9]{{0,2}}(?:{_BLANK}[0-9]{{3}})+(?![0-9/]|{_BLANK}[0-9])",
+)
+_POINTS = r"(?P<points>(?<![0-9.])[0-9]{1,3}(?:\.[0-9]{3}){2,})(?!\.?[0-9])"
+_PLAIN = rf"(?:(?:{'|'.join(_GROUPS)}|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+_EXPONENT = r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-+−])?\$?(?P<size>[0-9]+/0*[1-9][0-9]*"
-    r"|(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
-    r"(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)"
+    rf"(?P<sign>(?<![\w)\]])[-+−])?\$?(?:{_MIXED}|{_POINTS}"
+    rf"|(?P<size>[0-9]+/0*[1-9][0-9]*|{_PLAIN}{_EXPONENT}))"
+)
+# LaTeX: units, thousands, and fractions of integers; "3\frac{1}{2}" is mixed.
+_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?[0-9]\}?)?")
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?=[0-9]{3})")
+_FRACTION = re.compile(
+    r"(?P<mixed>(?<=[0-9]))?\s*\\[dt]?frac\s*(?:\{\s*(-?[0-9,]+)\s*\}|([0-9]))\s*"
+    r"(?:\{\s*([0-9,]+)\s*\}|([0-9]))"
 )
 # Python refuses to convert longer ones, and nobody asks for them.
 _MAX_DIGITS = 1000
@@ -78,8 +96,14 @@ def extract_number(text: str, strict: bool) -> Fraction | None:
     Args:
         text: the completion.
         strict: `answer_text` must be the number and nothing else; otherwise the last number in it
-            counts. "1,234.50", "-3", "$5", ".5", "1e3" and "3/4" are numbers; a full stop after one
-            is not part of it.
+            counts, or in its last \boxed{…}.
+
+    Numbers are "1,234.50", "1 234" (thousands; a list of three-digit numbers reads like one),
+    "1.000.000" (two groups at least: "1.000" is 1), "-3", "$5", ".5", "1e3", "3/4", "3 1/2" (a mixed
+    number: the fraction is below 1), "\frac{3}{4}" and "3\frac{1}{2}" of integers. A full stop after
+    one is not part of it. Not numbers, so that only their last part counts: decimal commas
+    ("2,5"), fractions of anything but integers ("1.5/2", "\frac{\pi}{2}"), powers and roots ("10^3",
+    "\sqrt{2}"), "1'000", "1_000", and words ("seven"). Units and "%" are ignored: "50%" is 50.
 
     Returns:
         Its exact value; None if there is none, or it has more than 1000 digits.
@@ -94,15 +118,46 @@ def _find_number(text: str, strict: bool) -> str | None:
     """The number of `extract_number` in Python's spelling."""
     text = answer_text(text)
     if strict:
-        match = _NUMBER.fullmatch(text)
+        match = _NUMBER.fullmatch(_without_latex(text))
     else:
         match = None
-        for match in _NUMBER.finditer(text):
+        for match in _NUMBER.finditer(_without_latex(_boxed(text))):
             pass
     if not match:
         return None
     sign = "-" if match["sign"] in ("-", "−") else ""
-    return sign + match["size"].replace(",", "")
+    if match["whole"]:
+        whole, top, bottom = (int(match[name]) for name in ("whole", "top", "bottom"))
+        if top >= bottom:  # two numbers
+            return None if strict else f"{top}/{bottom}"
+        return f"{sign}{whole * bottom + top}/{bottom}"
+    if match["points"]:
+        return sign + match["points"].replace(".", "")
+    return sign + re.sub(rf",|{_BLANK}", "", match["size"])
+
+
+def _boxed(text: str) -> str:
+    r"""The inside of the last \boxed{…}, in which braces may be nested; the text if there is none."""
+    start, depth = text.rfind("\\boxed{"), 0
+    for end in range(start + 6, len(text)) if start >= 0 else ():
+        depth += (text[end] == "{") - (text[end] == "}")
+        if not depth:
+            return text[start + 7 : end]
+    return text
+
+
+def _without_latex(text: str) -> str:
+    """The text with LaTeX's numbers as plain ones."""
+    if "\\" not in text and "{,}" not in text:
+        return text
+
+    def plain(match: re.Match) -> str:
+        top, bottom = (match[2] or match[3]).replace(",", ""), (match[4] or match[5]).replace(
+            ",", ""
+        )
+        return f"{' ' * (match['mixed'] is not None)}{top}/{bottom}"
+
+    return _FRACTION.sub(plain, _THOUSANDS.sub("", _UNIT.sub("", text))).replace("\\$", "$")
 
 
 def exact_match(completions: list[str], answer: list, **_) -> list[float | None]:
@@ -160,6 +215,32 @@ class FormatMatch:
         """See the class."""
         pattern = re.compile(self.pattern, re.DOTALL)
         return [float(pattern.fullmatch(text) is not None) for text in completions]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThinkFormat:
+    """Gives 1 for <think>…</think> <answer>…</answer>, each tag once and nothing around, else 0.
+
+    Attributes:
+        opened: whether the chat template writes the first <think> itself, at the end of the prompt;
+            `load_prompts` finds out. A prompt whose own text ends in it is seen.
+    """
+
+    opened: bool = False
+
+    def __call__(
+        self, completions: list[str], prompts: Sequence[str] | None = None, **_
+    ) -> list[float]:
+        """See the class."""
+        opened = [
+            self.opened or text.rstrip().endswith("<think>")
+            for text in prompts or [""] * len(completions)
+        ]
+        patterns = [_REST if known else THINK_FORMAT for known in opened]
+        return [
+            float(re.fullmatch(pattern, text, re.DOTALL) is not None)
+            for pattern, text in zip(patterns, completions)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +315,10 @@ class ReasoningGym:
 def import_reasoning_gym() -> Any:
     """The package, which is optional and slow to import. Raises ConfigError if it is missing."""
     try:
-        import reasoning_gym
+        # A dependency's source has a SyntaxWarning, shown where nobody compiled it before.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
     except ImportError as error:
         text = "reasoning_gym tasks need a package: pip install 'altiplano[rl]'"
         raise ConfigError(text) from error
@@ -255,7 +339,7 @@ READY_MADE = {
     "exact_match": exact_match,
     "number": NumberMatch(strict=False),
     "strict_number": NumberMatch(strict=True),
-    "think_format": FormatMatch(THINK_FORMAT),
+    "think_format": ThinkFormat(),
 }
 
 

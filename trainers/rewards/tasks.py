@@ -12,7 +12,8 @@ from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.messages import Message, read_messages
 from models.llama.tokenizer import Tokenizer, plain_prompt
 from trainers.records import read_records
-from trainers.rewards.functions import ReasoningGym, Reward, import_reasoning_gym, load_reward
+from trainers.rewards.functions import ReasoningGym, Reward, ThinkFormat
+from trainers.rewards.functions import import_reasoning_gym, load_reward
 from trainers.rollout import Prompt
 from utils.errors import ConfigError, DataError, raise_all
 from utils.fields import Config, field, integer, number
@@ -75,7 +76,9 @@ class Task:
 class TaskFlags(Config):
     """Flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
 
-    task: str | None = field(None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum")
+    task: str | None = field(
+        None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum; `list`: only names them all"
+    )
     task_args: str | None = field(None, "JSON object with the task's own arguments")
     data: str | None = field(
         None,
@@ -255,6 +258,11 @@ def load_task(
     return Task(name=spec, chat=encode.is_chat, **given)
 
 
+def task_names() -> list[str]:
+    """Every task's name, as `load_task` takes it. Raises ConfigError without reasoning_gym."""
+    return [f"reasoning_gym:{name}" for name in sorted(import_reasoning_gym().factory.DATASETS)]
+
+
 def load_prompts(
     path: str | os.PathLike,
     encode: PromptEncoder,
@@ -291,9 +299,18 @@ def load_prompts(
         except DataError as e:
             records.bad.add(DataError(f"{record.where}: {e}"))
     records.bad.check(path)
+    rewards = [_as_prompted(reward, prompts[:1], encode.tokenizer) for reward in rewards]
     lists = any(not isinstance(r.fields["prompt"], str) for r in records.rows)
     given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
     return Task(name=records.path, chat=encode.is_chat or lists, **given)
+
+
+def _as_prompted(reward: Reward, first: Sequence[Prompt], tokenizer: Tokenizer) -> Reward:
+    """The reward; `think_format` is told whether the chat template opens the thoughts itself."""
+    ends = [tokenizer.decode(prompt.ids).rstrip().endswith("<think>") for prompt in first]
+    if not isinstance(reward.function, ThinkFormat) or not any(ends):
+        return reward
+    return dataclasses.replace(reward, function=ThinkFormat(opened=True))
 
 
 def _check(size: Any, seed: Any, args: Any, weights: Mapping[str, float]) -> None:
@@ -322,7 +339,7 @@ def _entries(spec: str, args: dict[str, Any], size: int, seed: int):
     gym = import_reasoning_gym()
     if name not in gym.factory.DATASETS:
         close = difflib.get_close_matches(name, gym.factory.DATASETS)
-        close = f"did you mean {' or '.join(close)}?" if close else "see its list of tasks"
+        close = f"did you mean {' or '.join(close)}?" if close else "--task list names them"
         raise ConfigError(f"reasoning_gym has no task {name!r:.80}; {close}")
     if taken := {"name", "size", "seed"}.intersection(args):
         raise ConfigError(f"{sorted(taken)[0]} has a flag of its own; take it out of the task_args")
