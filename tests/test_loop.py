@@ -95,7 +95,7 @@ def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path):
     # The third, fourth and fifth batch; two in a row are allowed.
     of, data = trainer(), dataset(poisoned=(4, 7, 8), **IN_ORDER)
     with Checkpointer(tmp_path / "c") as checkpointer:
-        with pytest.raises(TrainError, match=r"3 updates in a row.*loss nan.*\[3, 4, 5\]") as e:
+        with pytest.raises(TrainError, match=r"3 updates in a row.*loss nan.*6.*8.*10") as e:
             run(of, data, folder=tmp_path, checkpointer=checkpointer)
     assert e.value.exit_code == 5
     reader = CheckpointReader(tmp_path / "c")

@@ -190,7 +190,7 @@ class RolloutBatches(Batches):
         self._data = data
         self._batches: list[Batch] = []
         self._report: dict[str, Any] = {}
-        self._position, self._warned = 0, False
+        self._position = 0
         order = grain.MapDataset.range(len(data.prompts))
         self._order = order.shuffle(seed=data.config.seed).repeat()
 
@@ -251,12 +251,11 @@ class RolloutBatches(Batches):
         return dataclasses.replace(rollout, **more)
 
     def _warn_if_none_ended(self, rollout: Rollout) -> None:
-        if not rollout.stopped.any() and not self._warned:
-            self._warned = True
+        if not rollout.stopped.any():  # Python shows a warning once
+            limit = self._data.trainer.config.max_completion_len
             warnings.warn(
-                f"all {rollout.stopped.size} completions were cut at max_completion_len="
-                f"{self._data.trainer.config.max_completion_len}: is the prompt in the model's "
-                "chat format, and is the limit long enough?",
+                f"all {rollout.stopped.size} completions were cut at max_completion_len={limit}: is the "
+                "prompt in the model's chat format, and is the limit long enough?",
                 stacklevel=2,
             )
 

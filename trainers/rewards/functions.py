@@ -91,7 +91,7 @@ def answer_text(completion: str) -> str:
 
 
 def extract_number(text: str, strict: bool) -> Fraction | None:
-    """The number in a completion's answer.
+    r"""The number in a completion's answer.
 
     Args:
         text: the completion.
