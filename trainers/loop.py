@@ -377,14 +377,11 @@ class _Run:
         skipped = self.skipped_in_a_row
         if len(skipped) > self.config.max_skipped:
             last = ", ".join(f"{name} {metrics[name]}" for name in ("loss", "grad_norm", "weight"))
-            reason = (
-                f"not finite or without a target (the last: {last}; the batches end at {skipped})"
-            )
-            reason += "; lower the learning rate, or look at that data"
+            reason = f"not finite or without a target (the last: {last}; batches end at {skipped})"
+            reason += "; lower the learning rate, or look at that data; what is saved is older"
             if not metrics["weight"]:
                 reason = self.batches.explain() or reason
-            before = "the last checkpoint is from before them"
-            raise TrainError(f"{len(skipped)} updates in a row were skipped: {reason}; {before}")
+            raise TrainError(f"{len(skipped)} updates in a row were skipped: {reason}")
         if self.session.check is not None:
             self.session.check(state)
 

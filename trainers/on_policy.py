@@ -48,7 +48,7 @@ class Scorer(Protocol):
         """([R, F] scores, NaN where a function gave none; [R] rewards, NaN where unscorable)."""
 
     def report(self) -> dict[str, Any]:
-        """`failures` since the last report, a list of dicts; the `first` of a kind says what failed."""
+        """`failures` since the last report, if any: dicts whose `first` says what failed."""
 
 
 class RolloutData:
@@ -170,9 +170,8 @@ class RolloutData:
             old_logprobs=by_token if self.config.updates > 1 else None,
             ref_logprobs=by_token if self.trainer.config.beta > 0 else None,
         )
-        n = self.config.mini_batches
-        batches = [empty.batch(self.layout(width)) for width in reversed(self._widths)]
-        return [parts(batch, n)[0] for batch in batches]
+        batches = (empty.batch(self.layout(width)) for width in reversed(self._widths))
+        return [parts(batch, self.config.mini_batches)[0] for batch in batches]
 
 
 def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> Params:
@@ -189,8 +188,7 @@ class RolloutBatches(Batches):
     def __init__(self, data: RolloutData):
         self._data = data
         self._batches: list[Batch] = []
-        self._report: dict[str, Any] = {}
-        self._position = 0
+        self._position, self._report = 0, {}
         order = grain.MapDataset.range(len(data.prompts))
         self._order = order.shuffle(seed=data.config.seed).repeat()
 
@@ -267,11 +265,10 @@ class RolloutBatches(Batches):
         return self._report
 
     def explain(self) -> str:
-        if self._report["unscorable"] == 1:
-            failed = self._report.get("failures", [{"first": "the rewards gave no number"}])
-            return f"no completion could be scored: {failed[0]['first']}"
-        cut = self._data.trainer.config.mask_truncated and self._report["truncated"] == 1
-        return "all completions were cut, and mask_truncated leaves them out" if cut else ""
+        if self._report["unscorable"] < 1:
+            return "all were cut, see mask_truncated" * (self._report["truncated"] == 1)
+        failed = self._report.get("failures", [{"first": "the rewards gave no number"}])
+        return f"no completion could be scored: {failed[0]['first']}"
 
     def __next__(self) -> Batch:
         return self._batches.pop(0)

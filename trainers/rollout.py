@@ -185,8 +185,7 @@ class Rollout:
                 return x[groups]
             return x if x is None or isinstance(x, tuple) else [x[i] for i in groups]
 
-        fields = dataclasses.fields(self)
-        return Rollout(**{f.name: some(getattr(self, f.name)) for f in fields})
+        return Rollout(**{f.name: some(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
     def joined(self, other: "Rollout") -> "Rollout":
         """The rollout of both rollouts' groups."""
