@@ -18,7 +18,7 @@ from typing import Any
 
 from models.llama.load import ModelFlags, compute_dtype, open_model
 from models.llama.model import LLaMa
-from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
+from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import TaskFlags, task_names
@@ -27,7 +27,7 @@ from trainers.trainer import Batch
 from utils.console import cli
 from utils.distributed import from_first, is_first
 from utils.errors import ConfigError, is_int
-from utils.fields import Config, again, field, integer, integers
+from utils.fields import Config, again, field, integer, integers, one_of
 from utils.files import atomic_file
 
 
@@ -40,6 +40,14 @@ class RowsConfig(DataConfig):
         "seq_len",
         None,
         help="longest row, in tokens; default: 512, or the model's context if that is less",
+    )
+    overlong: str = again(
+        DataConfig,
+        "overlong",
+        WINDOWS,
+        help="examples longer than a row: score every token once, in windows of seq_len of which the "
+        "last reaches back for context; or keep the start, drop them, or split texts into parts",
+        allowed=one_of(WINDOWS, *OVERLONG),
     )
     batch_size: int = again(DataConfig, "batch_size", 4, help="rows at once")
     shuffle: bool = again(DataConfig, "shuffle", False)
@@ -83,9 +91,20 @@ def ppl(
         return
     cli.write(
         f"perplexity {means['perplexity']:.4f}, loss {means['loss']:.4f} nats, "
-        f"accuracy {means['accuracy']:.1%}, over {means['targets']:,} tokens of "
-        f"{dataset.counts['examples']:,} examples\n"
+        f"accuracy {means['accuracy']:.1%}, over {_counted(dataset.counts)}\n"
     )
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """Says how many tokens were scored, and how many were not."""
+    rows = counts["read"] - counts["bad"]
+    rows -= counts["dropped_no_target"] + counts["dropped_overlong"]
+    text = f"{counts['targets']:,} tokens of {rows:,} examples"
+    if counts["split"]:
+        text += f" ({counts['split']:,} of them in windows)"
+    cut = counts["truncated"] + counts["dropped_overlong"]
+    left_out = f"; {counts['targets_left_out']:,} tokens of {cut:,} too long ones are left out"
+    return text + left_out * bool(counts["targets_left_out"])
 
 
 def _reported(dataset: Dataset, report: Callable[[str, int, int], None]) -> Iterator[Batch]:
@@ -161,6 +180,8 @@ def task(
     with cli.progress() as report:
         checkpoint, tokenizer = open_model(model, progress=report, say=cli.note)
         asked = task.load(tokenizer, size=task.size, seed=sampling.seed, skip_bad=task.skip_bad)
+        if asked.dropped:
+            cli.note(f"data: {asked.counted}")
         params = checkpoint.params(compute_dtype(model.dtype), decoding=True, progress=report)
         llama, rows = LLaMa(checkpoint.config), []
         with RewardPool(asked.rewards, timeout=task.reward_timeout) as pool:

@@ -134,8 +134,7 @@ def grpo(
     source = load_source(model)
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed)
     first = source.tokenizer.decode(prompts.prompts[0].ids)
-    count = f"{len(prompts.prompts):,} prompts, the longest of {prompts.longest} tokens"
-    cli.note(f"data: {prompts.name} · {count}")
+    cli.note(f"data: {prompts.name} · {prompts.counted}")
     cli.note(f"the first, as the model reads it: {first!r:.600}")
     recipe = GRPORecipe(
         config=dataclasses.replace(training, micro_batch_size=at_once),

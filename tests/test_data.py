@@ -183,11 +183,14 @@ def test_overlong_conversations_by_policy(load, smollm):
 @pytest.mark.covers("D4", "D5")
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    data=st.data(), seq_len=st.integers(2, 9), policy=st.sampled_from("truncate drop split".split())
+    data=st.data(),
+    seq_len=st.integers(2, 9),
+    policy=st.sampled_from("truncate drop split windows".split()),
 )
 def test_counts_are_exact_for_any_rows(data, seq_len, policy):
     examples, kept, at = Examples(seq_len, policy), [], 1
     count = dict(dropped_no_target=0, dropped_overlong=0, truncated=0, split=0)
+    count["targets_left_out"] = 0
     for _ in range(data.draw(st.integers(1, 12))):
         is_text = data.draw(st.booleans())
         n = data.draw(st.integers(1, 25))
@@ -197,13 +200,15 @@ def test_counts_are_exact_for_any_rows(data, seq_len, policy):
         mask = [False] + mask[1:]
         if n > seq_len and policy == "drop":
             count["dropped_overlong"] += 1
-        elif n > seq_len and policy == "split" and is_text:
+            count["targets_left_out"] += sum(mask)
+        elif n > seq_len and any(mask) and (policy == "windows" or policy == "split" and is_text):
             count["split"] += 1
             kept.append([t for t, m in zip(ids, mask) if m])
         elif not any(mask[:seq_len]):
             count["dropped_no_target"] += 1
         else:
             count["truncated"] += n > seq_len
+            count["targets_left_out"] += sum(mask[seq_len:])
             kept.append([t for t, m in zip(ids[:seq_len], mask) if m])
     tokens, targets, offsets = examples.arrays()
     assert examples.counts == count
@@ -212,6 +217,26 @@ def test_counts_are_exact_for_any_rows(data, seq_len, policy):
     for start, end in zip(offsets, offsets[1:]):
         assert 2 <= end - start <= seq_len and targets[start:end].any() and not targets[start]
         assert (np.diff(tokens[start:end]) == 1).all()
+
+
+@pytest.mark.covers("R33")
+@pytest.mark.parametrize("n", [*range(2, 30), 64])
+def test_windows_are_those_of_lm_evals_rolling_loglikelihood(n):
+    """`get_rolling_token_windows` with context_len 1 and, as inputs, seq_len - 1 tokens."""
+    seq_len, expected = 8, []
+    size, tokens = seq_len - 1, list(range(1, n))  # token 0 is the prefix
+    expected.append((min(size, len(tokens)), [0, *tokens[:size]]))
+    predicted = size
+    while predicted < len(tokens):
+        count = min(len(tokens) - predicted, size)
+        end = predicted + count
+        expected.append((count, tokens[end - size - 1 : end]))
+        predicted += count
+    examples = Examples(seq_len, "windows")
+    examples.add(list(range(n)), [True] * n, is_text=True)
+    tokens, targets, offsets = examples.arrays()
+    found = [(targets[a:b].sum(), tokens[a:b].tolist()) for a, b in zip(offsets, offsets[1:])]
+    assert found == expected
 
 
 @pytest.mark.covers("D4")

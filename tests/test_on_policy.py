@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.llama.decoding import Completions
 from models.llama.lora import LoRAConfig
 from tests import tiny
 from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
@@ -22,6 +23,7 @@ from trainers.loop import Progress, Session, fit
 from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData, decoding_params
 from trainers.report.replay import SavedRun, read_run, replay_step, verdict
+from trainers import on_policy
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.functions import Reward
@@ -181,6 +183,7 @@ def test_a_completion_without_a_reward_has_no_part_in_a_batch():
     assert said["reward"] == pytest.approx(np.nanmean(rewards))
 
 
+@pytest.mark.covers("N4")
 def test_the_samplers_log_probs_are_the_trainers_and_the_ratio_is_one(tmp_path):
     for temperature in (1.0, 0.6):
         run(trainer(temperature=temperature, loss="grpo"), tmp_path / str(temperature))
@@ -188,6 +191,7 @@ def test_the_samplers_log_probs_are_the_trainers_and_the_ratio_is_one(tmp_path):
             assert record["gap_max"] < 1e-5 and record["gap_mean"] <= record["gap_max"]
             assert record["ratio_max"] == 1 and record["clip_low"] == record["clip_high"] == 0
             assert abs(record["loss"]) < 1e-6 < record["grad_norm"]
+            assert "kl" not in record  # beta is 0: nothing is measured, and no chart drawn
 
 
 @pytest.mark.slow
@@ -277,6 +281,41 @@ def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
     masked = rollout.batch(by.layout(LENGTH), mask_truncated=True)
     assert (masked["target_mask"].any(-1) == rollout.stopped).all()
     assert (masked["counts"] == 1).all()  # they count as completions all the same
+
+
+@pytest.mark.covers("R32")
+def test_evaluation_scores_the_text_that_training_scores(monkeypatch):
+    """Of completions that a plain token stops: it is in neither text."""
+    of, asked, known = trainer(), task(2), tokenizer()
+    ids = np.array([known.encode(text) for text in ("127", "347", "12=", "347")], np.int32)
+    done = Completions(
+        tokens=ids,
+        lengths=np.full(4, 3, np.int32),
+        logprobs=np.zeros((4, 3), np.float32),
+        finish_reason=["stop", "stop", "length", "length"],
+        stop_text=[None] * 4,
+        after=[prompt.ids[-1] for prompt in asked.prompts for _ in range(2)],
+    )
+    seen = []
+
+    class Pool(SimpleNamespace):
+        def __call__(self, prompts, texts, *_):
+            return None
+
+        def score(self, prompts, texts, ids, group_size):
+            seen.append(list(texts))
+            return np.zeros((4, 1)), np.zeros(4)
+
+    pool = Pool(names=("seen",), failures=[], report=dict)
+    for module in (on_policy, accuracy):
+        monkeypatch.setattr(module, "generate", lambda *_, **__: done)
+    config = RolloutConfig(prompts_per_step=2, group_size=2)
+    data = RolloutData(of, config, asked.prompts, asked.reader(known), pool)
+    data.sample(None, asked.prompts, None, PhaseClock())
+    measured = EvaluationConfig(samples=2, max_completion_len=LENGTH, batch_size=2)
+    params = start(of)[0].params
+    accuracy.evaluate_task(of.model, params, known, asked, pool, measured)
+    assert seen[0] == seen[1] == ["12", "34", "12=", "347"]
 
 
 @pytest.mark.slow

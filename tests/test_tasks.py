@@ -12,7 +12,8 @@ from models.llama.tokenizer import load_tokenizer
 from tests import cli
 from trainers.rewards.functions import Reward, load_reward
 from trainers.rewards.pool import reward_rows
-from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task, task_names
+from trainers.rewards.tasks import PromptEncoder, Task, TaskFlags, load_prompts, load_task
+from trainers.rewards.tasks import task_names
 from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -227,6 +228,21 @@ def test_a_template_that_opens_the_thoughts_is_seen_by_think_format(tokenizer, t
         task = load_prompts(path, PromptEncoder(tokenizer), rewards)
         assert task.rewards[0].function(prompts=["2 + 2"], completions=done) == [expected]
         assert (task.rewards[0].name, task.rewards[0].weight) == ("think_format", 0.5)
+
+
+@pytest.mark.covers("R29")
+def test_prompts_that_are_too_long_are_left_out_and_counted(tokenizer, tmp_path):
+    path = write(tmp_path, *({"prompt": "a" * n} for n in (1, 40, 2, 3)))
+    flags = dict(data=path, reward="think_format", chat=False)
+    whole = TaskFlags(**flags).load(tokenizer, size=1, seed=0)
+    limit = sorted(len(prompt.ids) for prompt in whole.prompts)[-2]
+    task = TaskFlags(**flags, max_prompt_len=limit).load(tokenizer, size=1, seed=0)
+    assert [prompt.text for prompt in task.prompts] == ["a", "aa", "aaa"]
+    assert (task.dropped, task.longest) == (1, limit) and task.digest != whole.digest
+    assert task.counted == f"3 prompts, the longest of {limit} tokens; 1 longer ones left out"
+    assert whole.within(whole.longest).dropped == 0
+    with pytest.raises(DataError, match="all 4 prompts have more than 1 tokens, the shortest"):
+        whole.within(1)
 
 
 def test_all_tasks_are_named():

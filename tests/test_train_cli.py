@@ -531,6 +531,7 @@ def perplexity(data: Path) -> tuple[float, int]:
     return math.exp(total / count), count
 
 
+@pytest.mark.covers("R33")
 def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, files):
     expected, count = perplexity(files / "train.jsonl")
     options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint(), json=True)
@@ -547,6 +548,15 @@ def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, 
         assert found["targets"] == found["counts"]["targets"] == count
         assert abs(found["perplexity"] / expected - 1) < 1e-4, more
         assert abs(found["loss"] - math.log(expected)) < 1e-4, more
+    # Each token is scored once, in windows too, unless a flag cuts the rows.
+    for more, text in (
+        (dict(), r"in windows\)"),
+        (dict(overlong="truncate"), r"; (\d+) tokens of "),
+    ):
+        done = programs.run("evaluate.py", "ppl", **options | dict(json=False, seq_len=16) | more)
+        tokens = int(re.search(r"over (\d+) tokens of \d+ examples", done.stdout)[1])
+        left_out = re.search(text, done.stdout)
+        assert tokens + int((left_out.groups() or (0,))[0]) == count
     done = programs.run("evaluate.py", "ppl", **options | dict(json=False))
     said = re.fullmatch(
         r"perplexity ([\d.]+), loss ([\d.]+) nats, accuracy [\d.]+%, over (\d+) tokens of 14 examples\n",

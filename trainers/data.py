@@ -29,6 +29,8 @@ _SMALLEST_BUCKET = 64
 
 MASKS = ("auto", "assistant", "last", "completion", "all")
 OVERLONG = ("truncate", "drop", "split")
+# For evaluations: rows of all kinds are split, so that each target counts once.
+WINDOWS = "windows"
 
 # Which masks fit a row: of a plain text, of two plain texts, of messages, of two lists of messages.
 _FITTING = {
@@ -130,21 +132,28 @@ class Examples:
         self._seq_len, self._overlong = seq_len, overlong
         self._tokens, self._targets, self._offsets = array("i"), bytearray(), array("q", [0])
         names = ("dropped_no_target", "dropped_overlong", "truncated", "split")
+        names += ("targets_left_out",)
         self.counts = dict.fromkeys(names, 0)
 
     def add(self, ids: Sequence[int], mask: Sequence[bool], *, is_text: bool) -> None:
         """Adds a row's tokens, cut, split or dropped as the config says, and counts that."""
         limit = self._seq_len
-        overlong = len(ids) > limit
+        overlong, windows = len(ids) > limit, self._overlong == WINDOWS
         if overlong and self._overlong == "drop":
             self.counts["dropped_overlong"] += 1
-        elif overlong and self._overlong == "split" and is_text:
+            self.counts["targets_left_out"] += sum(mask[1:])
+        elif overlong and any(mask[1:]) and (windows or self._overlong == "split" and is_text):
             self.counts["split"] += 1
             # The parts share a token, so that each token but the text's first is a target once.
             for start in range(0, len(ids) - 1, limit - 1):
-                self._append(ids[start : start + limit], mask[start : start + limit])
+                end = min(start + limit, len(ids))
+                first = max(end - limit, 0) if windows else start  # the last window reaches back
+                part = [False] * (start + 1 - first) + list(mask[start + 1 : end])
+                if any(part):
+                    self._append(ids[first:end], part)
         elif any(mask[1:limit]):
             self.counts["truncated"] += overlong
+            self.counts["targets_left_out"] += sum(mask[limit:])
             self._append(ids[:limit], mask[:limit])
         else:
             self.counts["dropped_no_target"] += 1
@@ -176,7 +185,8 @@ class Dataset:
         digest: of the file's content, the tokenizer, and what of the config shapes the examples.
         counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
             out; `truncated` and `split` ones among the others, and ones whose text is `with_markup`;
-            `examples` that they gave, in `rows`, with `tokens` and `targets`.
+            `targets_left_out` of rows too long; `examples` that they gave, in `rows`, with `tokens`
+            and `targets`.
         buckets: the lengths T that batches may have, ascending.
     """
 

@@ -109,7 +109,7 @@ def check_context(prompts: Sequence["Prompt"], max_completion_len: int, context:
     if longest + max_completion_len > context:
         raise ConfigError(
             f"the longest prompt has {longest} tokens and max_completion_len={max_completion_len}: "
-            f"{longest + max_completion_len} exceed the model's context of {context}; shorten either"
+            f"{longest + max_completion_len} exceed the model's context of {context}; lower it or --max_prompt_len"
         )
 
 

@@ -38,12 +38,14 @@ class Task:
         prompts: at least one; all have the same columns.
         rewards: at least one; their names differ.
         chat: whether completions are answers; else they continue the prompts' texts.
+        dropped: number of prompts that `within` has left out.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     rewards: tuple[Reward, ...]
     chat: bool = False
+    dropped: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -71,6 +73,23 @@ class Task:
         """Tokens of the longest prompt."""
         return max(len(prompt.ids) for prompt in self.prompts)
 
+    def within(self, limit: int) -> "Task":
+        """The task without prompts of more than `limit` tokens. Raises DataError if none is left."""
+        kept = tuple(prompt for prompt in self.prompts if len(prompt.ids) <= limit)
+        if not kept:
+            shortest = min(len(prompt.ids) for prompt in self.prompts)
+            raise DataError(
+                f"{self.name}: all {len(self.prompts)} prompts have more than {limit} tokens, the "
+                f"shortest {shortest}; raise --max_prompt_len"
+            )
+        return dataclasses.replace(self, prompts=kept, dropped=len(self.prompts) - len(kept))
+
+    @property
+    def counted(self) -> str:
+        """Numbers of prompts and tokens, to be said."""
+        text = f"{len(self.prompts):,} prompts, the longest of {self.longest} tokens"
+        return text + f"; {self.dropped:,} longer ones left out" * bool(self.dropped)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFlags(Config):
@@ -96,6 +115,9 @@ class TaskFlags(Config):
     system: str | None = field(None, "system message")
     chat_format: str | None = field(
         None, "llama2, llama3 or the name of one of the checkpoint's templates"
+    )
+    max_prompt_len: int | None = field(
+        None, "leave out prompts of more tokens than this", integer(1)
     )
     reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
 
@@ -138,9 +160,11 @@ class TaskFlags(Config):
         encode = PromptEncoder(tokenizer, self.chat, self.system, self.chat_format)
         if self.task is None:
             path = data or self.data
-            return load_prompts(path, encode, self.rewards, skip_bad=skip_bad)
-        sizes = dict(size=size, seed=seed, exclude=exclude)
-        return load_task(self.task, encode, args=self.args, **sizes)
+            task = load_prompts(path, encode, self.rewards, skip_bad=skip_bad)
+        else:
+            sizes = dict(size=size, seed=seed, exclude=exclude)
+            task = load_task(self.task, encode, args=self.args, **sizes)
+        return task if self.max_prompt_len is None else task.within(self.max_prompt_len)
 
 
 @dataclasses.dataclass(frozen=True)
