@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from models.llama.decoding import GenerationConfig
+from models.llama.generation import RowText
 from models.llama.tokenizer import load_tokenizer, plain_prompt
 from tests.oracles import tokenizer_files as oracle
 from trainers.data import DataConfig, load_dataset
 from trainers.plain_rows import encode_plain
+from utils.errors import SamplingError
 
 PARTS = [("2 plus 2 is", " 4."), ("2 plus 2 is ", "4."), ("the cat", "\n  sat"), ("", "the cat")]
 PARTS += [("the", " "), ("the <s>", "  x"), ("the cat\n\n", "the")]
@@ -92,3 +95,20 @@ def test_a_raw_prompt_with_names_of_control_tokens(default_model_path):
     with pytest.warns(UserWarning, match=r"holds <\|im_start\|>.*--chat.*--markup"):
         assert plain_prompt(talk, smollm) == smollm.encode(talk)
     assert plain_prompt(talk, smollm, markup=True) == smollm.encode(talk, allow_special=True)
+
+
+@pytest.mark.covers("R9")
+def test_a_stop_text_that_is_the_name_of_a_control_token(default_model_path):
+    smollm = load_tokenizer(default_model_path)
+    row = RowText(smollm, GenerationConfig(stop_strings=("<|im_start|>",)))
+    for i in [*smollm.encode("ab"), smollm.special_tokens["<|im_start|>"]]:
+        assert not row.stopped
+        row.push(i)
+    assert row.stopped and row.text == "ab"
+    spelt = RowText(smollm, GenerationConfig(stop_strings=("<|im_start|>",)))
+    for i in smollm.encode("ab<|im_start|>"):  # letter by letter
+        spelt.push(i)
+    assert spelt.stopped and spelt.text == "ab"
+    for more in ("<|im_end|>\n", "a<|im_end|>", "<|im_end|><|im_start|>"):
+        with pytest.raises(SamplingError, match="holds the name of a control token and more"):
+            RowText(smollm, GenerationConfig(stop_strings=(more,)))
