@@ -67,7 +67,7 @@ class ChatFlags(Config):
     max_seq_len: int | None = field(
         None,
         "the context; default: the model's. The oldest turns are dropped when it is full",
-        integer(1),
+        integer(1, 2**31 - 1),
     )
     seed: int = field(0, "the same seed and messages give the same answers", integer(0, 2**32 - 1))
 

@@ -17,6 +17,8 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+from transformers import AutoModelForCausalLM
 
 import generate as program
 from generate import DEFAULT_QUESTION
@@ -120,7 +122,6 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
             2,
             "251 tokens.*263 exceed.*256; shorten either$",
         ),
-        "context": ([*say, "--max_seq_len", "257"], 2, "=257 exceeds the model's context of 256"),
     }
     for args, code, pattern in expected.values():
         check_error(inside(*args), code, pattern)
@@ -128,6 +129,24 @@ def test_bad_input_gets_one_line_and_the_documented_exit_code(tmp_path):
     done = together({name: expected[name][0] for name in processes})
     for name in processes:
         check_error(done[name], *expected[name][1:])
+
+
+@pytest.mark.covers("R26")
+def test_a_context_beyond_the_files_number_is_taken_with_one_warning():
+    """And gives transformers' tokens there."""
+    prompt = ["--prompt", "x" * 250, "--temperature", "0", "--json"]
+    done = inside(*TINY, *prompt, "--max_seq_len", "300")
+    [row] = rows(done)
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert (
+        len(warnings) == 1 and "max_seq_len=300 exceeds the model's context of 256" in warnings[0]
+    )
+    model = AutoModelForCausalLM.from_pretrained(cli.checkpoint())
+    assert len(row["prompt_tokens"]) + len(row["tokens"]) > 256
+    ids = row["prompt_tokens"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + row["tokens"]])).logits[0]
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == row["tokens"]
 
 
 @pytest.mark.covers("A10", "A16", "A17")

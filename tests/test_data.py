@@ -444,3 +444,11 @@ def test_tokenizer_digest(smollm, llama2, default_model_path):
         changed = copy.copy(smollm)
         setattr(changed, name, value)
         assert tokenizer_digest(changed) != digest
+
+
+@pytest.mark.covers("R26")
+def test_a_context_that_is_exceeded_is_a_warning_about_the_examples():
+    data = numbered([5, 9], seq_len=64)
+    data.check_context(9)
+    with pytest.warns(UserWarning, match="has 9 tokens, the model's context 8; --seq_len 8 cuts"):
+        data.check_context(8)

@@ -6,6 +6,7 @@ run sees what an uninterrupted one would have seen, to the token.
 
 import hashlib
 import json
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -261,11 +262,12 @@ class Dataset:
             )
 
     def check_context(self, max_seq_len: int) -> None:
-        """Raises ConfigError if rows are longer than what the model knows positions for."""
-        if self.config.seq_len > max_seq_len:
-            raise ConfigError(
-                f"seq_len={self.config.seq_len} exceeds the model's context of {max_seq_len} tokens; "
-                f"pass --seq_len {max_seq_len} or less"
+        """Warns if an example is longer than the model's files say that its context is."""
+        longest = int(np.diff(self._offsets).max())
+        if longest > max_seq_len:
+            warnings.warn(
+                f"an example of {self._name} has {longest} tokens, the model's context {max_seq_len}; "
+                f"--seq_len {max_seq_len} cuts it, unless RoPE is scaled for more"
             )
 
     def _share(self, process_index: int, process_count: int) -> slice:

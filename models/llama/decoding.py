@@ -59,7 +59,9 @@ class GenerationConfig(Config):
         flag="max_gen_len",
     )
     max_seq_len: int | None = field(
-        None, "prompt and completion together; default: the model's context", integer(1)
+        None,
+        "prompt and completion together; default: the context of the model's files, which it may exceed",
+        integer(1, 2**31 - 1),
     )
     n: int = field(1, "completions per prompt", integer(1))
     stop_strings: tuple[str, ...] = field(

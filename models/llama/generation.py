@@ -3,6 +3,7 @@
 Dimension key: B prompts, R = B · n rows, T prompt tokens, S cache slots.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -207,12 +208,11 @@ class Generation:
 
 
 def context_length(config: ModelConfig, max_seq_len: int | None) -> int:
-    """Longest row, in tokens. Raises SamplingError if max_seq_len exceeds the model's context."""
+    """Longest row, in tokens. Warns, once, if max_seq_len exceeds what the model's files say."""
     model = config.max_seq_len
     if (max_seq_len or model) > model:
-        raise SamplingError(
-            f"max_seq_len={max_seq_len} exceeds the model's context of {model} tokens"
-        )
+        message = f"max_seq_len={max_seq_len} exceeds the model's context of {model} tokens"
+        warnings.warn(f"{message}: text gets worse there, unless its RoPE is scaled for more")
     return max_seq_len or model
 
 
