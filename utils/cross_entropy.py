@@ -135,7 +135,7 @@ class _Parts:
             x, *others = (y.reshape(-1, *y.shape[len(lead) :]) for y in (x, *others))
             results = function(x, head, *others)
             return tuple(
-                y.reshape(*lead, *y.shape[1:]) if name == "tokens" and y is not None else y
+                y.reshape(*lead, *y.shape[1:]) if name == "tokens" else y
                 for name, y in zip(out_names, results, strict=True)
             )
 
@@ -216,19 +216,25 @@ class _Softmax:
     ):
         logits_CV = matmul(x_CD, head_VD, 1, 1) * np.float32(scale)
         total = functools.partial(parts.over_vocab, jax.lax.psum)
-        self.top_C = parts.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
-        self._exp_CV = jnp.exp(logits_CV - self.top_C[:, None])
+        self._top_C = parts.over_vocab(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
+        self._exp_CV = jnp.exp(logits_CV - self._top_C[:, None])
         self._total_C = total(jnp.sum(self._exp_CV, axis=-1))
         mean_logit_C = total(jnp.sum(self._exp_CV * logits_CV, axis=-1)) / self._total_C
-        lse_C = self.top_C + jnp.log(self._total_C)
+        lse_C = self._top_C + jnp.log(self._total_C)
         if parts.vocab:  # ids of this part; those of others are out of its bounds
             targets_C = targets_C - jax.lax.axis_index(parts.vocab) * len(head_VD)
         inside_C = (targets_C >= 0) & (targets_C < len(head_VD))
         at_C1 = jnp.where(inside_C, targets_C, 0)[:, None]
         logit_C = jnp.take_along_axis(logits_CV, at_C1, axis=1)[:, 0]
-        self.target_logit_C = total(jnp.where(inside_C, logit_C, 0))
-        self._targets_C, self._scale, self.parts = targets_C, np.float32(scale), parts
-        self.nll_C, self.entropy_C = lse_C - self.target_logit_C, lse_C - mean_logit_C
+        self._target_logit_C = total(jnp.where(inside_C, logit_C, 0))
+        self._targets_C, self._scale = targets_C, np.float32(scale)
+        self.nll_C, self.entropy_C = lse_C - self._target_logit_C, lse_C - mean_logit_C
+
+    def add_sums(self, sums: TokenSums, weights_C: Array) -> TokenSums:
+        """Adds the chunk's values, each times its weight."""
+        correct_C = self._target_logit_C >= self._top_C
+        values = TokenSums(nll=self.nll_C, entropy=self.entropy_C, correct=correct_C)
+        return jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
 
     def dlogits(self, weights_C: Array) -> Array:
         """The gradient of Σ weight · nll by the head's products [C, V]."""
@@ -239,139 +245,112 @@ class _Softmax:
 
 @jax.custom_vjp
 def _cross_entropy(x_TD, head_VD, targets_T, weights_T):
-    return _sums(x_TD, head_VD, targets_T, weights_T, False, False)[0]
+    return _walk({"sums"}, 1.0, x_TD, head_VD, targets_T, weights_T)["sums"]
 
 
 def _forward(x_TD, head_VD, targets_T, weights_T):
-    wanted = x_TD.perturbed, head_VD.perturbed  # a frozen head needs no gradient
     values = (x.value for x in (x_TD, head_VD, targets_T, weights_T))
-    return _sums(*values, *wanted)
+    gradients = _walk({"sums"} | _perturbed(x_TD, head_VD), 1.0, *values)
+    return gradients.pop("sums"), gradients
 
 
 def _backward(gradients, cotangents):
     nll = cotangents.nll
-    return *(g if g is None else g * nll.astype(g.dtype) for g in gradients), None, None
+    gradients = {name: g * nll.astype(g.dtype) for name, g in gradients.items()}
+    return gradients.get("dx"), gradients.get("dhead"), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _sums(x_TD, head_VD, targets_T, weights_T, want_dx: bool, want_dhead: bool):
-    """(TokenSums, (gradient by x, gradient by head)); a gradient is None where it is not wanted."""
-    parts = _Parts.of(targets_T, head_VD)
-    local = functools.partial(_local_sums, parts, want_dx, want_dhead)
-    values = (x_TD, head_VD, targets_T, weights_T)
-    sums, *gradients = parts.run(local, values, ("all", "tokens", "head"))
-    return sums, gradients
-
-
-def _local_sums(parts, want_dx, want_dhead, x_TD, head_VD, targets_T, weights_T):
-    head = head_VD.astype(x_TD.dtype)
-    chunks = _Chunks(weights_T != 0, head, parts)
-
-    def chunk(take, put, carry):
-        sums, gradients = carry
-        x_CD, weights_C = parts.gather(take(x_TD)), parts.gather(take(weights_T))
-        softmax = _Softmax(x_CD, head, parts.gather(take(targets_T)), parts)
-        values = TokenSums(
-            nll=softmax.nll_C,
-            entropy=softmax.entropy_C,
-            correct=softmax.target_logit_C >= softmax.top_C,
-        )
-        sums = jax.tree.map(lambda total, x: total + jnp.sum(x * weights_C), sums, values)
-        return sums, _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
-
-    zero = jnp.zeros((), jnp.float32)
-    start = TokenSums(zero, zero, zero), _no_gradients(x_TD, head_VD, want_dx, want_dhead)
-    sums, gradients = chunks.loop(chunk, start)
-    sums = jax.tree.map(parts.over_copies, sums)
-    return sums, *_whole_gradients(gradients, head_VD, parts)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(temperature, x_TD, head_VD, targets_T, wanted_T):
-    parts = _Parts.of(targets_T, head_VD)
-    local = functools.partial(_local_logprobs, parts, temperature)
-    return parts.run(local, (x_TD, head_VD, targets_T, wanted_T), ("tokens", "tokens"))
-
-
-def _local_logprobs(parts, temperature, x_TD, head_VD, targets_T, wanted_T):
-    head = head_VD.astype(x_TD.dtype)
-    chunks = _Chunks(wanted_T, head, parts)
-
-    def chunk(take, put, carry):
-        logprobs_T, entropy_T = carry
-        x_CD, targets_C = parts.gather(take(x_TD)), parts.gather(take(targets_T))
-        softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
-        logprobs_T = put(logprobs_T, parts.own(-softmax.nll_C, chunks.size))
-        return logprobs_T, put(entropy_T, parts.own(softmax.entropy_C, chunks.size))
-
-    zeros_T = jnp.zeros(targets_T.shape, jnp.float32)
-    # The last chunk may be filled up with tokens that are not wanted.
-    both = chunks.loop(chunk, (zeros_T, zeros_T))
-    return tuple(jnp.where(wanted_T, values_T, 0) for values_T in both)
+    both = {"logprobs", "entropy"}
+    found = _walk(both, 1 / temperature, x_TD, head_VD, targets_T, wanted_T)
+    return found["logprobs"], found["entropy"]
 
 
 def _logprobs_forward(temperature, x_TD, head_VD, targets_T, wanted_T):
-    perturbed = x_TD.perturbed, head_VD.perturbed
     values = tuple(x.value for x in (x_TD, head_VD, targets_T, wanted_T))
-    # Flags as shapes, since only arrays can be saved for the backward pass.
-    flags = tuple(jnp.zeros((int(flag), 0)) for flag in perturbed)
-    return _token_logprobs(temperature, *values), (values, flags)
+    # Names as keys, since only arrays can be saved as values for the backward pass.
+    return _token_logprobs(temperature, *values), (values, dict.fromkeys(_perturbed(x_TD, head_VD)))
 
 
 def _logprobs_backward(temperature, saved, cotangents):
-    (x_TD, head_VD, targets_T, wanted_T), flags = saved
+    (x_TD, head_VD, targets_T, wanted_T), names = saved
     if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
     weights_T = jnp.where(wanted_T, -cotangents[0], 0)
-    parts = _Parts.of(targets_T, head_VD)
-    wanted = tuple(len(flag) > 0 for flag in flags)
-    local = functools.partial(_local_logprob_gradients, parts, temperature, wanted)
-    gradients = parts.run(local, (x_TD, head_VD, targets_T, weights_T), ("tokens", "head"))
-    return *gradients, None, None
-
-
-def _local_logprob_gradients(parts, temperature, wanted, x_TD, head_VD, targets_T, weights_T):
-    head = head_VD.astype(x_TD.dtype)
-
-    def chunk(take, put, gradients):
-        x_CD, weights_C = parts.gather(take(x_TD)), parts.gather(take(weights_T))
-        targets_C = parts.gather(take(targets_T))
-        softmax = _Softmax(x_CD, head, targets_C, parts, 1 / temperature)
-        return _add_gradients(gradients, softmax, weights_C, x_CD, head, put)
-
-    start = _no_gradients(x_TD, head_VD, *wanted)
-    gradients = _Chunks(weights_T != 0, head, parts).loop(chunk, start)
-    return _whole_gradients(gradients, head_VD, parts)
+    gradients = _walk(set(names), 1 / temperature, x_TD, head_VD, targets_T, weights_T)
+    return gradients.get("dx"), gradients.get("dhead"), None, None
 
 
 _token_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
-def _no_gradients(x_TD, head_VD, want_dx: bool, want_dhead: bool):
-    dx_TD = jnp.zeros_like(x_TD) if want_dx else None
-    return dx_TD, jnp.zeros(head_VD.shape, jnp.float32) if want_dhead else None
+def _perturbed(x_TD, head_VD) -> set[str]:
+    """The gradients that are wanted: a frozen head needs none."""
+    return {name for name, x in (("dx", x_TD), ("dhead", head_VD)) if x.perturbed}
 
 
-def _add_gradients(gradients, softmax: _Softmax, weights_C, x_CD, head, put):
-    """(gradient by x, gradient by head) with a chunk's gradients added."""
-    dx_TD, dhead_VD = gradients
-    if dx_TD is None and dhead_VD is None:
-        return gradients
-    dlogits_CV = softmax.dlogits(weights_C).astype(x_CD.dtype)
-    if dx_TD is not None:
-        dx_TD = put(dx_TD, softmax.parts.sum_own(matmul(dlogits_CV, head, 1, 0)))
-    if dhead_VD is not None:
-        dhead_VD = dhead_VD + matmul(dlogits_CV, x_CD, 0, 0)
-    return dx_TD, dhead_VD
+# How each result is sharded, see _Parts.run.
+_RESULTS = {
+    "sums": "all",
+    "logprobs": "tokens",
+    "entropy": "tokens",
+    "dx": "tokens",
+    "dhead": "head",
+}
 
 
-def _whole_gradients(gradients, head_VD, parts: _Parts):
-    """Both gradients, the head's summed over all tokens and cast to the head's dtype."""
-    dx_TD, dhead_VD = gradients
-    if dhead_VD is not None:
-        dhead_VD = parts.over_copies(dhead_VD).astype(head_VD.dtype)
-        if dx_TD is not None and dhead_VD.dtype != jnp.float32:
-            dx_TD, dhead_VD = detours.ready_together(dx_TD, dhead_VD)
-    return dx_TD, dhead_VD
+def _walk(wanted: set[str], scale: float, x_TD, head_VD, targets_T, weights_T) -> dict[str, Array]:
+    """The wanted ones of _RESULTS, by one walk over the tokens whose weight is not 0.
+
+    "sums" are TokenSums, "dx" and "dhead" the gradients of Σ weight · nll; the logits of all are
+    multiplied by `scale`.
+    """
+    parts = _Parts.of(targets_T, head_VD)
+    names = tuple(name for name in _RESULTS if name in wanted)
+    local = functools.partial(_local_walk, parts, names, scale)
+    values = (x_TD, head_VD, targets_T, weights_T)
+    results = parts.run(local, values, tuple(_RESULTS[name] for name in names))
+    return dict(zip(names, results, strict=True))
+
+
+def _local_walk(parts, names, scale, x_TD, head_VD, targets_T, weights_T):
+    head, counts_T = head_VD.astype(x_TD.dtype), weights_T != 0
+    chunks = _Chunks(counts_T, head, parts)
+
+    def chunk(take, put, found):
+        x_CD, targets_C = parts.gather(take(x_TD)), parts.gather(take(targets_T))
+        weights_C = parts.gather(take(weights_T))
+        softmax = _Softmax(x_CD, head, targets_C, parts, scale)
+        dlogits_CV = softmax.dlogits(weights_C).astype(x_CD.dtype)
+        steps = {
+            "sums": lambda total: softmax.add_sums(total, weights_C),
+            "logprobs": lambda out: put(out, parts.own(-softmax.nll_C, chunks.size)),
+            "entropy": lambda out: put(out, parts.own(softmax.entropy_C, chunks.size)),
+            "dx": lambda out: put(out, parts.sum_own(matmul(dlogits_CV, head, 1, 0))),
+            "dhead": lambda total: total + matmul(dlogits_CV, x_CD, 0, 0),
+        }
+        return {name: steps[name](value) for name, value in found.items()}
+
+    zero, zeros_T = jnp.zeros((), jnp.float32), jnp.zeros(targets_T.shape, jnp.float32)
+    start = {
+        "sums": TokenSums(zero, zero, zero),
+        "logprobs": zeros_T,
+        "entropy": zeros_T,
+        "dx": jnp.zeros_like(x_TD),
+        "dhead": jnp.zeros(head_VD.shape, jnp.float32),
+    }
+    found = chunks.loop(chunk, {name: start[name] for name in names})
+    for name in {"logprobs", "entropy"} & found.keys():
+        # The last chunk may be filled up with tokens that do not count.
+        found[name] = jnp.where(counts_T, found[name], 0)
+    if "sums" in found:
+        found["sums"] = jax.tree.map(parts.over_copies, found["sums"])
+    if "dhead" in found:
+        found["dhead"] = parts.over_copies(found["dhead"]).astype(head_VD.dtype)
+        if "dx" in found and head_VD.dtype != jnp.float32:
+            found["dx"], found["dhead"] = detours.ready_together(found["dx"], found["dhead"])
+    return tuple(found[name] for name in names)
