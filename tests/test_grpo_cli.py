@@ -89,7 +89,9 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
         reward_failure="stop",
         rollouts=False,
     )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES)):
+    automatic = (jax.sharding.AxisType.Auto,) * 4  # newer JAX makes explicit ones unless told
+    mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), MESH_AXES, axis_types=automatic)
+    with jax.sharding.use_abstract_mesh(mesh):
         if not isinstance(found, str):
             assert recipe.trainer(LLaMa(small_grpo.MODEL)).config.micro_batch_size == found
             return

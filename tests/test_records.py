@@ -8,7 +8,7 @@ import json
 import re
 import tracemalloc
 
-import httpx
+import httpx2
 import pyarrow.parquet
 import pytest
 from huggingface_hub import errors
@@ -384,7 +384,7 @@ def test_hub_without_usable_files(hub):
 
 
 def response(status):
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from models.llama.config import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
 from utils.sharding import DECODING, MESH_AXES, TRAINING, ShardingRules
-from utils.sharding import check_tokens, default_mesh, make_mesh, param_specs
+from utils.sharding import check_tokens, current_mesh, default_mesh, make_mesh, param_specs
 
 P = jax.sharding.PartitionSpec
 BIASED = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_embeddings=False)
@@ -147,6 +147,12 @@ def test_a_mesh_is_made_of_what_is_given(spec, devices, shape):
 def test_a_mesh_that_cannot_be_is_refused(spec, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_mesh(spec, ["device"] * 8)
+
+
+def test_a_mesh_with_explicit_axes_is_refused_and_not_left_unused():
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ConfigError, match="AxisType.Auto"):
+        current_mesh()
 
 
 def test_a_row_that_is_cut_needs_tokens_and_heads_that_can_be_shared():

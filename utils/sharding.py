@@ -204,10 +204,19 @@ def _parse(text: str) -> dict[str, int]:
 
 
 def current_mesh() -> Any:
-    """The mesh of the trace; None without a mesh, on one device, or inside `per_device`."""
+    """The mesh of the trace; None without a mesh, on one device, or inside `per_device`.
+
+    Raises:
+        ConfigError: its axes are explicit, jax.make_mesh's default: nothing would be sharded.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not set(mesh.axis_names) <= set(MESH_AXES):
         return None
+    if AxisType.Explicit in mesh.axis_types:
+        raise ConfigError(
+            "the mesh has explicit axes, expected AxisType.Auto; make it with "
+            "utils.sharding.make_mesh, or pass axis_types to jax.make_mesh"
+        )
     return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
