@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from models.llama.config import PRESETS
 from tests import compiling
 from utils.console import cli
 
@@ -127,3 +128,13 @@ def test_the_python_in_the_readme_runs(tmp_path):
     assert "stop" in out.stdout or "length" in out.stdout
     assert (tmp_path / "exported" / "config.json").exists()
     assert (tmp_path / "trained" / "tokenizer.json").exists()
+
+
+def test_the_table_of_models_has_their_sizes():
+    rows = re.findall(
+        r"^\| ([\w.-]+) \| ([\d.]+) B \| ([\d,]+) \|", (ROOT / "docs/scale.md").read_text(), re.M
+    )
+    assert len(rows) == 5
+    for name, billions, context in rows:
+        config = PRESETS[name]
+        assert (f"{config.n_params / 1e9:.2f}", f"{config.max_seq_len:,}") == (billions, context)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from models.llama.decoding import Completions
 from models.llama.lora import LoRAConfig
-from tests import tiny
+from tests import small_runs, tiny
 from tests.grpo_rewards import even, failing, ones, same, sometimes, wrong_type
 from tests.small_grpo import LENGTH, REWARDS, sampler, start, task, tokenizer, trainer
 from tests.small_runs import curve, digest
@@ -497,6 +498,24 @@ def test_a_rollout_is_read_back_as_it_was(tmp_path):
     for broken in ({}, line | {"width": "x"}, line | {"prompts": []}):
         with pytest.raises(DataError, match="here: not a rollout of this program"):
             from_record(broken, "here")
+
+
+def test_the_docs_list_the_keys_of_metrics(tmp_path):
+    """Of GRPO and of SFT, as a run writes them; nothing else is listed but failures."""
+    of, sft = trainer(max_steps=8, beta=0.1, save_every=1), small_runs.trainer(max_steps=1)
+    run(of, tmp_path / "rl", stop=1)
+    data = small_runs.dataset()
+    with MetricsLog(tmp_path / "sft") as log:
+        fit(sft, *small_runs.start(sft), data, eval_data=data, log=log)
+    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("rl", "sft")]
+    written = {key for text in texts for line in text.splitlines() for key in json.loads(line)}
+    written = {"eval_*" if key.startswith("eval_") else key for key in written}
+    text = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    table = text.partition("### Keys of metrics.jsonl")[2].partition("\n## ")[0]
+    firsts = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    assert {key for first in firsts for key in re.findall("`(.*?)`", first)} == written | {
+        "failures"
+    }
 
 
 @pytest.mark.slow

@@ -439,10 +439,7 @@ def test_no_text_of_a_file_becomes_markup(tmp_path):
     }
     record["seconds"] = {h: 1.0}
     settings = SETTINGS | {"data": {"task": h}, h: h}
-    sample = {"step": h, "samples": [dict(prompt=h, completion=h, expected=h)]}
     folder = tmp_path / HOSTILE.replace("/", "|")
-    folder.mkdir()
-    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     page = report(
         write(
             folder,
@@ -499,14 +496,10 @@ def test_fine_tuning_says_when_its_first_evaluation_was(tmp_path):
     records = [dict(step=i, loss=4.0 - i / 10) for i in range(1, 13)]
     for step in (4, 8, 12):
         records[step - 1] |= dict(eval_loss=4.0 - step / 10, eval_weight=118.0, eval_accuracy=0.1)
-    sample = {"prompt": "user: hi", "completion": "hello <b>", "expected": "Hello!"}
-    text = "".join(json.dumps({"step": s, "samples": [sample]}) + "\n" for s in (4, 8, 12))
-    (write(tmp_path, records) / "samples.jsonl").write_text(text)
-    page = report(tmp_path)
+    page = report(write(tmp_path, records))
     assert "held-out loss3.6 → 2.8step 4 → step 12" in page.text and "before" not in page.text
     assert {"training", "held-out"} <= set(svg_text(page.charts()["loss"]))
     assert "<th>weight</th>" not in page.source
-    assert page.text.count("hello <b>") == 4 and page.text.count("expected: Hello!") == 4
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def write_report(
     """Writes the report of a run that has ended, or is still under way; of several, side by side.
 
     Args:
-        folders: each holds metrics.jsonl and, where they were written, run.json, rollouts.jsonl and
-            samples.jsonl. The half line that a killed run may leave at the end of a file is ignored.
+        folders: each holds metrics.jsonl and, where they were written, run.json and rollouts.jsonl. The
+            half line that a killed run may leave at the end of a file is ignored.
         out: the HTML file; default: in the first folder, `report.html`, of several runs
             `comparison.html`. Its folder is made if need be.
         pngs: also write each chart as `report-<chart>.png` beside it.
@@ -87,7 +87,6 @@ def _read_run(name: str, folder: Path, several: bool) -> dict[str, Any]:
     if (folder / "run.json").exists():  # a notebook's run may have none
         settings = flatten(read_json(folder / "run.json", error=DataError))
     n, rollouts = _read_some(folder / "rollouts.jsonl", last=several)
-    _, samples = _read_some(folder / "samples.jsonl", last=several)
     rollouts = [_rollout(*line) for line in rollouts]
     written = (folder / "metrics.jsonl").stat().st_mtime
     return {
@@ -100,7 +99,6 @@ def _read_run(name: str, folder: Path, several: bool) -> dict[str, Any]:
         "evaluations": _evaluations(columns),
         "rollouts": rollouts,
         "n_rollouts": n,
-        "samples": [_sample(*line) for line in samples],
         "shown": _best_and_worst(rollouts),
     }
 
@@ -319,14 +317,6 @@ def _best_and_worst(rollouts: list[dict]) -> dict[str, Any] | None:
         if len({c["advantage"] for c in prompt["completions"][:2]}) > 1:
             return prompt | {"step": rollouts[-1]["step"], "completions": prompt["completions"][:2]}
     return None
-
-
-def _sample(where: str, line: dict) -> dict[str, Any]:
-    """A line of samples.jsonl: held-out answers at a step."""
-    answers = _get(line, "samples", list, where)
-    names = ("prompt", "completion", "expected")
-    shown = [{name: _get(one, name, str, where) for name in names} for one in answers]
-    return {"step": line.get("step"), "samples": shown}
 
 
 def _advantage(completion: Any, where: str) -> float:
