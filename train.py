@@ -9,7 +9,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
     usage.require_command()
 
 import dataclasses
+import functools
 import json
+from datetime import datetime
 from pathlib import Path
 
 from models.llama.load import ModelFlags
@@ -76,15 +78,15 @@ class GRPOTaskFlags(TaskFlags):
         True, "write all completions to rollouts.jsonl, for `report` and `replay`"
     )
 
-    def load_both(self, tokenizer: Tokenizer, seed: int) -> tuple[Task, Task | None]:
+    def load_both(
+        self, tokenizer: Tokenizer, seed: int, moment: datetime | None = None
+    ) -> tuple[Task, Task | None]:
         """(what is trained on, what is evaluated)."""
-        held_out = None
+        held_out, load = None, functools.partial(self.load, tokenizer, moment=moment)
         # What is held out is chosen first: it is then the same for every seed and size.
         if self.eval_size if self.task is not None else self.eval_data:
-            held_out = self.load(
-                tokenizer, size=self.eval_size, seed=_EVAL_SEED, data=self.eval_data
-            )
-        return self.load(tokenizer, size=self.task_size, seed=seed, exclude=held_out), held_out
+            held_out = load(size=self.eval_size, seed=_EVAL_SEED, data=self.eval_data)
+        return load(size=self.task_size, seed=seed, exclude=held_out), held_out
 
 
 def sft(
@@ -102,12 +104,14 @@ def sft(
     """
     stop = _start()
     source = load_source(model)
-    dataset = load_dataset(data.data, source.tokenizer, rows, skip_bad=data.skip_bad)
+    moment = run.moment()
+    read = functools.partial(load_dataset, tokenizer=source.tokenizer, config=rows, moment=moment)
+    dataset = read(data.data, skip_bad=data.skip_bad)
     dataset.check_full_batch()
     _say_counts("data", data.data, dataset)
     evaluated = None
     if data.eval_data is not None:
-        evaluated = load_dataset(data.eval_data, source.tokenizer, rows)
+        evaluated = read(data.eval_data)
         _say_counts("eval", data.eval_data, evaluated)
     recipe = SFTRecipe(config=training, lora=lora.config, dataset=dataset, evaluated=evaluated)
     return train(recipe, source, run, rows.seed, stop)
@@ -132,7 +136,7 @@ def grpo(
     stop = _start()
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
     source = load_source(model)
-    prompts, evaluated = task.load_both(source.tokenizer, rollout.seed)
+    prompts, evaluated = task.load_both(source.tokenizer, rollout.seed, run.moment())
     first = source.tokenizer.decode(prompts.prompts[0].ids)
     cli.note(f"data: {prompts.name} · {prompts.counted}")
     cli.note(f"the first, as the model reads it: {first!r:.600}")

@@ -10,19 +10,20 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import grain
 import numpy as np
 
-from models.llama.chat_format import ChatFormat, chat_format_for
+from models.llama.chat_format import ChatFormat, TemplateFlags, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.packing import pack
 from trainers.plain_rows import encode_plain, holds_control_names, is_plain
 from trainers.plain_rows import warn_of_control_names
 from trainers.records import KINDS, Record, read_records
 from utils.errors import ConfigError, DataError
-from utils.fields import CONFIG, DATA, Config, field, integer, one_of
+from utils.fields import CONFIG, DATA, Config, again, field, integer, one_of
 
 Batch = dict[str, np.ndarray]
 
@@ -79,9 +80,8 @@ class DataConfig(Config):
     seed: int = field(
         0, "seed of the data's order and of adapters", integer(0, 2**32 - 1), resume=CONFIG
     )
-    chat_format: str | None = field(
-        None, "llama2, llama3 or the name of one of the checkpoint's templates", resume=DATA
-    )
+    chat_format: str | None = again(TemplateFlags, "chat_format", None)
+    template_args: str | None = again(TemplateFlags, "template_args", None)
     markup: bool = field(
         False,
         "names of control tokens in rows of plain text are those tokens, in a file that you trust",
@@ -182,7 +182,7 @@ class Dataset:
     int32, which start at 0 in each document. What is padding is never told by a token's value.
 
     Attributes:
-        config: the DataConfig.
+        chat: the chat format that wrote its conversations; None if it has none.
         digest: of the file's content, the tokenizer, and what of the config shapes the examples.
         counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
             out; `truncated` and `split` ones among the others, and ones whose text is `with_markup`;
@@ -191,9 +191,9 @@ class Dataset:
         buckets: the lengths T that batches may have, ascending.
     """
 
-    def __init__(self, name: str, config: DataConfig, examples: Examples, digest: str):
+    def __init__(self, name: str, config: DataConfig, examples: Examples, digest: str, chat=None):
         """`name` is for messages. Raises DataError if there is no example."""
-        self.config, self.digest, self._name = config, digest, name
+        self.config, self.digest, self.chat, self._name = config, digest, chat, name
         self._tokens, self._targets, self._offsets = examples.arrays()
         n_examples = len(self._offsets) - 1
         self.counts = examples.counts | {
@@ -340,7 +340,12 @@ def _buckets(shortest: int, longest: int, seq_len: int) -> tuple[int, ...]:
 
 
 def load_dataset(
-    path: Any, tokenizer: Tokenizer, config: DataConfig, *, skip_bad: int = 0
+    path: Any,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    *,
+    skip_bad: int = 0,
+    moment: datetime | None = None,
 ) -> Dataset:
     """Reads and tokenises a dataset.
 
@@ -350,9 +355,9 @@ def load_dataset(
 
     Args:
         path: as for `read_records`.
-        tokenizer: the model's.
-        config: how.
+        tokenizer, config: the model's, and how.
         skip_bad: so many rows that are broken, or that the chat format refuses, are left out.
+        moment: the time that a chat template writes as today's; None: now.
 
     Raises:
         DataError: as `read_records`; a row does not fit the mask or the chat format; no row is left.
@@ -360,7 +365,8 @@ def load_dataset(
     """
     records = read_records(path, skip_bad=skip_bad)
     is_chat = any(not is_plain(record) for record in records.rows)
-    chat = chat_format_for(tokenizer, config.chat_format) if is_chat else None
+    template = config.chat_format, config.template_args, moment
+    chat = chat_format_for(tokenizer, *template) if is_chat else None
     examples, marked = Examples(config.seq_len, config.overlong), 0
     for record in records.rows:
         try:
@@ -376,8 +382,9 @@ def load_dataset(
     examples.counts["with_markup"] = marked
     shaping = ("seq_len", "packing", "mask", "overlong", "chat_format", "markup")
     parts = [records.digest, tokenizer_digest(tokenizer)] + [getattr(config, n) for n in shaping]
+    parts += chat.template.settings if chat else []
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return Dataset(records.path, config, examples, digest)
+    return Dataset(records.path, config, examples, digest, chat)
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

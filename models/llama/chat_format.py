@@ -1,10 +1,11 @@
 """Conversations to token ids: by the checkpoint's own chat template, or in Llama 2's or 3's format.
 
-No text of a message becomes a control token: ChatFormat tells the template's names of control
-tokens from a message's.
+No text of a message becomes a control token, but for the tags that an assistant wrote: ChatFormat
+tells the template's names of control tokens from a message's.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ class ChatFormat:
     and its control tokens are the same; else the second is, with the characters put back. So a
     message can neither write a control token nor help to build one. (The second alone would not
     do: a template that looks into messages, for `</think>` say, does not recognise stand-ins.)
+    Tags in an assistant's message stay: they are tokens that it has written, or learns to write.
 
     Attributes:
         tokenizer: the model's.
@@ -50,7 +52,7 @@ class ChatFormat:
         """Arguments and errors as in Template; the moment is now unless it is given."""
         self.tokenizer = tokenizer
         self.template = Template(source, args or {}, moment or datetime.now())
-        names = {i: name for name, i in tokenizer.special_tokens.items()}
+        self._names = names = {i: name for name, i in tokenizer.special_tokens.items()}
         roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
         self._variables = {f"{role}_token": names.get(i, "") for role, i in roles.items()}
         self._variables |= {"tools": None, "documents": None} | self.template.args
@@ -186,9 +188,8 @@ class ChatFormat:
         tools: Tools | None = None,
     ) -> str:
         """The conversation as text, for people. Takes and raises the same as encode_chat."""
-        names = {i: name for name, i in self.tokenizer.special_tokens.items()}
         pieces = self._pieces(*self._checked(messages, add_generation_prompt, tools))
-        return "".join(p if isinstance(p, str) else names[p] for p in pieces)
+        return "".join(p if isinstance(p, str) else self._names[p] for p in pieces)
 
     def _ids(self, messages: Sequence[Message], prompt: bool, tools: Tools | None) -> list[int]:
         ids = self.tokenizer.encode_pieces(self._pieces(messages, prompt, tools))
@@ -200,16 +201,26 @@ class ChatFormat:
         self, messages: Sequence[Message], prompt: bool, tools: Tools | None
     ) -> list[Piece]:
         """The conversation as plain text (str) and control tokens (int), from checked messages."""
-        split = self.tokenizer.split_special
-        held = list(strings([messages, tools]))
-        stand_ins = self._stand_ins(held)
-        typed = {text for text in held if _control(split(text))}
+        split, split_tags = self.tokenizer.split_special, self.tokenizer.split_tags
+        stand_ins = self._stand_ins(list(strings([messages, tools])))
+        names, typed = self._names, set()
 
-        def hide(text: str, is_structure: bool) -> str:
-            return text if is_structure and text not in typed else text.translate(stand_ins)
+        def hide(text: str, is_structure: bool, tags: bool = False) -> str:
+            parts = split_tags(text) if tags else [text]
+            if any(_control(split(part)) for part in parts if isinstance(part, str)):
+                typed.add(text)
+            elif is_structure:
+                return text
+            return "".join(
+                names[p] if isinstance(p, int) else p.translate(stand_ins) for p in parts
+            )
 
+        hide_tagged = functools.partial(hide, tags=True)
+        masked = [
+            map_strings(m, hide_tagged if m["role"] == "assistant" else hide) for m in messages
+        ]
         pieces = split(self._render(messages, prompt, tools))
-        safe = split(self._render(map_strings(messages, hide), prompt, map_strings(tools, hide)))
+        safe = split(self._render(masked, prompt, map_strings(tools, hide)))
         if not typed and _control(pieces) == _control(safe):
             return pieces
         back = {ord(stand_in): char for char, stand_in in stand_ins.items()}
@@ -250,9 +261,9 @@ class ChatFormat:
             less = [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages]
             parts.append((f"message {calls[0]}: tool_calls", (less, tools)))
         if results := [i for i, m in enumerate(messages) if m["role"] in TOOL_ROLES]:
-            more = [
-                m | {"content": m["content"] + "0" * (i in results)} for i, m in enumerate(messages)
-            ]
+            more = list(messages)
+            for i in results:
+                more[i] = messages[i] | {"content": messages[i]["content"] + "0"}
             parts.append(
                 (f"message {results[0]}: the role {messages[results[0]]['role']}", (more, tools))
             )

@@ -343,6 +343,7 @@ def save_checkpoint(
     format: str = "hf",
     max_shard_bytes: int = 5_000_000_000,
     tokenizer: str | Path | None = None,
+    template: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint folder that appears whole or not at all.
@@ -351,12 +352,12 @@ def save_checkpoint(
         path: the folder; absent or empty, unless `overwrite`.
         config: the model.
         params: its parameters, as load_checkpoint returns them; they keep their dtypes.
-        format: "hf" (config.json and safetensors) or "meta" (params.json and consolidated.00.pth;
-            one file of any size, since Meta's files are one a model-parallel rank).
+        format: "hf" (config.json and safetensors) or "meta" (params.json and one .pth file).
         max_shard_bytes: safetensors are split into files of about this size at most, with an index.
         tokenizer: what load_tokenizer takes: a tokenizer file, a GGUF file or a checkpoint folder.
             Its files are written too, and generation_config.json with all ids that end an answer.
             Without it, the folder holds weights alone.
+        template: the chat template to write with them; None: the tokenizer's own, if any.
         overwrite: replace the folder if there is one.
 
     Raises:
@@ -380,7 +381,7 @@ def save_checkpoint(
         with atomic_directory(path, overwrite=overwrite) as folder:
             if tokenizer is not None:
                 # First, because what is wrong with it shows before gigabytes are written.
-                read = write_tokenizer(tokenizer, folder)
+                read = write_tokenizer(tokenizer, folder, template)
                 check_against_model(read, config.vocab_size)
                 # transformers takes ids that config.json does not name for Llama 2's.
                 ids = token_ids(read)

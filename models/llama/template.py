@@ -82,6 +82,12 @@ class Template:
             )
 
     @property
+    def settings(self) -> list[Any]:
+        """Values beside the source and the messages on which a rendering depends, for JSON."""
+        moment = [self.moment.isoformat()] if self.moment else []
+        return moment + [self.args] * bool(self.args)
+
+    @property
     def as_rendered(self) -> str:
         """The source with the values of `args` as defaults of its variables."""
         given = "".join(

@@ -6,9 +6,10 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
-from models.llama.chat_format import ChatFormat, chat_format_for
+from models.llama.chat_format import ChatFormat, TemplateFlags, chat_format_for
 from models.llama.messages import Message, read_messages
 from models.llama.tokenizer import Tokenizer, plain_prompt
 from trainers.records import read_records
@@ -16,7 +17,7 @@ from trainers.rewards.functions import ReasoningGym, Reward, ThinkFormat
 from trainers.rewards.functions import import_reasoning_gym, load_reward
 from trainers.rollout import Prompt
 from utils.errors import ConfigError, DataError, raise_all
-from utils.fields import Config, field, integer, number
+from utils.fields import Config, again, field, integer, number
 from utils.files import parse_json
 
 # Arguments of a reward besides the columns.
@@ -37,14 +38,15 @@ class Task:
         name: stands in messages and in the digest.
         prompts: at least one; all have the same columns.
         rewards: at least one; their names differ.
-        chat: whether completions are answers; else they continue the prompts' texts.
+        chat: the chat format that wrote the prompts; None if they are texts, which completions
+            continue.
         dropped: number of prompts that `within` has left out.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     rewards: tuple[Reward, ...]
-    chat: bool = False
+    chat: ChatFormat | None = None
     dropped: int = 0
 
     def __post_init__(self) -> None:
@@ -113,9 +115,8 @@ class TaskFlags(Config):
         None, "prompts are a user's messages; default: if the model has a chat template"
     )
     system: str | None = field(None, "system message")
-    chat_format: str | None = field(
-        None, "llama2, llama3 or the name of one of the checkpoint's templates"
-    )
+    chat_format: str | None = again(TemplateFlags, "chat_format", None)
+    template_args: str | None = again(TemplateFlags, "template_args", None)
     max_prompt_len: int | None = field(
         None, "leave out prompts of more tokens than this", integer(1)
     )
@@ -155,9 +156,11 @@ class TaskFlags(Config):
         exclude: Task | None = None,
         skip_bad: int = 0,
         data: str | None = None,
+        moment: datetime | None = None,
     ) -> Task:
         """The task's prompts as `load_task` and `load_prompts` make them; `data` is another file."""
-        encode = PromptEncoder(tokenizer, self.chat, self.system, self.chat_format)
+        template = dict(template_args=self.template_args, moment=moment)
+        encode = PromptEncoder(tokenizer, self.chat, self.system, self.chat_format, **template)
         if self.task is None:
             path = data or self.data
             task = load_prompts(path, encode, self.rewards, skip_bad=skip_bad)
@@ -177,6 +180,8 @@ class PromptEncoder:
             messages is always a conversation.
         system: the system message of conversations that have none.
         chat_format: llama2, llama3 or the name of one of the checkpoint's templates.
+        template_args: JSON object with variables of the template.
+        moment: the time that a template writes as today's; None: now.
 
     Raises:
         ConfigError: a system message or a chat format without a chat.
@@ -186,27 +191,36 @@ class PromptEncoder:
     chat: bool | None = None
     system: str | None = None
     chat_format: str | None = None
+    template_args: str | None = None
+    moment: datetime | None = None
 
     def __post_init__(self) -> None:
-        if self.chat is False and (self.system is not None or self.chat_format is not None):
-            raise ConfigError("system and chat_format need a chat, and chat is off")
+        if self.chat is False and self._asked:
+            raise ConfigError("system, chat_format and template_args need a chat, and chat is off")
+
+    @property
+    def _asked(self) -> bool:
+        return any(x is not None for x in (self.system, self.chat_format, self.template_args))
 
     @functools.cached_property
     def _format(self) -> ChatFormat:
-        return chat_format_for(self.tokenizer, self.chat_format)
+        return chat_format_for(self.tokenizer, self.chat_format, self.template_args, self.moment)
 
     @property
-    def is_chat(self) -> bool:
-        """Whether a text is a user's message."""
+    def used(self) -> ChatFormat | None:
+        """The chat format, once a prompt has needed it."""
+        return self.__dict__.get("_format")
+
+    @property
+    def _is_chat(self) -> bool:
         if self.chat is not None:
             return self.chat
-        asked = self.system is not None or self.chat_format is not None
-        return asked or self.tokenizer.chat_template is not None
+        return self._asked or self.tokenizer.chat_template is not None
 
     def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
         """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
         text, ids = prompt, None
-        if isinstance(prompt, str) and not self.is_chat:
+        if isinstance(prompt, str) and not self._is_chat:
             ids = plain_prompt(prompt, self.tokenizer)
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -278,8 +292,7 @@ def load_task(
         )
         for kind, weight in weights.items()
     ]
-    given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
-    return Task(name=spec, chat=encode.is_chat, **given)
+    return Task(name=spec, prompts=tuple(prompts), rewards=tuple(rewards), chat=encode.used)
 
 
 def task_names() -> list[str]:
@@ -324,9 +337,8 @@ def load_prompts(
             records.bad.add(DataError(f"{record.where}: {e}"))
     records.bad.check(path)
     rewards = [_as_prompted(reward, prompts[:1], encode.tokenizer) for reward in rewards]
-    lists = any(not isinstance(r.fields["prompt"], str) for r in records.rows)
     given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
-    return Task(name=records.path, chat=encode.is_chat or lists, **given)
+    return Task(name=records.path, chat=encode.used, **given)
 
 
 def _as_prompted(reward: Reward, first: Sequence[Prompt], tokenizer: Tokenizer) -> Reward:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import jaxlib
 from models.llama.layout import DTYPES
 from models.llama.model import REMATS
 from trainers.runs.checkpoint import CheckpointReader
+from utils import distributed
 from utils.fields import ALWAYS, Config, Range, field, integer, one_of
 
 _ROOT = Path(__file__).parents[2]
@@ -66,6 +68,16 @@ class RunConfig(Config):
         if self.resume == "auto" and self.resume_step is None:
             return CheckpointReader(self.checkpoints).has_past
         return bool(self.resume) or self.resume_step is not None
+
+    def moment(self) -> datetime:
+        """When the run began: the time that a chat template writes as today's, on a resume too."""
+
+        def find() -> str:
+            past = CheckpointReader(self.checkpoints)
+            known = past.read_meta(self.resume_step) if self.resumes and past.has_past else {}
+            return known.get("data", {}).get("moment") or datetime.now().isoformat()
+
+        return datetime.fromisoformat(distributed.from_first(find))
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from models.llama.chat_format import ChatFormat
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from models.llama.tokenizer import Tokenizer
@@ -30,6 +31,17 @@ class Recipe(abc.ABC):
     """A kind of training with its data; `evaluated`: None if there are no evaluations."""
 
     evaluated: Any
+
+    @property
+    @abc.abstractmethod
+    def chat(self) -> ChatFormat | None:
+        """The chat format of its conversations; None if it has none."""
+
+    @property
+    def _moment(self) -> dict[str, str]:
+        """The time that its chat template writes as today's, for meta's "data"."""
+        moment = self.chat and self.chat.template.moment
+        return {"moment": moment.isoformat()} if moment else {}
 
     @abc.abstractmethod
     def trainer(self, model: LLaMa) -> Trainer:
@@ -64,6 +76,10 @@ class SFTRecipe(Recipe):
     dataset: Dataset
     evaluated: Dataset | None
 
+    @property
+    def chat(self) -> ChatFormat | None:
+        return self.dataset.chat
+
     def trainer(self, model: LLaMa) -> SFTTrainer:
         self.dataset.check_context(model.config.max_seq_len)
         sharding.check_rows(batch_size=self.dataset.config.batch_size)
@@ -79,7 +95,7 @@ class SFTRecipe(Recipe):
         # The digest covers the other fields.
         names = ("batch_size", "seq_len", "packing", "seed")
         return {
-            "data": {"digest": self.dataset.digest, "shuffle": config["shuffle"]},
+            "data": {"digest": self.dataset.digest, "shuffle": config["shuffle"]} | self._moment,
             "train": {name: config[name] for name in names},
         }
 
@@ -102,6 +118,10 @@ class GRPORecipe(Recipe):
     reward_failure: str
     rollouts: bool
 
+    @property
+    def chat(self) -> ChatFormat | None:
+        return self.task.chat
+
     def trainer(self, model: LLaMa) -> GRPOTrainer:
         self._check_rows()
         limit = min(self.tokenizer.vocab_size, model.config.vocab_size)
@@ -123,7 +143,7 @@ class GRPORecipe(Recipe):
 
     def meta(self, trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
         return {
-            "data": {"digest": self.task.digest, "task": self.task.name},
+            "data": {"digest": self.task.digest, "task": self.task.name} | self._moment,
             "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
         }
 

@@ -104,7 +104,8 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
     if config.export:
         folder = config.folder / "export"
         dtype = jnp.dtype(config.export_dtype or source.checkpoint.dtype)
-        export(folder, run.trainer, state, frozen, source.tokenizer_path, dtype)
+        template = recipe.chat and recipe.chat.template.as_rendered
+        export(folder, run.trainer, state, frozen, source.tokenizer_path, dtype, template)
     cli.note(f"report: python train.py report --run {shlex.quote(config.out_dir)}")
     return 0
 

@@ -35,7 +35,9 @@ _KEPT = ("vocab_size", "special_tokens", "hidden_ids", "bos_id", "eos_id", "stop
 _KEPT += ("chat_templates", "strips_first_space")
 
 
-def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
+def write_tokenizer(
+    source: str | Path, folder: str | Path, template: str | None = None
+) -> Tokenizer:
     """Writes a tokenizer as the files that transformers, and `load_tokenizer`, read in a folder.
 
     Hugging Face's and Meta's files are copied. A GGUF file's tokenizer is written anew, and so
@@ -44,6 +46,7 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
     Args:
         source: the argument of load_tokenizer.
         folder: an existing folder that holds no tokenizer yet.
+        template: the chat template, instead of those of `source`.
 
     Returns:
         The tokenizer of `source`; the one that load_tokenizer finds in `folder` encodes, decodes
@@ -79,7 +82,18 @@ def write_tokenizer(source: str | Path, folder: str | Path) -> Tokenizer:
             f"{file}: Hugging Face's files cannot say this tokenizer's {', '.join(differ)}; "
             "pass the tokenizer of the original model"
         )
+    if template not in (None, tokenizer.chat_template):
+        _replace_template(folder, template)
     return tokenizer
+
+
+def _replace_template(folder: Path, template: str) -> None:
+    """Leaves one chat template, in the file that all versions of transformers read."""
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    path = folder / CONFIG
+    config = read_json(path, error=ArtifactError) if path.exists() else {}
+    path.write_bytes(_json(config | {"chat_template": template}))
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
