@@ -20,7 +20,7 @@ from pathlib import Path
 import fire
 from rich.markup import escape
 
-from models.llama.chat_format import chat_format_for
+from models.llama.chat_format import TemplateFlags, chat_format_for
 from models.llama.conversation import SAMPLER, Conversation
 from models.llama.generation import context_length, random_key
 from models.llama.load import DecodingModelFlags, load_model
@@ -31,7 +31,7 @@ from utils.clock import PhaseClock
 from utils.console import cli
 from utils.console.terminal import Answer, Lines
 from utils.errors import AltiplanoError, ConfigError, DataError
-from utils.fields import Config, field, integer, misfit, setting
+from utils.fields import Config, again, field, integer, misfit, setting
 from utils.files import atomic_file, read_json
 
 HELP = '''\
@@ -58,9 +58,8 @@ class ChatFlags(Config):
     system: str | None = field(
         None, "the system message, empty as well; default: the template's own"
     )
-    chat_format: str | None = field(
-        None, "llama2, llama3 or the name of one of the checkpoint's templates"
-    )
+    chat_format: str | None = again(TemplateFlags, "chat_format", None)
+    template_args: str | None = again(TemplateFlags, "template_args", None)
     max_gen_len: int | None = field(
         None, "tokens per answer at most; default: 512, or half the context", integer(0)
     )
@@ -248,7 +247,7 @@ def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags)
         with cli.progress() as report:
             loaded = load_model(model, progress=report, say=cli.note)
         context = context_length(loaded.llama.config, chat.max_seq_len)
-        format = chat_format_for(loaded.tokenizer, chat.chat_format)
+        format = chat_format_for(loaded.tokenizer, chat.chat_format, chat.template_args)
         key = random_key(chat.seed)
         conversation = Conversation(loaded, format, context, key, sampler, chat.max_gen_len)
         conversation.set_system(chat.system)

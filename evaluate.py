@@ -24,6 +24,7 @@ from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import TaskFlags, task_names
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch
+from utils.clock import moment
 from utils.console import cli
 from utils.distributed import from_first, is_first
 from utils.errors import ConfigError, is_int
@@ -80,7 +81,8 @@ def ppl(
         context = checkpoint.config.max_seq_len
         if rows.seq_len is None:
             rows = dataclasses.replace(rows, seq_len=min(512, context))
-        dataset = load_dataset(data.data, tokenizer, rows, skip_bad=data.skip_bad)
+        options = dict(skip_bad=data.skip_bad, moment=moment())
+        dataset = load_dataset(data.data, tokenizer, rows, **options)
         dataset.check_context(context)
         params = checkpoint.params(compute_dtype(model.dtype), progress=report)
         trainer = SFTTrainer(LLaMa(checkpoint.config), SFTConfig())
@@ -179,7 +181,8 @@ def task(
     from_first(lambda: _check_writable(output.out))
     with cli.progress() as report:
         checkpoint, tokenizer = open_model(model, progress=report, say=cli.note)
-        asked = task.load(tokenizer, size=task.size, seed=sampling.seed, skip_bad=task.skip_bad)
+        options = dict(skip_bad=task.skip_bad, moment=moment())
+        asked = task.load(tokenizer, size=task.size, seed=sampling.seed, **options)
         if asked.dropped:
             cli.note(f"data: {asked.counted}")
         params = checkpoint.params(compute_dtype(model.dtype), decoding=True, progress=report)

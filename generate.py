@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.llama.chat_format import chat_format_for
+from models.llama.chat_format import TemplateFlags, chat_format_for
 from models.llama.decoding import Completions, GenerationConfig, cache_dtype
 from models.llama.generation import Generation, context_length, finish, generate, plan_buffers
 from models.llama.generation import random_key, stream, stream_text
@@ -30,9 +30,9 @@ from models.llama.tokenizer import Tokenizer, decode_utf8, plain_prompt
 from sampling import TopP
 from utils import distributed, memory
 from utils.console import cli
-from utils.clock import PhaseClock
+from utils.clock import PhaseClock, moment
 from utils.errors import ConfigError, DataError, SamplingError
-from utils.fields import Config, field, integer
+from utils.fields import Config, again, field, integer
 from utils.files import InputFile, parse_json
 
 __all__ = ["Completions", "GenerationConfig", "generate", "stream"]
@@ -74,9 +74,8 @@ class PromptFlags(Config):
     system: str | None = field(
         None, "the system message, empty as well, with --chat; default: the template's own"
     )
-    chat_format: str | None = field(
-        None, "llama2, llama3 or the name of one of the checkpoint's templates, with --chat"
-    )
+    chat_format: str | None = again(TemplateFlags, "chat_format", None)
+    template_args: str | None = again(TemplateFlags, "template_args", None)
     markup: bool = field(
         False, "names of control tokens in the prompt are those tokens: for text that you trust"
     )
@@ -98,16 +97,16 @@ class PromptFlags(Config):
                 cli.say(f"no --prompt: asking {DEFAULT_QUESTION!r} (--chat)", "")
                 text, chat = DEFAULT_QUESTION, True
             prompts = [Prompt(text)]
-        if not (chat or any(p.is_chat for p in prompts)) and (
-            self.system is not None or self.chat_format is not None
-        ):
-            raise ConfigError("--system and --chat_format need --chat")
+        chosen = self.system, self.chat_format, self.template_args
+        if not (chat or any(p.is_chat for p in prompts)) and any(x is not None for x in chosen):
+            raise ConfigError("--system, --chat_format and --template_args need --chat")
         return prompts, chat
 
     def encode(self, prompts: Sequence[Prompt], chat: bool, tokenizer: Tokenizer):
         """The token ids of each prompt, or of the conversation that it is or starts."""
         chats = chat or any(p.is_chat for p in prompts)
-        form = chat_format_for(tokenizer, self.chat_format) if chats else None
+        template = self.chat_format, self.template_args, moment()
+        form = chat_format_for(tokenizer, *template) if chats else None
         ids = []
         for content, where, tools in prompts:
             with _errors_at(where):

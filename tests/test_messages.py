@@ -1,9 +1,12 @@
 """What people bring as messages: null fields, parts, tools, dates and long conversations."""
 
 import json
+import shutil
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 import trl
@@ -16,8 +19,10 @@ from models.llama.messages import read_messages
 from models.llama.tokenizer import load_tokenizer
 from models.llama.tokenizers.save import write_tokenizer
 from trainers.data import DataConfig, load_dataset
+from trainers.records import read_records
 from trainers.rewards.functions import load_reward
 from trainers.rewards.tasks import PromptEncoder, load_prompts
+from trainers.runs.checkpoint import Checkpointer
 from trainers.runs.folder import RunConfig
 from utils.errors import ConfigError, DataError
 
@@ -438,3 +443,37 @@ def test_the_export_keeps_the_variables_as_defaults(tmp_path):
     assert read.render(chat("a")) == expected and given["date_string"] in expected
     other = theirs.apply_chat_template(chat("a"), tokenize=False, date_string="now")
     assert "Today Date: now" in other
+
+
+@pytest.mark.covers("R4")
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_that_resumes_has_the_moment_of_its_start(tmp_path, resume):
+    run = RunConfig(out_dir=str(tmp_path), resume=False)
+    before = datetime.now()
+    assert before <= run.moment() <= datetime.now()
+    began = "2030-01-01T23:59:59.000007"
+    for step, data in ((1, {"moment": began}), (2, {"moment": began})):
+        with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
+            checkpointer.save(step, {"x": np.zeros(1)}, {"data": data})
+    again = RunConfig(out_dir=str(tmp_path), resume=resume)
+    assert again.moment() == datetime.fromisoformat(began)
+    assert RunConfig(out_dir=str(tmp_path), resume_step=1).moment() == again.moment()
+
+
+SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+ALPACA = {"instruction": "q", "input": "x", "output": "a"}
+
+
+@pytest.mark.covers("R11")
+@pytest.mark.parametrize("row, asked", [(SHAREGPT, "q"), (ALPACA, "q\n\nx")])
+def test_rows_of_other_programs_are_refused_with_their_conversion(tmp_path, row, asked):
+    with pytest.raises(
+        DataError, match="d.jsonl:1: the row has .*; convert the file with"
+    ) as error:
+        read_records(jsonl(tmp_path / "d.jsonl", row))
+    program = str(error.value).split("jq -c '")[1].removesuffix("'`")
+    if shutil.which("jq"):  # the command is that of the message
+        command = ["jq", "-c", program, str(tmp_path / "d.jsonl")]
+        (tmp_path / "e.jsonl").write_bytes(subprocess.run(command, capture_output=True).stdout)
+        (record,) = read_records(tmp_path / "e.jsonl").rows
+        assert record.fields["messages"] == chat(asked, "a")

@@ -3,9 +3,12 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import NamedTuple
 
 import jax
+
+from utils import distributed
 
 
 class Lap(NamedTuple):
@@ -75,3 +78,8 @@ class PhaseClock:
 
 def _add(totals: dict[str, float], name: str, seconds: float) -> None:
     totals[name] = totals.get(name, 0.0) + seconds
+
+
+def moment() -> datetime:
+    """The time on the first process's clock: what all processes write as today's."""
+    return datetime.fromisoformat(distributed.from_first(lambda: datetime.now().isoformat()))

@@ -12,7 +12,7 @@ import jaxlib
 from models.llama.layout import DTYPES
 from models.llama.model import REMATS
 from trainers.runs.checkpoint import CheckpointReader
-from utils import distributed
+from utils import clock, distributed
 from utils.fields import ALWAYS, Config, Range, field, integer, one_of
 
 _ROOT = Path(__file__).parents[2]
@@ -72,12 +72,13 @@ class RunConfig(Config):
     def moment(self) -> datetime:
         """When the run began: the time that a chat template writes as today's, on a resume too."""
 
-        def find() -> str:
+        def began() -> str | None:
             past = CheckpointReader(self.checkpoints)
             known = past.read_meta(self.resume_step) if self.resumes and past.has_past else {}
-            return known.get("data", {}).get("moment") or datetime.now().isoformat()
+            return known.get("data", {}).get("moment")
 
-        return datetime.fromisoformat(distributed.from_first(find))
+        saved = distributed.from_first(began)
+        return datetime.fromisoformat(saved) if saved else clock.moment()
 
 
 def versions() -> dict[str, str]:
