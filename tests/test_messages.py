@@ -452,9 +452,9 @@ def test_a_run_that_resumes_has_the_moment_of_its_start(tmp_path, resume):
     before = datetime.now()
     assert before <= run.moment() <= datetime.now()
     began = "2030-01-01T23:59:59.000007"
-    for step, data in ((1, {"moment": began}), (2, {"moment": began})):
-        with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
-            checkpointer.save(step, {"x": np.zeros(1)}, {"data": data})
+    with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": np.zeros(1)}, {"data": {"moment": began}})
     again = RunConfig(out_dir=str(tmp_path), resume=resume)
     assert again.moment() == datetime.fromisoformat(began)
     assert RunConfig(out_dir=str(tmp_path), resume_step=1).moment() == again.moment()
