@@ -11,9 +11,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
 import dataclasses
 import json as jsonlib
 import math
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from models.llama.load import ModelFlags, compute_dtype, open_model
@@ -27,7 +25,7 @@ from trainers.trainer import Batch
 from utils.clock import moment
 from utils.console import cli
 from utils.distributed import from_first, is_first
-from utils.errors import ConfigError, is_int
+from utils.errors import is_int
 from utils.fields import Config, again, field, integer, integers, one_of
 from utils.files import atomic_file
 
@@ -178,7 +176,7 @@ def task(
         return
     cli.Signals()
     cli.keep_compilations()
-    from_first(lambda: _check_writable(output.out))
+    from_first(lambda: cli.check_writable(output.out))
     with cli.progress() as report:
         checkpoint, tokenizer = open_model(model, progress=report, say=cli.note)
         options = dict(skip_bad=task.skip_bad, moment=moment())
@@ -195,13 +193,6 @@ def task(
     if output.out is not None and is_first():
         with atomic_file(output.out) as file:
             file.writelines(jsonlib.dumps(row).encode() + b"\n" for row in rows)
-
-
-def _check_writable(out: str | None) -> None:
-    """Before anything is computed, raises ConfigError if the file could not be written."""
-    folder = Path(os.path.abspath(out or "")).parent
-    if out is not None and not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot write into the folder {folder}; make it first")
 
 
 def _page(found: dict[str, Any]) -> str:

@@ -251,6 +251,7 @@ def report(page: PageFlags) -> None:
 
     Example: python train.py report --run run
     """
+    cli.check_writable(page.out)
     cli.write(f"{write_report(page.run, page.out, pngs=page.pngs)}\n")
 
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.llama.hub import resolve
 from sampling import Greedy, TopP
 from tests import cli as programs
 from utils.console import cli
+from utils.errors import ArtifactError, ConfigError
 
 
 @pytest.mark.covers("R21")
@@ -112,3 +114,27 @@ def test_the_oldest_compiled_programs_go_beyond_the_bound(tmp_path):
     (tmp_path / "other").write_bytes(b"x" * 100)
     cli._drop_oldest(tmp_path, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-cache", "b-cache", "other"]
+
+
+@pytest.mark.covers("N14")
+def test_a_runs_folder_is_not_a_model_but_its_export_is(tmp_path):
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step-00000012"
+    step.mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    for folder in (run, run / "checkpoints", step):
+        with pytest.raises(ArtifactError, match="a training run's folder.*train.py export --run"):
+            resolve(folder)
+    (run / "export").mkdir()
+    with pytest.raises(ArtifactError, match="did you mean .*run/export?"):
+        resolve(step)
+    assert resolve(run / "export") == run / "export"
+
+
+@pytest.mark.covers("N14")
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path):
+    cli.check_writable(None)
+    cli.check_writable(str(tmp_path / "x.html"))
+    with pytest.raises(ConfigError, match="--out .*absent/x.html: cannot write into the folder"):
+        cli.check_writable(str(tmp_path / "absent" / "x.html"))
+    assert not (tmp_path / "absent").exists()

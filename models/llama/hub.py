@@ -61,6 +61,7 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
     if name and os.path.exists(path):  # an empty name would be the current folder
         if not path.is_dir() and path.suffix.lower() != ".gguf":
             raise ArtifactError(f"{path} is neither a folder nor a .gguf file; {_OTHERWISE}")
+        _check_no_run(path.absolute())
         return path
     if name == DEFAULT_MODEL:
         return _default_model(progress)
@@ -71,6 +72,20 @@ def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -
         f"no such folder, file or model: {name!r}; pass a folder, a .gguf file, {DEFAULT_MODEL!r} "
         "or a Hugging Face id such as 'meta-llama/Llama-3.2-1B-Instruct'"
     )
+
+
+def _check_no_run(path: Path) -> None:
+    """Raises ArtifactError, with a way out, if a folder is a training run's, or one of its checkpoints."""
+    run = next((p for p in (path, *path.parents) if (p / "run.json").is_file()), None)
+    holds_model = any(
+        next(path.glob(name), None) for name in ("config.json", "params.json", "*.gguf")
+    )
+    inside = run and (path == run or run / "checkpoints" in (path, path.parent))
+    if holds_model or not inside:
+        return
+    export = run / "export"
+    hint = f"did you mean {export}?" if export.is_dir() else f"python train.py export --run {run}"
+    raise ArtifactError(f"{path} is a training run's folder, not a model; {hint}")
 
 
 def local_models() -> list[tuple[str, int, Path | None]]:

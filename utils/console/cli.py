@@ -340,6 +340,13 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+def check_writable(out: str | None) -> None:
+    """Before anything is computed, raises ConfigError if the file of --out could not be written."""
+    folder = Path(os.path.abspath(out or "")).parent
+    if out is not None and not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot write into the folder {folder}; make it first")
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[str] | None], title: str = "") -> str:
     """A table as text: the first column to the left, numbers to the right; None draws a line."""
     out = rich.table.Table(title=title or None)
