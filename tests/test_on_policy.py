@@ -478,6 +478,15 @@ def test_stopped_anywhere_and_gone_on_with_is_the_same_run(tmp_path, updates):
         assert (digest(state), progress, curve(folder), lines(folder)) == whole
 
 
+@pytest.mark.covers("N1")
+def test_the_line_of_a_rollout_has_the_failures_of_rewards():
+    rollout, written = made(task().prompts[:2], [[1.0, 2.0], [0.0, np.nan]]), []
+    for failures in ([{"first": "reward 'f' on prompt 1: ValueError", "completions": 1}], []):
+        layout = Layout(prompt_width=16, width=LENGTH, branches=2)
+        recorder(written.append, tokenizer(), lambda: failures)(1, rollout, layout)
+        assert written.pop().get("failures", []) == failures
+
+
 def test_a_rollout_is_read_back_as_it_was(tmp_path):
     of = trainer(beta=0.1)
     state, frozen = start(of)
