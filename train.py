@@ -11,9 +11,11 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
 import dataclasses
 import functools
 import json
+import math
 from datetime import datetime
 from pathlib import Path
 
+from models.llama.layout import DTYPES
 from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
@@ -25,11 +27,13 @@ from trainers.report.replay import read_run, replay_step, verdict
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags, task_names
 from trainers.rollout import RolloutConfig
+from trainers.runs.export import export_run
 from trainers.runs.folder import RunConfig
 from trainers.runs.run import load_source, train
 from trainers.sft_trainer import SFTConfig
 from utils.console import cli
-from utils.fields import Config, again, field, integer, one_of, texts
+from utils.errors import plural
+from utils.fields import Config, again, as_flags, field, integer, number, one_of, texts
 
 # The seed of the prompts that `--eval_size` holds out: no run has it by chance.
 _EVAL_SEED = 1_000_003
@@ -40,6 +44,31 @@ class TrainingDataFlags(DataFlags):
     """Files of supervised training."""
 
     eval_data: str | None = field(None, "as data; its loss decides which checkpoint is the best")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTFlags(SFTConfig):
+    """SFTConfig, where the run's length may be told in epochs."""
+
+    max_steps: int | None = again(
+        SFTConfig, "max_steps", None, help="optimizer steps of the whole run; default: 100"
+    )
+    epochs: float | None = field(
+        None, "passes over the data, in place of max_steps", number(above=0)
+    )
+
+    def problems(self) -> list[str]:
+        both = self.max_steps is not None and self.epochs is not None
+        return super().problems() + ["pass either max_steps=N or epochs=N"] * both
+
+    def config(self, epoch: float) -> SFTConfig:
+        """The config of a run whose epochs have that many steps."""
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTConfig)}
+        if self.max_steps is None:
+            del known["max_steps"]
+        if self.epochs is not None:
+            known["max_steps"] = math.ceil(self.epochs * epoch)
+        return SFTConfig(**known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +122,7 @@ def sft(
     data: TrainingDataFlags,
     model: ModelFlags,
     rows: DataConfig,
-    training: SFTConfig,
+    training: SFTFlags,
     lora: LoRAFlags,
     run: RunConfig,
     processes: cli.ProcessFlags,
@@ -113,8 +142,10 @@ def sft(
     if data.eval_data is not None:
         evaluated = read(data.eval_data)
         _say_counts("eval", data.eval_data, evaluated)
-    recipe = SFTRecipe(config=training, lora=lora.config, dataset=dataset, evaluated=evaluated)
-    return train(recipe, source, run, rows.seed, stop)
+    config = training.config(len(dataset) / rows.batch_size)
+    recipe = SFTRecipe(config=config, lora=lora.config, dataset=dataset, evaluated=evaluated)
+    flags = as_flags(data, model, rows, training, lora, run)
+    return train(recipe, source, run, rows.seed, stop, flags)
 
 
 def grpo(
@@ -151,8 +182,10 @@ def grpo(
         reward_timeout=task.reward_timeout,
         reward_failure=task.reward_failure,
         rollouts=task.rollouts,
+        completions_at_once=training.micro_batch_size,
     )
-    return train(recipe, source, run, rollout.seed, stop)
+    flags = as_flags(task, model, rollout, training, lora, run)
+    return train(recipe, source, run, rollout.seed, stop, flags)
 
 
 def _start() -> cli.Signals:
@@ -168,11 +201,11 @@ def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     steps = len(dataset) / dataset.config.batch_size
     parts = [
         f"{use}: {name}",
-        f"{count.pop('examples'):,} examples",
-        f"{count.pop('tokens'):,} tokens, {count.pop('targets'):,} learnt",
-        f"{count.pop('rows'):,} rows",
+        plural(count.pop("examples"), "example"),
+        f"{plural(count.pop('tokens'), 'token')}, {count.pop('targets'):,} learnt",
+        plural(count.pop("rows"), "row"),
     ]
-    parts += [f"{steps:.3g} steps per epoch"] * (use == "data")
+    parts += [f"1 epoch = {steps:,.6g} step" + "s" * (steps != 1)] * (use == "data")
     parts += [f"{number:,} {what.replace('_', ' ')}" for what, number in count.items() if number]
     cli.note(" · ".join(parts))
 
@@ -255,7 +288,40 @@ def report(page: PageFlags) -> None:
     cli.write(f"{write_report(page.run, page.out, pngs=page.pngs)}\n")
 
 
-COMMANDS = {"sft": sft, "grpo": grpo, "replay": replay, "report": report}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportFlags(Config):
+    """The checkpoint of a run that becomes a model, and where."""
+
+    run: str = field(help="the run's folder, its --out_dir")
+    step: int | None = field(None, "the checkpoint's step; default: the newest", integer(0))
+    best: bool = field(False, "the checkpoint with the lowest score in an evaluation")
+    out: str | None = field(None, "the model's folder; default: export in the run's folder")
+    dtype: str | None = field(
+        None, "dtype of the weights; default: as in the model that was trained", one_of(*DTYPES)
+    )
+
+    def problems(self) -> list[str]:
+        both = ["pass either step=N or best=true"] if self.best and self.step is not None else []
+        return super().problems() + both
+
+
+def export(checkpoint: ExportFlags) -> None:
+    """Writes a checkpoint of a run as a model in Hugging Face's format, adapters merged.
+
+    Example: python train.py export --run run --best
+    """
+    cli.Signals()
+    run = Path(checkpoint.run)
+    export_run(
+        run,
+        Path(checkpoint.out or run / "export"),
+        step=checkpoint.step,
+        best=checkpoint.best,
+        dtype=checkpoint.dtype,
+    )
+
+
+COMMANDS = {"sft": sft, "grpo": grpo, "export": export, "replay": replay, "report": report}
 
 if __name__ == "__main__":
     cli.run_one_of(COMMANDS)

@@ -26,7 +26,8 @@ from tests import programs as shared
 from tests.programs import CODES, INT, TERM, check_error, flags, programs, wait_for_lines
 from tests.small_runs import curve
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
-from utils.console.cli import parse_flags
+from trainers.sft_trainer import SFTConfig
+from utils.console.flags import parse_flags, read_flags
 from utils.errors import CheckpointError, ConfigError
 from utils.fields import build
 
@@ -255,6 +256,61 @@ def test_the_same_command_trains_longer_and_a_finished_run_says_so(programs, fil
     assert saved["train"]["warmup_steps"] == 1 and saved["train"]["max_steps"] == 81
     done = programs.run("train.py", "sft", **options, warmup_steps=5)
     check_error(done, 2, r"--warmup_steps 1 → 5 \(change back, or pass --allow_config_change")
+
+
+@pytest.mark.covers("R39", "N14")
+def test_any_checkpoint_becomes_a_model(programs, files, whole, tmp_path):
+    """The best and the newest, as the run's own export would be; a wrong choice is one line."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    reader = CheckpointReader(run / "checkpoints")
+    scores = {line["step"]: line["eval_loss"] for line in curve(run) if "eval_loss" in line}
+    assert reader.best == min(scores, key=scores.get)
+    done = programs.run("train.py", "sft", **training(files, run, export=True), resume=True)
+    assert done.code == 0, done.stderr
+    own = (run / "export" / "model.safetensors").read_bytes()
+    assert len({path.stat().st_mode for path in (run / "export").iterdir()}) == 1
+    for more, same in (
+        (dict(), True),
+        (dict(best=True), reader.best == STEPS),
+        (dict(step=4), False),
+    ):
+        out = tmp_path / "of" / str(len(more)) / "-".join(more)
+        done = programs.run("train.py", "export", run=run, out=out, **more)
+        assert done.code == 0, done.stderr
+        assert ((out / "model.safetensors").read_bytes() == own) == same
+        assert f"step {more.get('step', STEPS)} of" in done.stderr or "best" in more
+    for more, code, pattern in (
+        (dict(best=True, step=4), 2, "pass either --step=N or --best"),
+        (dict(step=77), 6, r"cannot use step 77.*there are \["),
+        (dict(run=tmp_path), 4, "run.json"),
+    ):
+        check_error(programs.run("train.py", "export", **dict(run=run) | more), code, pattern)
+
+
+@pytest.mark.covers("N14")
+def test_run_json_repeats_the_run(files, whole, tmp_path):
+    how = json.loads((whole / "run.json").read_text())["run"]
+    assert how["command"].startswith("python train.py sft --data") and how["host"]
+    assert how["folder"] and how["started"] and how["versions"].keys() >= {"altiplano", "jax"}
+    assert how["commit"] is None or re.match("[0-9a-f]{40}", how["commit"])
+    given = read_flags(train.sft, str(whole / "run.json"))
+    assert Path(given["data"]) == files / "train.jsonl"
+    asked = training(files, whole, packing=True)
+    built = build(train.sft, given | {"packing": True})
+    assert built == build(train.sft, parse_flags(train.sft, flags(asked)))
+    (tmp_path / "flags.json").write_text(json.dumps({"lr": 1, "batchsize": 4}))
+    with pytest.raises(ConfigError, match="unknown flag --batchsize; did you mean --batch_size"):
+        read_flags(train.sft, str(tmp_path / "flags.json"))
+
+
+@pytest.mark.covers("N14")
+def test_the_length_in_epochs():
+    assert train.SFTFlags().config(3.5).max_steps == 100
+    assert train.SFTFlags(max_steps=7, warmup_steps=7).config(3.5).max_steps == 7
+    assert train.SFTFlags(epochs=3, warmup_steps=11).config(3.5).max_steps == 11
+    assert type(train.SFTFlags(epochs=0.1).config(3.5)) is SFTConfig
+    with pytest.raises(ConfigError, match="pass either max_steps=N or epochs=N"):
+        train.SFTFlags(epochs=1, max_steps=5)
 
 
 @pytest.mark.slow

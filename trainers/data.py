@@ -22,7 +22,7 @@ from trainers.packing import pack
 from trainers.plain_rows import encode_plain, holds_control_names, is_plain
 from trainers.plain_rows import warn_of_control_names
 from trainers.records import KINDS, Record, read_records
-from utils.errors import ConfigError, DataError
+from utils.errors import ConfigError, DataError, plural
 from utils.fields import CONFIG, DATA, Config, again, field, integer, one_of
 
 Batch = dict[str, np.ndarray]
@@ -255,9 +255,9 @@ class Dataset:
     def check_full_batch(self) -> None:
         """Raises DataError if there are fewer rows than in a batch."""
         if len(self) < self.config.batch_size:
-            what = f"packed rows of {self.config.seq_len} tokens" if self.config.packing else "rows"
+            packed = f" packed to {self.config.seq_len} tokens" if self.config.packing else ""
             raise DataError(
-                f"{self._name}: {len(self)} {what}, fewer than batch_size={self.config.batch_size};"
+                f"{self._name}: {plural(len(self), 'row')}{packed}, fewer than batch_size={self.config.batch_size};"
                 " lower batch_size, or add data"
             )
 

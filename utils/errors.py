@@ -80,6 +80,11 @@ def listed(names: list[str], most: int = 10) -> str:
     return ", ".join(f"{name!r:.200}" for name in names[:most]) + more
 
 
+def plural(n: int, noun: str) -> str:
+    """A number with its noun: "1 row", "1,200 rows"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def reason(e: BaseException) -> str:
     """One line of why something failed, without the type's name where the system has words."""
     text = str(e) or type(e).__name__

@@ -193,6 +193,9 @@ class EveryCommand(Config):
 
     debug: bool = field(False, "show the traceback of an error")
     version: bool = field(False, "print the version and exit")
+    config: str | None = field(
+        None, "a JSON file of flags, or a run's run.json; flags of the command line win"
+    )
 
 
 _INDENT = " " * 28  # of the help texts of `--help`
@@ -210,7 +213,7 @@ class Flag(NamedTuple):
         """The field's value, from what fire made of the words. Raises ConfigError."""
         parse = setting(self.field).parse
         try:
-            value = parse(given) if parse and given is not None else given
+            value = parse(given) if parse and isinstance(given, str) else given
         except ConfigError as e:
             raise ConfigError(f"--{self.name}: {e}") from e
         if expected := misfit(self.field, value).removesuffix(", or None"):
@@ -244,6 +247,16 @@ class Flag(NamedTuple):
     def placeholder(self) -> str:
         """A word for its value."""
         return "TEXT" if self.is_text else "N"
+
+
+def as_flags(*configs: Config) -> dict[str, Any]:
+    """The flags that make the configs again, except those that are None."""
+    return {
+        setting(f).flag: value
+        for config in configs
+        for f in dataclasses.fields(config)
+        if setting(f).flag and (value := getattr(config, f.name)) is not None
+    }
 
 
 def flags_of(command: Callable[..., Any]) -> list[Flag]:

@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models.llama.load import open_checkpoint
-from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, Params
+from models.llama.model import Params
+from trainers.grpo_trainer import GRPOTrainer
 from trainers.runs.checkpoint import CheckpointReader
-from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.runs.metrics import whole_lines
+from trainers.runs.saved import open_run, read_settings, saved_config
 from trainers.report.rollouts import from_record
 from trainers.optimizer import learning_rate
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError, DataError
-from utils.files import flatten, parse_json, read_json
+from utils.files import flatten, parse_json
 
 
 class SavedRun(NamedTuple):
@@ -49,16 +48,12 @@ def read_run(folder: Path, step: int) -> SavedRun:
 
     Raises ConfigError, DataError or CheckpointError if the folder does not hold that.
     """
-    settings = read_json(folder / "run.json", error=DataError)
-    if "loss" not in settings.get("train", {}):
-        raise ConfigError(f"{folder} is not a run of `train.py grpo`: run.json has no loss")
+    settings = read_settings(folder)
     train = settings["train"]
-
-    def saved(cls: type) -> Any:
-        return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls) if f.name in train})
-
+    if "loss" not in train:
+        raise ConfigError(f"{folder} is not a run of `train.py grpo`: run.json has no loss")
     # Before a model is loaded: whether all rollouts are there that lead to the step.
-    rollout = saved(RolloutConfig)
+    rollout = saved_config(RolloutConfig, train)
     records = {r["step"]: r for r in _records(folder / "rollouts.jsonl")}
     reader = CheckpointReader(folder / "checkpoints")
     from_step = max((n for n in reader.steps if n < step), default=0)
@@ -66,16 +61,9 @@ def read_run(folder: Path, step: int) -> SavedRun:
         _first_update(records, rollout, n)
     logged = [flatten(r) for r in _records(folder / "metrics.jsonl") if r["step"] == step]
 
-    source = open_checkpoint(settings["source"]["ckpt_dir"])
-    if source.digest() != settings.get("base_weights"):
-        raise ConfigError(
-            f"the weights in {source.path} are not those that {folder} started from; put those back "
-            "(run.json has their digest, base_weights)"
-        )
-    model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
-    lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
-    trainer = GRPOTrainer(model, saved(GRPOConfig), lora, train["vocab_limit"])
-    params = source.params(model.dtype if lora is not None else trainer.config.param_dtype)
+    _, source, trainer = open_run(folder, settings)
+    dtype = trainer.config.param_dtype if trainer.lora is None else trainer.model.dtype
+    params = source.params(dtype)
     state, frozen = trainer.init(params, jax.random.key(train["seed"]))
     if from_step:
         state = reader.restore(jax.eval_shape(lambda: state), step=from_step).state

@@ -63,6 +63,12 @@ class CheckpointReader:
             raise self._none(broken)
         return complete
 
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest score; None if none has one."""
+        scores = [(read_manifest(self._path(step), step).score, step) for step in self.steps]
+        return min((x for x in scores if x[0] is not None), default=(0, None))[1]
+
     def _sort_out(self) -> tuple[list[int], list[str]]:
         """Numbers of complete checkpoints, and what is wrong with the others."""
         complete, broken = [], []
@@ -381,11 +387,7 @@ class Checkpointer(CheckpointReader):
 
     def _retain(self) -> None:
         """Removes what need not stay, now that a newer checkpoint is on disk."""
-        found = {step: read_manifest(self._path(step), step) for step in self.steps}
-        kept = set(sorted(found)[-self._keep :])
-        scores = [(m.score, step) for step, m in found.items() if m.score is not None]
-        if self._keep_best and scores:
-            kept.add(min(scores)[1])
+        kept = {*self.steps[-self._keep :], *([self.best] if self._keep_best else [])}
         self._hide(step for step in self._numbers() if step not in kept)
         self._sweep()
 

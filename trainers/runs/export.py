@@ -5,14 +5,18 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from models.llama.load import save_checkpoint
-from models.llama.model import Params
+from models.llama.model import Params, init_params
 from models.llama.tokenizer import load_tokenizer
+from trainers.runs.checkpoint import CheckpointReader
+from trainers.runs.saved import open_run, read_settings
 from trainers.trainer import Trainer, TrainState
 from utils import distributed
 from utils.console import cli
+from utils.errors import ConfigError
 
 
 def export(
@@ -38,3 +42,42 @@ def export(
     chat = " --chat" * (template is not None or load_tokenizer(tokenizer).chat_template is not None)
     told = shlex.quote(str(folder))
     cli.say(f"exported to {folder}: python generate.py --ckpt_dir {told}{chat}", "")
+
+
+def export_run(
+    folder: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    dtype: str | None = None,
+) -> None:
+    """Exports a checkpoint of a run that ended, was killed, or trains still.
+
+    Args:
+        folder: the run's.
+        out: the model's folder; an older one is replaced.
+        step: which checkpoint; None: the newest.
+        best: the one with the lowest score instead.
+        dtype: of the weights; None: that of the model which the run started from.
+
+    Raises ConfigError, DataError or CheckpointError if the folder does not hold that.
+    """
+    settings, reader = read_settings(folder), CheckpointReader(folder / "checkpoints")
+    if best and (step := reader.best) is None:
+        raise ConfigError(
+            f"no checkpoint in {folder} has a score; the run needs --eval_data, or --step"
+        )
+    _, source, trainer = open_run(folder, settings)
+    key = jax.random.key(settings["train"]["seed"])
+    like = jax.eval_shape(
+        lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
+    )
+    restored = reader.restore(like, step=step)
+    with cli.progress() as report:
+        lora = trainer.lora is not None
+        frozen = source.params(trainer.model.dtype, progress=report) if lora else {}
+    cli.say(f"step {restored.step} of {folder}", "")
+    tokenizer, dtype = Path(settings["source"]["tokenizer"]), jnp.dtype(dtype or source.dtype)
+    template = settings["source"].get("template")
+    export(out, trainer, restored.state, frozen, tokenizer, dtype, template)

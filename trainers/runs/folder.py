@@ -2,9 +2,15 @@
 
 import dataclasses
 import hashlib
+import json
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -13,7 +19,9 @@ from models.llama.layout import DTYPES
 from models.llama.model import REMATS
 from trainers.runs.checkpoint import CheckpointReader
 from utils import clock, distributed
+from utils.console import cli, usage
 from utils.fields import ALWAYS, Config, Range, field, integer, one_of
+from utils.files import atomic_file
 
 _ROOT = Path(__file__).parents[2]
 
@@ -79,6 +87,49 @@ class RunConfig(Config):
 
         saved = distributed.from_first(began)
         return datetime.fromisoformat(saved) if saved else clock.moment()
+
+
+def write_run(config: RunConfig, known: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Writes run.json: what the run is of, and all that repeats it.
+
+    Args:
+        config: the run's.
+        known: the meta of its checkpoints, and where its model was read.
+        flags: those that start it; how it resumes is left out.
+    """
+    asked = {k: v for k, v in flags.items() if not k.startswith(("resume", "allow_"))}
+    how = {
+        "command": cli.command_line(),
+        "flags": asked,
+        "folder": os.getcwd(),
+        "host": socket.gethostname(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {"altiplano": usage.version()} | versions(),
+        "commit": _commit(),
+    }
+    with atomic_file(config.folder / "run.json") as file:
+        file.write(json.dumps({**known, "run": how}, indent=1).encode())
+
+
+def _commit() -> str | None:
+    """The commit of this code, "-dirty" if files differ from it; None where there is no git."""
+    if not (_ROOT / ".git").exists():
+        return None
+    words = [
+        "git",
+        "-C",
+        str(_ROOT),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:

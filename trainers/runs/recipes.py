@@ -117,6 +117,7 @@ class GRPORecipe(Recipe):
     reward_timeout: float
     reward_failure: str
     rollouts: bool
+    completions_at_once: int | None = None  # --micro_batch_size; the config's counts rows
 
     @property
     def chat(self) -> ChatFormat | None:
@@ -144,7 +145,8 @@ class GRPORecipe(Recipe):
     def meta(self, trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
         return {
             "data": {"digest": self.task.digest, "task": self.task.name} | self._moment,
-            "train": dataclasses.asdict(self.rollout) | {"vocab_limit": trainer.vocab_limit},
+            "train": dataclasses.asdict(self.rollout)
+            | {"vocab_limit": trainer.vocab_limit, "micro_batch_size": self.completions_at_once},
         }
 
     def open(self, trainer, folder, start_step, stack, table):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from trainers.loop import Progress, Session, fit
 from trainers.planning.estimate import check_memory
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.runs.export import export
-from trainers.runs.folder import RunConfig, versions
+from trainers.runs.folder import RunConfig, versions, write_run
 from trainers.runs.metrics import MetricsLog, earlier_records
 from trainers.runs.recipes import Recipe
 from trainers.runs.resume import check_resume, keep_first_defaults
@@ -31,7 +30,6 @@ from utils.console import cli
 from utils.console.steps import StepTable
 from utils.distributed import check_replicas
 from utils.errors import CheckpointError
-from utils.files import atomic_file
 from utils.memory import peak_memory_bytes
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
@@ -65,6 +63,7 @@ class Run(NamedTuple):
         meta: what its checkpoints are of, for `check_resume`.
         like: shapes and places of its state.
         key: the source of all that is random.
+        flags: the command line's, for run.json.
     """
 
     config: RunConfig
@@ -74,9 +73,17 @@ class Run(NamedTuple):
     meta: dict[str, Any]
     like: TrainState
     key: jax.Array
+    flags: dict[str, Any]
 
 
-def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cli.Signals) -> int:
+def train(
+    recipe: Recipe,
+    source: Source,
+    config: RunConfig,
+    seed: int,
+    stop: cli.Signals,
+    flags: dict[str, Any] = {},
+) -> int:
     """Trains from a model's weights, or from a checkpoint, to the exported model.
 
     Args:
@@ -85,13 +92,14 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
         config: the run's folder.
         seed: of all that is random.
         stop: ends the run after a step.
+        flags: the command line's, for run.json.
 
     Returns:
         The exit code: 0, or that of the signal which stopped the run before its end.
     """
     # Looked up once: the run's own checkpoints come soon.
     resume = distributed.from_first(lambda: config.resumes)
-    run = prepare(recipe, source, dataclasses.replace(config, resume=resume), seed)
+    run = prepare(recipe, source, dataclasses.replace(config, resume=resume), seed, flags)
     with contextlib.ExitStack() as stack:
         checkpointer = _open_folder(run, stack)
         state, frozen, progress = restore_or_init(run, checkpointer)
@@ -104,13 +112,20 @@ def train(recipe: Recipe, source: Source, config: RunConfig, seed: int, stop: cl
     if config.export:
         folder = config.folder / "export"
         dtype = jnp.dtype(config.export_dtype or source.checkpoint.dtype)
-        template = recipe.chat and recipe.chat.template.as_rendered
-        export(folder, run.trainer, state, frozen, source.tokenizer_path, dtype, template)
+        tokenizer = source.tokenizer_path
+        export(folder, run.trainer, state, frozen, tokenizer, dtype, _template(recipe))
     cli.note(f"report: python train.py report --run {shlex.quote(config.out_dir)}")
     return 0
 
 
-def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run:
+def _template(recipe: Recipe) -> str | None:
+    """The chat template that a run trains with."""
+    return recipe.chat and recipe.chat.template.as_rendered
+
+
+def prepare(
+    recipe: Recipe, source: Source, config: RunConfig, seed: int, flags: dict[str, Any]
+) -> Run:
     """Checks that model, recipe and machine fit, and that all processes were started alike."""
     key = random_key(seed)
     model = LLaMa(source.checkpoint.config, source.dtype, config.remat)
@@ -136,7 +151,7 @@ def prepare(recipe: Recipe, source: Source, config: RunConfig, seed: int) -> Run
     check_memory(recipe.memory(trainer), cli.note, saved=saved)
     if sharding.current_mesh() is not None:
         like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
-    return Run(config, recipe, source, trainer, meta, like, key)
+    return Run(config, recipe, source, trainer, meta, like, key, flags)
 
 
 def _bytes(like: TrainState) -> int:
@@ -176,9 +191,9 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
             "ckpt_dir": str(run.source.checkpoint.path),
             "commit": commit_of(run.source.checkpoint.path),
             "tokenizer": str(run.source.tokenizer_path),
+            "template": _template(run.recipe),
         }
-        with atomic_file(run.config.folder / "run.json") as file:
-            file.write(json.dumps(run.meta | {"source": paths}, indent=1).encode())
+        write_run(run.config, run.meta | {"source": paths}, run.flags)
     return state, frozen, progress
 
 

@@ -11,14 +11,13 @@ The command's docstring is the head of its `--help`; an example is a paragraph o
 
 import contextlib
 import dataclasses
-import difflib
 import gc
 import glob
-import inspect
 import io
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import jax
 import platformdirs
 import rich.console
@@ -37,6 +35,7 @@ import rich.table
 
 from utils import distributed, fields
 from utils.console import usage
+from utils.console.flags import parse_flags, read_flags
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, printable
 
 BROKEN_PIPE, INTERRUPTED, PREEMPTED = 141, 130, 75
@@ -131,6 +130,8 @@ def _run(command: Command, debug: bool) -> int:
             print(f"altiplano {usage.version()}")
         else:
             given = parse_flags(command, sys.argv[1:])
+            if "config" in given:
+                given = read_flags(command, given["config"]) | given
             _join_others(given.get("distributed"))
             code = command(**fields.build(command, given)) or 0
         sys.stdout.flush()
@@ -175,55 +176,9 @@ def run_one_of(commands: dict[str, Command]) -> None:
     run(commands[name])
 
 
-def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
-    """The flags among a command line's words: texts as they are, numbers and switches as values.
-
-    fire parses; a recording function stands for the command, so that nothing runs before all words
-    are understood. Raises ConfigError for a word that no flag takes.
-    """
-    known = {flag.name: flag for flag in fields.flags_of(command)}
-    words = [re.sub("^--no[-_]", "--no", word) for word in words]
-    _check_names(words, known)
-    words = fields.gathered(words, known.values())
-    found, surplus, said = {}, [], io.StringIO()
-    texts = {name: str for name, flag in known.items() if flag.is_text}
-
-    @fire.decorators.SetParseFns(**texts)
-    def record(*args: Any, **flags: Any) -> None:
-        surplus.extend(args)
-        found.update(flags)
-
-    words_of = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
-    by_name = (
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in known
-    )
-    record.__signature__ = inspect.Signature([words_of, *by_name])
-    try:
-        with contextlib.redirect_stderr(said):
-            fire.Fire(record, command=words)
-    except fire.core.FireExit as e:
-        reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
-        raise ConfigError(f"{reason}; see --help") from e
-    if surplus:
-        hint = f"--{next(iter(known))} {surplus[0]!r:.60}"
-        raise ConfigError(f"unknown argument {surplus[0]!r:.60}; did you mean {hint}? See --help")
-    for name, value in found.items():  # fire says True where no value follows
-        missing = str(value) == "True" and not any(word.endswith("True") for word in words)
-        if missing and not known[name].is_switch:
-            raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
-    return found
-
-
-def _check_names(words: Sequence[str], known: Iterable[str]) -> None:
-    """Raises ConfigError for a flag that is not known; fire would invent some of one letter."""
-    for word in words:
-        flag = word.partition("=")[0]
-        name = flag.lstrip("-").replace("-", "_")
-        short = re.fullmatch("-[a-zA-Z]", flag)
-        if short or word.startswith("--") and not {name, name.removeprefix("no")} & {*known}:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
-            raise ConfigError(f"unknown flag {flag:.60}; {hint}")
+def command_line() -> str:
+    """The command that this process was started with, for a shell."""
+    return f"python {sys.argv[0]} {shlex.join(sys.argv[1:])}"
 
 
 def _report(message: str, code: int, debug: bool, everywhere: bool = False) -> int:

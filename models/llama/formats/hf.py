@@ -386,8 +386,11 @@ def write_hf(
 def _write_shard(path: Path, shard: dict[str, np.ndarray]) -> None:
     # The package writes from the arrays' memory as it lies, whatever their strides.
     contiguous = {name: np.ascontiguousarray(array) for name, array in shard.items()}
+    path.touch()
+    mode = path.stat().st_mode
     # transformers refuses a file that does not say this.
     save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the package leaves it to its owner alone
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

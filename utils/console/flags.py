@@ -1,0 +1,82 @@
+"""Flags: from the words of a command line, or a file, to the values that configs are built from."""
+
+import contextlib
+import difflib
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from utils import fields
+from utils.errors import ConfigError
+from utils.files import read_json
+
+Command = Callable[..., int | None]
+
+
+def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
+    """The flags among a command line's words: texts as they are, numbers and switches as values.
+
+    fire parses; a recording function stands for the command, so that nothing runs before all words
+    are understood. Raises ConfigError for a word that no flag takes.
+    """
+    known = {flag.name: flag for flag in fields.flags_of(command)}
+    words = [re.sub("^--no[-_]", "--no", word) for word in words]
+    _check_names(words, known)
+    words = fields.gathered(words, known.values())
+    found, surplus, said = {}, [], io.StringIO()
+    texts = {name: str for name, flag in known.items() if flag.is_text}
+
+    @fire.decorators.SetParseFns(**texts)
+    def record(*args: Any, **flags: Any) -> None:
+        surplus.extend(args)
+        found.update(flags)
+
+    words_of = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    by_name = (
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in known
+    )
+    record.__signature__ = inspect.Signature([words_of, *by_name])
+    try:
+        with contextlib.redirect_stderr(said):
+            fire.Fire(record, command=words)
+    except fire.core.FireExit as e:
+        reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
+        raise ConfigError(f"{reason}; see --help") from e
+    if surplus:
+        hint = f"--{next(iter(known))} {surplus[0]!r:.60}"
+        raise ConfigError(f"unknown argument {surplus[0]!r:.60}; did you mean {hint}? See --help")
+    for name, value in found.items():  # fire says True where no value follows
+        missing = str(value) == "True" and not any(word.endswith("True") for word in words)
+        if missing and not known[name].is_switch:
+            raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
+    return found
+
+
+def read_flags(command: Command, path: str) -> dict[str, Any]:
+    """The flags in a JSON file: an object of them, or a run.json that holds them."""
+    flags = read_json(Path(path), error=ConfigError)
+    if isinstance(flags.get("run"), dict):
+        flags = flags["run"].get("flags", {})
+    try:
+        _check_names([f"--{name}" for name in flags], [f.name for f in fields.flags_of(command)])
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    lists = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
+    return {name: value for name, value in (flags | lists).items() if value is not None}
+
+
+def _check_names(words: Sequence[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for a flag that is not known; fire would invent some of one letter."""
+    for word in words:
+        flag = word.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        short = re.fullmatch("-[a-zA-Z]", flag)
+        if short or word.startswith("--") and not {name, name.removeprefix("no")} & {*known}:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            raise ConfigError(f"unknown flag {flag:.60}; {hint}")
