@@ -272,12 +272,14 @@ def test_any_checkpoint_becomes_a_model(programs, files, whole, tmp_path):
     for more, same in (
         (dict(), True),
         (dict(best=True), reader.best == STEPS),
-        (dict(step=4), False),
+        (dict(step=4, dtype="float16"), False),
     ):
         out = tmp_path / "of" / str(len(more)) / "-".join(more)
         done = programs.run("train.py", "export", run=run, out=out, **more)
         assert done.code == 0, done.stderr
         assert ((out / "model.safetensors").read_bytes() == own) == same
+        found = safetensors.numpy.load_file(out / "model.safetensors")
+        assert {str(x.dtype) for x in found.values()} == {more.get("dtype", "float32")}
         assert f"step {more.get('step', STEPS)} of" in done.stderr or "best" in more
     for more, code, pattern in (
         (dict(best=True, step=4), 2, "pass either --step=N or --best"),
