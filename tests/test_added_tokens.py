@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import Tokenizer
 from models.llama.tokenizers.bpe import read_tokenizer_json
 
@@ -55,3 +56,27 @@ def test_every_kind_of_added_token():
             assert ours.decode(typed) == text or flags["lstrip"] or flags["rstrip"], kind
             said = ours.encode_pieces(ours.split_tags(text))
             assert said == (typed if flags["special"] else ids), kind
+
+
+@pytest.mark.covers("R2", "R28")
+def test_every_kind_of_added_token_in_a_conversation():
+    """A user's text never holds a tag; an assistant's is as the library has the rendered text."""
+    for name, flags, template in kinds():
+        theirs = library(name, flags)
+        config = {"eos_token": "<|im_end|>", "chat_template": template}
+        form = chat_format_for(Tokenizer(read_tokenizer_json(json.loads(theirs.to_str()), config)))
+        rendered = template.partition("{%")[0]
+        ours = form.encode_chat([{"role": "user", "content": name}])
+        alone = form.encode_chat([{"role": "user", "content": "x"}])
+        expected = name == "aspirin" and not flags["special"]
+        assert ours.count(258) == alone.count(258) + expected, (name, flags, template)
+        if flags["special"]:
+            continue
+        for said in (f"a {name} b", f"{name}\nb", f"a{name}b"):
+            chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+            text = f"{rendered}<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            assert form.encode_chat(chat, False) == ids, (name, flags, said)
+            if not (flags["lstrip"] and ids.count(258) and said.startswith(name)):
+                # Otherwise it takes the prompt's last line break, and the answer is refused.
+                assert form.encode_training(chat)[0] == ids
