@@ -196,7 +196,7 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         if self.chat is False and self._asked:
-            raise ConfigError("system, chat_format and template_args need a chat, and chat is off")
+            raise ConfigError("system and chat_format need a chat, and chat is off")
 
     @property
     def _asked(self) -> bool:
