@@ -555,6 +555,7 @@ def test_a_step_is_computed_again_and_with_another_loss(tmp_path):
 
 @pytest.mark.covers("N12")
 def test_a_step_without_rollouts_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     train = {"loss": "dapo", "iterations": 2}
     settings = {"train": train, "source": {"ckpt_dir": str(tmp_path / "nowhere")}}
     (tmp_path / "run.json").write_text(json.dumps(settings))
