@@ -734,3 +734,29 @@ def test_the_manifest_says_what_is_there(saved):
     )
     write_manifest(folder, step=2, saved_at=0.0, score=1.5, arrays={})
     assert read_manifest(folder, 2).score == 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.covers("N2")
+def test_many_saves_hold_one_copy_of_the_state(tmp_path):
+    code = """
+import sys
+import jax, jax.numpy as jnp
+from trainers.runs.checkpoint import Checkpointer
+def memory(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) / 1024
+state = {str(i): jax.random.normal(jax.random.key(i), (5120, 1024)) for i in range(10)}  # 200 MB
+with Checkpointer(sys.argv[1], keep=1) as writer:
+    writer.save(1, {"x": jnp.zeros(8)}, {})  # what the first save of all takes for itself
+    writer.wait()
+    before = memory("VmRSS")
+    for step in range(2, 7):
+        writer.save(step, state, {})
+print(memory("VmHWM") - before)
+"""
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    words = [sys.executable, "-c", code, str(tmp_path / "c")]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 300  # with Orbax's own copies 700

@@ -84,6 +84,7 @@ def test_what_a_device_cannot_hold_is_refused_with_the_way_out(sizes, monkeypatc
         check_memory({"parameters": 8 * 10**9}, said.append, saved=2 * 10**9)
 
 
+@pytest.mark.covers("N2")
 def test_a_step_that_this_machine_cannot_hold_is_refused_with_every_part(monkeypatch):
     model = LLaMa(PRESETS["smollm2-135m"], jnp.dtype("float32"))
     parts = sft_bytes(SFTTrainer(model, SFTConfig(micro_batch_size=None)), 4, 256)
