@@ -558,6 +558,7 @@ def test_a_step_without_rollouts_is_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     train = {"loss": "dapo", "iterations": 2}
     settings = {"train": train, "source": {"ckpt_dir": str(tmp_path / "nowhere")}}
+    settings |= {"model": {}, "lora": {}}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1}\n{"step": 5}\n')
