@@ -265,7 +265,7 @@ def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
             jax.vmap(jax.random.key)(np.arange(4)),
             PhaseClock(),
         )
-        batch = rollout.batch(by.layout(LENGTH))
+        batch = rollout.batch(by.layout(rollout))
     stops = tokenizer().stop_ids
     assert rollout.stopped.any() and not rollout.stopped.all()
     for tokens, mask, stopped, text in zip(
@@ -279,9 +279,27 @@ def test_masks_end_with_the_first_stop_and_texts_leave_it_out():
         assert (tokens[n - 1] in stops) == stopped and (stopped or n == LENGTH)
         assert not stops & set(tokens[: n - 1].tolist())
         assert text == tokenizer().decode(tokens[: n - stopped], skip_special=True)
-    masked = rollout.batch(by.layout(LENGTH), mask_truncated=True)
+    masked = rollout.batch(by.layout(rollout), mask_truncated=True)
     assert (masked["target_mask"].any(-1) == rollout.stopped).all()
     assert (masked["counts"] == 1).all()  # they count as completions all the same
+
+
+@pytest.mark.covers("R29")
+def test_one_long_prompt_widens_the_steps_that_have_it_and_no_other():
+    short = task(63).prompts
+    long = dataclasses.replace(short[0], ids=(*short[0].ids, *[short[0].ids[-1]] * 15))
+    asked = dataclasses.replace(task(1), prompts=(*short, long))
+    with sampler(trainer(), asked) as by:
+        plain = made(short[:4], np.ones((4, 4)))
+        assert by.layout(plain).prompt_width == 16
+        assert by.layout(made((*short[:3], long), np.ones((4, 4)))).prompt_width == 32
+        shapes = [
+            batch["prompts"].shape + batch["tokens"].shape for batch in by.preflight_batches()
+        ]
+    # One long prompt costs one compilation more.
+    assert len(set(shapes)) == len(shapes) == 2 and shapes[0] == max(shapes)
+    with sampler(trainer(), task(63)) as by:
+        assert len(by.preflight_batches()) == 1
 
 
 @pytest.mark.covers("R32")
@@ -447,7 +465,7 @@ def test_when_all_completions_are_cut_and_masked_nothing_is_learnt():
     with sampler(of) as by:
         rollout = by.sample(policy, task().prompts[:4], keys, PhaseClock())
         cut = dataclasses.replace(rollout, stopped=np.zeros_like(rollout.stopped))
-        batch = cut.batch(by.layout(LENGTH), mask_truncated=True)
+        batch = cut.batch(by.layout(rollout), mask_truncated=True)
     assert cut.metrics()["truncated"] == 1 and batch["counts"].all()
     before = digest(state.params)
     state, metrics = of.train_step(state, frozen, batch)

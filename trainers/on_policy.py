@@ -83,13 +83,19 @@ class RolloutData:
         self.tokenizer, self.scorer, self.write = tokenizer, scorer, write
         longest, model = trainer.config.max_completion_len, trainer.model.config
         check_context(prompts, longest, model.max_seq_len)
-        step = math.lcm(16, sharding.axis_size(sharding.TRAINING.tokens))
-        self.prompt_width = -(-max(len(prompt.ids) for prompt in prompts) // step) * step
-        # Each width costs a compilation, made before the first step.
-        widths = {max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (1, 2, 4)}
-        self._widths = tuple(sorted(widths))
-        for width in self._widths:  # max_completion_len, a half and a quarter of it
+        # max_completion_len, a half and a quarter of it
+        widths = sorted({max(longest // n, min(longest, _SMALLEST_WIDTH), 2) for n in (4, 2, 1)})
+        for width in widths:
             sharding.check_tokens(model.n_heads, max_completion_len=width)
+        # Half of all batches have no prompt beyond the usual length: few long ones widen few steps.
+        lengths = [len(prompt.ids) for prompt in prompts]
+        usual = np.quantile(lengths, 0.5 ** (1 / config.prompts_per_step), method="higher")
+        step = math.lcm(16, sharding.axis_size(sharding.TRAINING.tokens))
+        usual, self.prompt_width = (-(-int(n) // step) * step for n in (usual, max(lengths)))
+        # Each shape costs a compilation, made before the first step.
+        shapes = dict.fromkeys([(usual, w) for w in widths] + [(self.prompt_width, longest)])
+        branches = config.branches or config.group_size
+        self._layouts = [Layout(prompt_width=p, width=w, branches=branches) for p, w in shapes]
         self._generation = GenerationConfig(
             max_new_tokens=longest,
             n=config.group_size,
@@ -115,7 +121,7 @@ class RolloutData:
         Raises:
             TrainError: a reward function failed, and the scorer does not go on then.
         """
-        B, G, C = len(prompts), self.config.group_size, self._widths[-1]
+        B, G, C = len(prompts), self.config.group_size, self._layouts[-1].width
         with clock("rollout"):
             ids, model = [prompt.ids for prompt in prompts], self.trainer.model
             done = generate(model, policy, ids, self._sampler, self._generation, key=keys)
@@ -142,11 +148,11 @@ class RolloutData:
         )
         return rollout.with_advantages(self.config.scale)
 
-    def layout(self, longest: int) -> Layout:
-        """The smallest shape for completions of up to `longest` tokens."""
-        width = next(w for w in self._widths if w >= longest)
-        branches = self.config.branches or self.config.group_size
-        return Layout(prompt_width=self.prompt_width, width=width, branches=branches)
+    def layout(self, rollout: Rollout) -> Layout:
+        """The smallest shape that holds a rollout's prompts and completions."""
+        prompt, completion = max(len(x.ids) for x in rollout.prompts), rollout.lengths.max()
+        fits = (x for x in self._layouts if x.prompt_width >= prompt and x.width >= completion)
+        return next(fits)
 
     def batches(self) -> "RolloutBatches":
         """An iterator without end."""
@@ -154,7 +160,7 @@ class RolloutData:
 
     def preflight_batches(self) -> list[Batch]:
         """A batch of zeros for each possible shape, the largest first."""
-        B, G, C = self.config.prompts_per_step, self.config.group_size, self._widths[-1]
+        B, G, C = self.config.prompts_per_step, self.config.group_size, self._layouts[-1].width
         numbers, by_token = np.zeros((B, G)), np.zeros((B, G, C), np.float32)
         empty = Rollout(
             prompts=[Prompt(text="", ids=(), columns={})] * B,
@@ -170,7 +176,7 @@ class RolloutData:
             old_logprobs=by_token if self.config.updates > 1 else None,
             ref_logprobs=by_token if self.trainer.config.beta > 0 else None,
         )
-        batches = (empty.batch(self.layout(width)) for width in reversed(self._widths))
+        batches = (empty.batch(layout) for layout in reversed(self._layouts))
         return [parts(batch, self.config.mini_batches)[0] for batch in batches]
 
 
@@ -211,7 +217,7 @@ class RolloutBatches(Batches):
         # Groups with something to learn first, then others, all in the order of their sampling.
         chosen = np.argsort(~sampled.varied, kind="stable")[: config.prompts_per_step]
         rollout = sampled.take(sorted(chosen)).with_advantages(config.scale)
-        layout = data.layout(int(rollout.lengths.max()))
+        layout = data.layout(rollout)
         rollout = self._scored(rollout, layout, state, frozen, clock)
         if data.write is not None:
             data.write(int(state.step) + 1, rollout, layout)
