@@ -592,7 +592,7 @@ def test_a_step_without_rollouts_is_refused_before_a_model_is_loaded(tmp_path):
 def test_replay_from_another_base_is_refused(tmp_path):
     settings = {"train": {"loss": "dapo", "iterations": 2}, "base_weights": "those of a run"}
     (tmp_path / "checkpoints").mkdir()
-    settings["source"] = {"ckpt_dir": str(tiny.hf_model("gqa")[0])}
+    settings |= {"source": {"ckpt_dir": str(tiny.hf_model("gqa")[0])}, "model": {}, "lora": {}}
     (tmp_path / "run.json").write_text(json.dumps(settings))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1}\n')
