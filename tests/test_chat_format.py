@@ -283,8 +283,10 @@ def test_structural_tokens_that_are_not_special(make, tmp_path, default_model_pa
     form = chat_format_for(load_tokenizer(tmp_path))
     messages = chat("<think>Final:</think>", "a</think>b", "c")
     ids = form.encode_chat(messages)
-    assert [i for i in ids if i >= 49152] == [49152, 49154]
-    assert form.tokenizer.decode(ids).count("a</think>b") == 1  # not taken apart
+    # The user's "Final:" is a word of the vocabulary like any other; the tags that were typed are text.
+    assert [i for i in ids if i >= 49152] == [49154, 49152, 49154]
+    # What the assistant thought in an earlier turn, the template leaves out.
+    assert "assistant\nb<|im_end|>" in form.tokenizer.decode(ids)
 
 
 @pytest.mark.covers("B14")

@@ -263,7 +263,7 @@ def test_too_few_rows_are_named_with_both_numbers(load):
     (batch,) = few.epoch_batches()  # evaluation takes any number
     assert batch["target_mask"].any(axis=1).tolist() == [True] * 3 + [False]
     packed = load([{"text": "a"}] * 8, batch_size=4, packing=True)
-    with pytest.raises(DataError, match="1 packed rows of 512 tokens, fewer than batch_size=4"):
+    with pytest.raises(DataError, match="1 row packed to 512 tokens, fewer than batch_size=4"):
         packed.batches()
 
 

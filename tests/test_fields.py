@@ -186,6 +186,8 @@ def test_the_help_page_has_each_flag_once_with_its_default(monkeypatch):
     assert page.endswith(
         "\n\nevery command:\n  --debug                   show the traceback of an error\n"
         "  --version                 print the version and exit\n"
+        "  --config TEXT             a JSON file of flags, or a run's run.json; flags of the command "
+        "line win\n"
     )
 
 

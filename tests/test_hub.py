@@ -75,6 +75,7 @@ def test_whatever_a_reader_may_open_is_fetched():
     assert opened > tokenizer | {"config.json", "params.json", "generation_config.json"}
     noise = {"README.md", "a/config.json", "original/params.json", "x.json", "pytorch_model.bin"}
     opened.add("consolidated.00.pth")
+    opened.discard("run.json")  # of a training run's folder, which no repository is
     safetensors = {name for name in opened if "safetensors" in name}
     metas = {"consolidated.00.pth", "params.json"}
     fetched = hub._wanted_files("org/name", opened | noise)

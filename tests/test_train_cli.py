@@ -611,7 +611,8 @@ def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, 
         (dict(), r"in windows\)"),
         (dict(overlong="truncate"), r"; (\d+) tokens of "),
     ):
-        done = programs.run("evaluate.py", "ppl", **options | dict(json=False, seq_len=16) | more)
+        done = programs.run("evaluate.py", "ppl", **options | dict(json=False, seq_len=40) | more)
+        assert done.code == 0, done.stderr
         tokens = int(re.search(r"over (\d+) tokens of \d+ examples", done.stdout)[1])
         left_out = re.search(text, done.stdout)
         assert tokens + int((left_out.groups() or (0,))[0]) == count
