@@ -203,7 +203,8 @@ class Dataset:
         }
         if not n_examples:
             listed = ", ".join(f"{key} {n}" for key, n in examples.counts.items())
-            raise DataError(f"{name}: no row is left to train on ({listed})")
+            needed = f"a row needs a target in its first {config.seq_len} tokens (--seq_len)"
+            raise DataError(f"{name}: no row is left to train on ({listed}); {needed}")
         lengths = np.diff(self._offsets)
         if config.packing:
             self._members, self._rows = pack(lengths, config.seq_len)
