@@ -30,7 +30,7 @@ from utils import distributed
 from utils.clock import PhaseClock
 from utils.console import cli
 from utils.console.terminal import Answer, Lines
-from utils.errors import AltiplanoError, ConfigError, DataError
+from utils.errors import AltiplanoError, ConfigError, DataError, plural
 from utils.fields import Config, again, field, integer, misfit, setting
 from utils.files import atomic_file, read_json
 
@@ -142,7 +142,7 @@ class Terminal:
         if self._lines.interactive:
             n = chat.answer_tokens
             cli.stderr.print(
-                f"[dim]{'stopped; ' * stopped}{n} tokens, {max(n - 1, 0) / seconds:.1f} tok/s; "
+                f"[dim]{'stopped; ' * stopped}{plural(n, 'token')}, {max(n - 1, 0) / seconds:.1f} tok/s; "
                 f"{chat.tokens} of {chat.context} tokens used[/]"
             )
 

@@ -31,7 +31,7 @@ from sampling import TopP
 from utils import distributed, memory
 from utils.console import cli
 from utils.clock import PhaseClock, moment
-from utils.errors import ConfigError, DataError, SamplingError
+from utils.errors import ConfigError, DataError, SamplingError, plural
 from utils.fields import Config, again, field, integer
 from utils.files import InputFile, parse_json
 
@@ -217,9 +217,9 @@ def main(
         cache = max(cache, memory.tree_bytes(run.state.cache))
     lap, n_prompt, n_rows = clock.take(), sum(map(len, ids)), len(ids) * config.n
     cli.stderr.print(
-        f"{n_prompt} prompt tokens, {n_prompt / lap.busy('prompt'):.0f} tok/s; "
+        f"{plural(n_prompt, 'prompt token')}, {n_prompt / lap.busy('prompt'):.0f} tok/s; "
         # A row's first token comes from the prompt's pass.
-        f"{n_tokens} tokens, {max(n_tokens - n_rows, 0) / lap.busy('completion'):.1f} tok/s; "
+        f"{plural(n_tokens, 'token')}, {max(n_tokens - n_rows, 0) / lap.busy('completion'):.1f} tok/s; "
         f"weights {memory.human(memory.tree_bytes(loaded.params))}, "
         f"KV cache {memory.human(cache)}; compiled in {sum(lap.compiling.values()):.1f} s"
     )
