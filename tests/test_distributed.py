@@ -272,7 +272,7 @@ def test_one_that_does_not_come_is_named(group, files, tmp_path):
 @pytest.mark.covers("E5")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_without_data_stops_all_at_one_step(group, files, tmp_path, victim):
-    patch = before("trainers.data.Dataset, '_batch', 4", "raise errors.DataError('no more of it')")
+    patch = before("trainers.data.Dataset, 'batch', 4", "raise errors.DataError('no more of it')")
     done = group.run(
         2, "train.py", "sft", patches={victim: patch}, **shared(files, tmp_path, eval_every=0)
     )

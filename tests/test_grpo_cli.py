@@ -113,7 +113,7 @@ def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, mi
     ],
 )
 def test_killed_anywhere_and_gone_on_with(programs, prompts, whole, tmp_path, place):
-    patch = "import os, signal, trainers.on_policy, trainers.loop, trainers.checkpoint\n"
+    patch = "import os, signal, trainers.on_policy, trainers.loop, trainers.runs.checkpoint\n"
     patch += f"at({place}, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
     done = programs.run("train.py", "grpo", patch=patch, **training(prompts, tmp_path))
     assert done.code == -9, done.stderr
