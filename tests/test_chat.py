@@ -381,7 +381,7 @@ class TerminalOf:
         return self.process.returncode
 
 
-STATUS = r"(\d+) tokens, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
+STATUS = r"(\d+) tokens?, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
 
 
 @pytest.mark.covers("C11", "R40", "N6", "N7")
