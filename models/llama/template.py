@@ -168,7 +168,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers: jinja's own filter escapes HTML characters."""
+    """Writes JSON as transformers does: jinja's own filter escapes HTML characters."""
     options = dict(indent=indent, separators=separators, sort_keys=sort_keys)
     return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 

@@ -17,8 +17,8 @@ from utils.errors import ConfigError, DataError
 from utils.files import read_json
 
 
-class SavedRun(NamedTuple):
-    """What a run was made of.
+class OpenedRun(NamedTuple):
+    """The parts that a run was made of.
 
     Attributes:
         settings: run.json.
@@ -39,7 +39,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def open_run(folder: Path, settings: dict[str, Any]) -> SavedRun:
+def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
     """Opens the model of a run, and makes its trainer.
 
     Args:
@@ -60,8 +60,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> SavedRun:
     if "group_size" in train:
         at_once, _ = rows_at_once(train["micro_batch_size"], train["group_size"])
         config = saved_config(GRPOConfig, train | {"micro_batch_size": at_once})
-        return SavedRun(settings, source, GRPOTrainer(model, config, lora, train["vocab_limit"]))
-    return SavedRun(settings, source, SFTTrainer(model, saved_config(SFTConfig, train), lora))
+        return OpenedRun(settings, source, GRPOTrainer(model, config, lora, train["vocab_limit"]))
+    return OpenedRun(settings, source, SFTTrainer(model, saved_config(SFTConfig, train), lora))
 
 
 def saved_config(cls: type, train: dict[str, Any]) -> Any:
