@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"torch", "transformers", "trl", "accelerate", "llama_models", "xllamacpp"}
+PACKAGES = {"torch", "transformers", "trl", "llama_models", "xllamacpp", "nbclient", "nbformat"}
 
 
 def names(path: Path) -> set[str]:
