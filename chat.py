@@ -21,10 +21,10 @@ import fire
 from rich.markup import escape
 
 from models.llama.chat_format import TemplateFlags, chat_format_for
-from models.llama.conversation import SAMPLER, Conversation
+from models.llama.chat.conversation import SAMPLER, Conversation
 from models.llama.generation import context_length, random_key
 from models.llama.load import DecodingModelFlags, load_model
-from models.llama.messages import read_messages, read_tools
+from models.llama.chat.messages import read_messages, read_tools
 from sampling import TopP
 from utils import distributed
 from utils.clock import PhaseClock

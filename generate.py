@@ -24,7 +24,7 @@ from models.llama.generation import Generation, context_length, finish, generate
 from models.llama.generation import random_key, stream, stream_text
 from models.llama.hub import local_models
 from models.llama.load import DecodingModelFlags, Model, load_model
-from models.llama.messages import Message, Tools, read_prompt
+from models.llama.chat.messages import Message, Tools, read_prompt
 from models.llama.model import cache_shape
 from models.llama.tokenizer import Tokenizer, decode_utf8, plain_prompt
 from sampling import TopP

@@ -18,7 +18,7 @@ import pytest
 import sampling
 from generate import DEFAULT_QUESTION
 from models.llama.chat_format import chat_format_for
-from models.llama.conversation import Conversation
+from models.llama.chat.conversation import Conversation
 from models.llama.generation import Generation
 from models.llama.load import Model, load_checkpoint
 from models.llama.model import LLaMa, for_decoding

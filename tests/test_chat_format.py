@@ -13,7 +13,7 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models.llama.chat_format import chat_format_for
-from models.llama.template import MAX_TEMPLATE_CHARS
+from models.llama.chat.template import MAX_TEMPLATE_CHARS
 from models.llama.tokenizer import load_tokenizer
 from models.llama.tokenizers.bpe import chat_templates_of
 from tests.oracles import tokenizer_files as oracle

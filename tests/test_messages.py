@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.llama import chat_format
 from models.llama.chat_format import chat_format_for
-from models.llama.messages import read_messages
+from models.llama.chat.messages import read_messages
 from models.llama.tokenizer import load_tokenizer
 from models.llama.tokenizers.save import write_tokenizer
 from trainers.data import DataConfig, load_dataset

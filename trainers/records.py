@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, errors, hf_hub_download
 from huggingface_hub.utils import tqdm
 
-from models.llama.messages import read_messages, read_tools
+from models.llama.chat.messages import read_messages, read_tools
 from models.llama.hub import HUB_ID, hub_errors
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from models.llama.messages import REASONING, TOOL_ROLES, Message, Tools
-from models.llama.messages import map_strings, read_messages, read_tools, strings
-from models.llama.template import LLAMA2, LLAMA3, Template
+from models.llama.chat.messages import REASONING, TOOL_ROLES, Message, Tools
+from models.llama.chat.messages import map_strings, read_messages, read_tools, strings
+from models.llama.chat.template import LLAMA2, LLAMA3, Template
 from models.llama.tokenizer import Tokenizer
 from models.llama.tokenizers.bpe import Piece
 from utils.errors import AltiplanoError, ArtifactError, ConfigError, DataError

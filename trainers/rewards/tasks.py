@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from models.llama.chat_format import ChatFormat, TemplateFlags, chat_format_for
-from models.llama.messages import Message, read_messages
+from models.llama.chat.messages import Message, read_messages
 from models.llama.tokenizer import Tokenizer, plain_prompt
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym, Reward, ThinkFormat

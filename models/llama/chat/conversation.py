@@ -10,7 +10,7 @@ from models.llama.chat_format import ChatFormat
 from models.llama.decoding import GenerationConfig
 from models.llama.generation import Generation, prompt_keys, stream_text
 from models.llama.load import Model
-from models.llama.messages import Message, Tools
+from models.llama.chat.messages import Message, Tools
 from sampling import TopP
 from utils.errors import DataError, SamplingError
 from utils.kvcache import KVCache
