@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from utils import kernels, sharding
 from utils.kvcache import LayerCache, held_heads
+from utils.ops import precision
 
 Array = jax.Array
 
@@ -174,8 +175,8 @@ def _branched(
 
 def _softmax_attention(q_XGTH: Array, k_XHS: Array, v_XSH: Array, seen_BTS: Array) -> Array:
     """softmax(q · k over the seen keys) · v; the division comes last, on the small array."""
-    f32 = jnp.float32
-    scores = jnp.einsum("xgth,xhs->xgts", q_XGTH, k_XHS, preferred_element_type=f32)
+    products = {"precision": precision(v_XSH), "preferred_element_type": jnp.float32}
+    scores = jnp.einsum("xgth,xhs->xgts", q_XGTH, k_XHS, **products)
     by_row = scores.reshape(seen_BTS.shape[0], -1, *scores.shape[2:])
     scores = jnp.where(seen_BTS[:, None], by_row, -jnp.inf).reshape(scores.shape)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -183,5 +184,5 @@ def _softmax_attention(q_XGTH: Array, k_XHS: Array, v_XSH: Array, seen_BTS: Arra
     weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v_XSH.dtype)
-    out = jnp.einsum("xgts,xsh->xgth", weights, v_XSH, preferred_element_type=f32)
+    out = jnp.einsum("xgts,xsh->xgth", weights, v_XSH, **products)
     return out / jnp.where(total == 0, 1, total)

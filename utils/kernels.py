@@ -91,8 +91,36 @@ def flash_attention(
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
-    out_BNTH = jax.vmap(kernel)(q, k, v, segments)[:, :, :T]
+    run = _exact if q.dtype == jnp.float32 else _run
+    out_BNTH = run(kernel, q, k, v, segments)[:, :, :T]
     return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
+
+
+def _run(kernel: Callable[..., Array], *arrays: Array) -> Array:
+    return jax.vmap(kernel)(*arrays)
+
+
+@jax.custom_vjp
+def _exact(kernel: Callable[..., Array], *arrays: Array) -> Array:
+    """`_run` with float32 products in both passes; a TPU would round their factors to bfloat16.
+
+    JAX traces a backward pass outside of the context of the function's call, so it gets its own.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _run(kernel, *arrays)
+
+
+def _exact_forward(kernel, *arrays):
+    with jax.default_matmul_precision("highest"):
+        return jax.vjp(_run, kernel, *arrays)
+
+
+def _exact_backward(pullback, gradient):
+    with jax.default_matmul_precision("highest"):
+        return pullback(gradient)
+
+
+_exact.defvjp(_exact_forward, _exact_backward)
 
 
 class _CausalMask(splash_mask.CausalMask):

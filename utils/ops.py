@@ -110,7 +110,12 @@ def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
     axes = (((a_axis % a.ndim,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, axes, precision(a), preferred_element_type=jnp.float32)
+
+
+def precision(x: Array) -> jax.lax.Precision | None:
+    """HIGHEST for float32: GPUs and TPUs would round to TF32 or bfloat16, logits by 5e-4."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def embed(table: Array, tokens: Array) -> Array:

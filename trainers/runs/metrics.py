@@ -25,6 +25,7 @@ from utils.clock import PhaseClock
 from utils.errors import ConfigError, DataError
 from utils.files import InputFile, atomic_file, flatten
 from utils.memory import peak_memory_bytes
+from utils.ops import precision
 from utils.sharding import current_mesh
 
 Sink = Callable[[dict], None]
@@ -280,7 +281,7 @@ _ACCELERATOR_SHAPES = ((8192,) * 3, (8192, 14336, 4096))
 def matmul_peak(dtype: Any, *, seconds: float = 0.5) -> float:
     """FLOP/s of the best of a few matrix products on the default device: a model's upper limit.
 
-    Jitted `dot_general`, accumulated in float32 like the model's. Measured once per process.
+    Jitted and as exact as the model's. Measured once per process.
 
     Args:
         dtype: of the factors.
@@ -295,8 +296,8 @@ def _matmul_flops(shape: tuple[int, int, int], dtype: np.dtype, seconds: float) 
 
     @jax.jit
     def dot(a, b):
-        dims = ((1,), (1,)), ((), ())
-        return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+        options = {"precision": precision(a), "preferred_element_type": jnp.float32}
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), **options)
 
     draw = np.random.default_rng(0).standard_normal
     a, b = (jnp.asarray(draw((rows, k), np.float32), dtype) for rows in (m, n))
