@@ -486,6 +486,32 @@ def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.covers("R4")
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_that_resumes_on_another_day_is_the_same_run(programs, files, tmp_path, resume):
+    """Its template writes today's date: rows, bits and curve are those of the day it began."""
+    model = Path(shutil.copytree(cli.checkpoint(), tmp_path / "model"))
+    names = json.loads((model / "tokenizer_config.json").read_text())
+    names["chat_template"] = "{{ strftime_now('%d %b %Y') }}" + cli.TEMPLATE
+    (model / "tokenizer_config.json").write_text(json.dumps(names))
+
+    def on(day: int, folder: str, patch: str = "", **more: object) -> Path:
+        clock = (
+            f"from utils import clock\nclock.moment = lambda: clock.datetime(2030, 1, {day}, 9)\n"
+        )
+        options = training(files, tmp_path / folder, ckpt_dir=model, **more)
+        done = programs.run("train.py", "sft", patch=clock + patch, **options)
+        assert done.code == (75 if patch else 0), done.stderr
+        return tmp_path / folder
+
+    on(1, "whole"), on(1, "resumed", signals_at("stepping", TERM)), on(2, "other")
+    assert CheckpointReader(tmp_path / "resumed" / "checkpoints").steps[-1] == 2
+    assert_same_run(on(2, "resumed", resume=resume), tmp_path / "whole")
+    losses = [[line["loss"] for line in curve(tmp_path / name)] for name in ("whole", "other")]
+    assert all(a != b for a, b in zip(*losses, strict=True))  # the date is read
+
+
+@pytest.mark.slow
 @pytest.mark.covers("D19")
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "the last step"])
 def test_a_second_signal_leaves_at_once(programs, files, whole, tmp_path, place):
