@@ -13,9 +13,8 @@ from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from models.llama.chat_format import chat_format_for
-from models.llama.chat.template import MAX_TEMPLATE_CHARS
+from models.llama.chat.template import MAX_TEMPLATE_CHARS, chat_templates_of
 from models.llama.tokenizer import load_tokenizer
-from models.llama.tokenizers.bpe import chat_templates_of
 from tests.oracles import tokenizer_files as oracle
 from utils.errors import ArtifactError, ConfigError, DataError
 
@@ -283,8 +282,8 @@ def test_structural_tokens_that_are_not_special(make, tmp_path, default_model_pa
     form = chat_format_for(load_tokenizer(tmp_path))
     messages = chat("<think>Final:</think>", "a</think>b", "c")
     ids = form.encode_chat(messages)
-    # The user's "Final:" is a word of the vocabulary like any other; the tags that were typed are text.
-    assert [i for i in ids if i >= 49152] == [49154, 49152, 49154]
+    # The template writes "Final:" after the messages; it and the tags that were typed are text.
+    assert [i for i in ids if i >= 49152] == [49152, 49154]
     # What the assistant thought in an earlier turn, the template leaves out.
     assert "assistant\nb<|im_end|>" in form.tokenizer.decode(ids)
 

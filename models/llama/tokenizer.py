@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from models.llama.formats.gguf import open_gguf
-from models.llama.tokenizers.bpe import Piece, Vocabulary, chat_templates_of, is_pad
-from models.llama.tokenizers.bpe import read_tokenizer_json, token_name
+from models.llama.chat.template import chat_templates_of
+from models.llama.tokenizers.bpe import Piece, Vocabulary, is_pad, read_tokenizer_json, token_name
 from models.llama.tokenizers.gguf import TURN_ENDS, read_gguf
 from models.llama.tokenizers.model import LLAMA3_PAD, LLAMA3_STOPS
 from models.llama.tokenizers.model import parse_model, read_sentencepiece, read_tiktoken
@@ -33,8 +33,9 @@ class Tokenizer:
     Attributes:
         vocab_size: the largest id plus one. A model may have more rows in its embedding; those
             rows are padding, and sampling must never choose them.
-        special_tokens: control tokens, name to id: what the files mark as special, and tags
-            (`<think>`). No text becomes one of them; but a tag that an assistant writes is one.
+        special_tokens: control tokens, name to id: what the files mark as special, tags
+            (`<think>`), and words that a chat template writes around messages. No text becomes one
+            of them; but one that is not special does in an assistant's message.
         hidden_ids: ids that no text shows: what the files mark as special, and stop ids.
         bos_id, eos_id, pad_id: None where there is none.
         stop_ids: ids that end an answer.

@@ -3,8 +3,10 @@
 A template comes with the checkpoint and is not trusted: it reaches no Python and writes only so much.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -115,6 +117,66 @@ class Template:
         except Exception as e:
             raise _error(e) from e
         return "".join(parts)
+
+
+def chat_templates_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name: `chat_template` is a string, or a list of named ones."""
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    if isinstance(value, list) and all(isinstance(t, dict) for t in value):
+        named = [(t.get("name"), t.get("template")) for t in value]
+        if all(isinstance(x, str) for pair in named for x in pair):
+            return dict(named)
+    raise ArtifactError("chat_template is neither a string nor a list of named templates")
+
+
+# Conversations in which every text is one character that no template writes.
+_TEXT = "\ue000"
+_SYSTEM, _USER, _ASSISTANT, _TOOL = (
+    {"role": role, "content": _TEXT} for role in ("system", "user", "assistant", "tool")
+)
+_FUNCTION = {"name": _TEXT, "arguments": {"a": _TEXT}}
+_CALLS = [{"id": _TEXT * 9, "type": "function", "function": _FUNCTION}]
+_CALLING = {"role": "assistant", "content": "", "tool_calls": _CALLS}
+_PROBES = (
+    (_SYSTEM, _USER, _ASSISTANT, _USER),
+    (_SYSTEM, _USER, _CALLING, _TOOL, _ASSISTANT, _USER),
+)
+_DECIDING = ("system", "user", "assistant", "tool", "ipython", "function")
+
+
+def structural_words(config: Mapping[str, Any], words: Iterable[str]) -> set[str]:
+    """The words that chat templates write as structure: between or after texts, or right before one.
+
+    A word of a system prompt is none; nor is a single character, white space or a part of a role.
+
+    Args:
+        config: with the chat templates.
+        words: names of added tokens that may be words of any text.
+    """
+    words = [w for w in words if len(w) > 1 and w.strip() and not any(w in d for d in _DECIDING)]
+    word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    found: set[str] = set()
+    for source in chat_templates_of(config).values() if words else ():
+        for before, *after in (_around(source, turns) for turns in _PROBES):
+            found.update(re.findall(word, "\n".join(after)))
+            found.update(re.findall(rf"({word})\s*\Z", before) if after else ())
+    return found
+
+
+def _around(source: str, turns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The text that a template writes around those of a conversation, in pieces."""
+    variables = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
+    variables |= {"tools": None, "documents": None, "add_generation_prompt": True}
+    # Some templates take no system message, some but a single one.
+    for messages in (turns, turns[1:], turns[-1:]):
+        with contextlib.suppress(AltiplanoError):
+            template = Template(source, {}, datetime.now())
+            return template.render(0, messages=list(messages), **variables).split(_TEXT)
+    return [""]
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import tokenizers
 from tokenizers import Regex, decoders, pre_tokenizers, processors
 
+from models.llama.chat.template import structural_words
 from utils.errors import ArtifactError, is_int
 
 # Input of a codec: plain text, or the id of a control token.
@@ -65,7 +66,7 @@ class AddedToken(NamedTuple):
     Attributes:
         id, content: its number and its name.
         special: whether the file marks it as special, or gives it a role: it is not shown.
-        control: whether it is special, or else a tag.
+        control: whether it is special, a tag, or structure of a chat template.
         flags: `lstrip`, `rstrip`, `single_word`, `normalized`.
     """
 
@@ -176,7 +177,8 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
 
     Args:
         spec: the file.
-        config: see Vocabulary. Tokens that its chat templates write are control tokens.
+        config: see Vocabulary. Words that its chat templates write around messages are control
+            tokens.
     """
     model = spec.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
@@ -191,10 +193,13 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
     first = _first_special(spec.get("post_processor"))
     names["bos_token"] = first if names["bos_token"] is None else names["bos_token"]
     added = _added_tokens(spec, config, set(names.values()))
+    words = (t.content for t in added if not t.control)
+    written = structural_words(config, words)
+    added = [t._replace(control=t.control or t.content in written) for t in added]
     codec = BPECodec(spec, added)
     special = {t.content: t.id for t in added if t.control}
     hidden = frozenset(t.id for t in added if t.special)
-    words = frozenset(t.content for t in added if t.flags["single_word"])
+    alone = frozenset(t.content for t in added if t.flags["single_word"])
     if names["pad_token"] not in {None, *special}:
         warnings.warn(f"the pad token {names['pad_token']!r:.40} is not in the vocabulary: unused")
         names["pad_token"] = None
@@ -203,7 +208,7 @@ def read_tokenizer_json(spec: Mapping[str, Any], config: Mapping[str, Any]) -> V
             raise ArtifactError(f"{role} {name!r:.80} is not in the vocabulary")
     if not isinstance(config.get("add_bos_token"), bool):
         names["add_bos_token"] = first is not None
-    return Vocabulary(codec, special, hidden, {**config, **names}, words)
+    return Vocabulary(codec, special, hidden, {**config, **names}, alone)
 
 
 def token_name(config: Mapping[str, Any], key: str) -> str | None:
@@ -218,20 +223,6 @@ def token_name(config: Mapping[str, Any], key: str) -> str | None:
 def is_pad(name: str) -> bool:
     """Whether a token's name is a pad token's: `<pad>`, `[PAD]`, `<|pad|>`."""
     return re.fullmatch(r"[<\[|]*_*pad_*[|>\]]*", name, re.IGNORECASE) is not None
-
-
-def chat_templates_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates by name: `chat_template` is a string, or a list of named ones."""
-    value = config.get("chat_template")
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    if isinstance(value, list) and all(isinstance(t, dict) for t in value):
-        named = [(t.get("name"), t.get("template")) for t in value]
-        if all(isinstance(x, str) for pair in named for x in pair):
-            return dict(named)
-    raise ArtifactError("chat_template is neither a string nor a list of named templates")
 
 
 def looks_like_markup(content: str) -> bool:

@@ -48,7 +48,7 @@ def read_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary in a GGUF file's metadata: a byte-level BPE, or a sentencepiece model."""
     form, config = gguf_form(metadata)
     read = read_tokenizer_json if isinstance(form, dict) else read_sentencepiece
-    return read(form, {})._replace(config=config)
+    return read(form, {"chat_template": config["chat_template"]})._replace(config=config)
 
 
 def gguf_form(metadata: Mapping[str, Any]) -> tuple[dict | SentencePieceModel, dict[str, Any]]:

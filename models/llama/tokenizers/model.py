@@ -11,12 +11,13 @@ import functools
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sentencepiece
 import tiktoken
 
+from models.llama.chat.template import structural_words
 from models.llama.tokenizers.bpe import (
     BYTE_OF,
     LLAMA3_PATTERN,
@@ -60,21 +61,26 @@ class SentencePieceModel(NamedTuple):
 class SentencePieceCodec:
     """A sentencepiece model. Each piece of text is encoded by itself, as Meta's reference does."""
 
-    def __init__(self, model: SentencePieceModel):
-        """Raises ArtifactError, without a file name, if sentencepiece refuses the model."""
-        self._model = model
-        # sentencepiece finds user-defined tokens in any text, and control tokens in none.
-        self._tags = {i for i, e in enumerate(model.entries) if is_tag(e)}
+    def __init__(self, model: SentencePieceModel, closed: Container[int] = ()):
+        """Raises ArtifactError, without a file name, if sentencepiece refuses the model.
+
+        sentencepiece finds user-defined tokens in any text; `closed` are ids of those that it must
+        find in none, as control tokens.
+        """
+        self._model, self._closed = model, closed
         self._processor = self._processor_of(model.rest)
         self.vocab_size = len(model.entries)
         self.strips_first_space = model.adds_space
 
     def _processor_of(self, rest: Sequence[tuple]) -> sentencepiece.SentencePieceProcessor:
-        entries = [e._replace(type=CONTROL) if is_tag(e) else e for e in self._model.entries]
+        entries = [
+            e._replace(type=CONTROL) if i in self._closed else e
+            for i, e in enumerate(self._model.entries)
+        ]
         processor = sentencepiece.SentencePieceProcessor()
         try:
-            closed = self._model._replace(entries=entries, rest=rest)
-            processor.LoadFromSerializedProto(serialize_model(closed))
+            model = self._model._replace(entries=entries, rest=rest)
+            processor.LoadFromSerializedProto(serialize_model(model))
         except RuntimeError as e:
             raise ArtifactError(f"sentencepiece refuses the model: {e!s:.200}") from e
         return processor
@@ -93,7 +99,7 @@ class SentencePieceCodec:
                 ids += (self._continuing if continues else self._processor).encode(piece)
                 continues = True
                 continue
-            is_text = piece in self._tags  # to sentencepiece
+            is_text = piece in self._closed  # to sentencepiece
             if is_text and not continues and self.strips_first_space:
                 ids += self._continuing.encode(" ")
             ids.append(piece)
@@ -105,11 +111,6 @@ class SentencePieceCodec:
         if entry.type == UNKNOWN:
             return self._processor.decode([token_id]).encode()
         return entry.text.encode() if entry.type == CONTROL else piece_bytes(entry.text)
-
-
-def is_tag(entry: Entry) -> bool:
-    """Whether a token is a tag, which only an assistant's text becomes."""
-    return entry.type == USER_DEFINED and looks_like_markup(entry.text)
 
 
 def read_sentencepiece(
@@ -135,12 +136,15 @@ def read_sentencepiece(
             "not hold; save a tokenizer.json with transformers, beside it"
         )
     hidden = {e.text: i for i, e in enumerate(model.entries) if e.type == CONTROL}
-    special = hidden | {e.text: i for i, e in enumerate(model.entries) if is_tag(e)}
+    defined = {e.text: i for i, e in enumerate(model.entries) if e.type == USER_DEFINED}
+    written = structural_words(config, defined)
+    closed = {t: i for t, i in defined.items() if looks_like_markup(t) or t in written}
+    special = hidden | closed
     roles: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     roles |= {role: name for role in roles if (name := token_name(config, role)) in special}
     if not isinstance(config.get("add_bos_token"), bool):
         roles["add_bos_token"] = True
-    codec = SentencePieceCodec(model)
+    codec = SentencePieceCodec(model, frozenset(closed.values()))
     return Vocabulary(codec, special, frozenset(hidden.values()), {**config, **roles})
 
 
