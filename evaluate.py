@@ -14,7 +14,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from models.llama.load import ModelFlags, compute_dtype, open_model
+from models.llama.checkpoint import compute_dtype
+from models.llama.load import ModelFlags, open_model
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task

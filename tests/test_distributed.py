@@ -206,7 +206,7 @@ def test_one_is_killed_and_all_leave(group, files, pair, tmp_path, victim, place
         (dict(lr=0.02), "", r"train\.learning_rate is 0\.02, and 0\.01 there"),
         (dict(data="other.jsonl"), "", r"data\.digest is"),
         ({}, "import jax; jax.__version__ = '0.1'", "jax is '0.1', and '0"),
-        ({}, "import models.llama.load; models.llama.load.weights_digest = lambda _: 'x'", "base_weights is 'x'"),
+        ({}, "import models.llama.checkpoint; models.llama.checkpoint.weights_digest = lambda _: 'x'", "base_weights is 'x'"),
     ],
 )  # fmt: skip
 def test_another_start_is_refused_by_all(group, files, tmp_path, options, patch, field):

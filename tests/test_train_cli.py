@@ -140,7 +140,7 @@ def test_commands_are_listed_without_importing_jax(program, command):
 
 # A patch: weights that are asked for are a failure.
 NOT_LOADED = """
-from models.llama.load import Checkpoint
+from models.llama.checkpoint import Checkpoint
 def params(*args, **options):
     raise AssertionError("loaded")
 Checkpoint.params = params
@@ -462,7 +462,7 @@ def signals_at(place: str, *signals: str) -> str:
     sent = ", ".join(signals)
     return (
         "import signal, trainers.runs.export, trainers.loop, trainers.runs.checkpoint\n"
-        "from models.llama.load import Checkpoint\n"
+        "from models.llama.checkpoint import Checkpoint\n"
         f"at({where}, lambda: send({sent}))\n"
     )
 

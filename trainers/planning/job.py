@@ -7,7 +7,7 @@ from typing import Any
 
 from models.llama.config import PRESETS, ModelConfig
 from models.llama.formats import hf
-from models.llama.load import open_checkpoint
+from models.llama.checkpoint import open_checkpoint
 from models.llama.lora import TARGETS
 from models.llama.model import REMATS
 from trainers.optimizer import DTYPES, OPTIMIZERS

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from models.llama.generation import random_key
 from models.llama.hub import commit_of
-from models.llama.load import Checkpoint, ModelFlags, compute_dtype, open_model
+from models.llama.checkpoint import Checkpoint, compute_dtype
+from models.llama.load import ModelFlags, open_model
 from models.llama.model import LLaMa, Params, init_params
 from models.llama.tokenizer import Tokenizer
 from trainers.data import tokenizer_digest

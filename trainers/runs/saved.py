@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from models.llama.load import Checkpoint, open_checkpoint
+from models.llama.checkpoint import Checkpoint, open_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer

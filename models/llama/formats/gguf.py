@@ -45,7 +45,7 @@ def to_config(source: "GGUFFile", tie: bool | None = None) -> ModelConfig:
 
     Args:
         source: the file.
-        tie: as for `models.llama.load.open_checkpoint`.
+        tie: as for `models.llama.checkpoint.open_checkpoint`.
     """
     metadata = source.metadata
     tied = "output.weight" not in source.shapes if tie is None else tie
@@ -395,6 +395,6 @@ def _place(cursor: _Cursor, tensors: dict[str, _Tensor], alignment: int) -> dict
 
 
 def load_gguf(path: Path, tie: bool | None) -> tuple[ModelConfig, GGUFFile]:
-    """Config and tensors of a file; `tie` as for `models.llama.load.open_checkpoint`."""
+    """Config and tensors of a file; `tie` as for `models.llama.checkpoint.open_checkpoint`."""
     source = open_gguf(path)
     return to_config(source, tie), source

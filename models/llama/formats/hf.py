@@ -340,7 +340,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, SafetensorsFolder]:
-    """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
+    """Config and tensors of a folder; `tie` as for `models.llama.checkpoint.open_checkpoint`."""
     config = to_config(read_json(path / "config.json"))
     source = SafetensorsFolder(path)
     embed, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -299,7 +299,7 @@ def _locate(where: str, tensor, ends: list[int]) -> tuple[tuple[int, ...], np.dt
 
 
 def open_meta(path: Path, tie: bool | None) -> tuple[ModelConfig, MetaFolder]:
-    """Config and tensors of a folder; `tie` as for `models.llama.load.open_checkpoint`."""
+    """Config and tensors of a folder; `tie` as for `models.llama.checkpoint.open_checkpoint`."""
     params = read_json(path / "params.json")
     source = MetaFolder(path, params.get("dim"))
     embed, head = "tok_embeddings.weight", "output.weight"
