@@ -7,14 +7,15 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from models.llama.chat_format import chat_format_for
 from models.llama.chat.template import LLAMA2, LLAMA3, structural_words
+from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import Tokenizer
-from models.llama.tokenizers.bpe import read_tokenizer_json
 from models.llama.tokenizers.gguf import read_gguf
 from models.llama.tokenizers.model import CONTROL, NORMAL, USER_DEFINED, Entry
 from models.llama.tokenizers.model import parse_model, read_sentencepiece
+from models.llama.tokenizers.spec import read_tokenizer_json
 from tests.oracles import tokenizer_files as oracle
+from trainers.plain_rows import encode_plain
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -63,6 +64,40 @@ def test_every_kind_of_added_token():
             assert ours.decode(typed) == text or flags["lstrip"] or flags["rstrip"], kind
             said = ours.encode_pieces(ours.split_tags(text))
             assert said == (typed if flags["special"] else ids), kind
+
+
+@pytest.mark.covers("R1", "R28")
+@pytest.mark.parametrize("legacy", [True, False])
+def test_every_kind_of_added_token_in_llama2s_files(legacy):
+    """The older ones put a space before each text that they normalize, and before names too."""
+    spec = json.dumps(oracle.llama2_json(oracle.sentencepiece_model(), legacy))
+    turns = "{% for m in messages %}</s>{{ m.role }}:\n{{ m.content }}</s>{% endfor %}"
+    texts = TEXTS + ["</s>{}", "{} </s>{} x", " ▁{}", "the cat{} {}the", ".  {}  b", "\n{}"]
+    for (name, flags), _ in itertools.groupby(kinds(), lambda kind: kind[:2]):
+        theirs = tokenizers.Tokenizer.from_str(spec)
+        theirs.add_tokens([tokenizers.AddedToken(name, **flags)])
+        config = {"eos_token": "</s>", "chat_template": turns}
+        ours = Tokenizer(read_tokenizer_json(json.loads(theirs.to_str()), config))
+        form, added = chat_format_for(ours), theirs.token_to_id(name)
+        for text in (t.replace("{}", name) for t in texts):
+            kind = name, flags, text
+            ids = theirs.encode(text, add_special_tokens=False).ids
+            assert ours.encode(text, allow_special=True) == ids, kind
+            # The library itself shows a special token that is normalized.
+            if not flags["special"]:
+                assert ours.decode(ids, skip_special=True) == theirs.decode(ids), kind
+            typed = ours.encode(text)
+            assert added not in typed or not (flags["special"] or name == "<think>"), kind
+            if flags["special"] or "</s>" in text:
+                continue
+            assert ours.encode_pieces(ours.split_tags(text)) == ids, kind
+            before, after = encode_plain("the (", text, ours, markup=False)
+            assert ours.decode(before + after, True) == theirs.decode(
+                theirs.encode("the (" + text).ids
+            )
+            chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
+            expected = theirs.encode(form.render(chat, False)).ids
+            assert form.encode_chat(chat, False) == expected, kind
 
 
 @pytest.mark.covers("R2", "R28")

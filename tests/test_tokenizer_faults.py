@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer, read_gguf
-from models.llama.tokenizers.bpe import read_tokenizer_json
+from models.llama.tokenizers.spec import read_tokenizer_json
 from models.llama.tokenizers.model import (
     parse_model,
     parse_ranks,

@@ -22,7 +22,7 @@ def encode_plain(
             where the text has none of its own.
     """
     before: list[Piece] = tokenizer.split_special(prompt) if markup else [prompt]
-    after = tokenizer.split_special(text) if markup else tokenizer.split_tags(text)
+    after = (tokenizer.split_special if markup else tokenizer.split_tags)(text, prompt)
     start = tokenizer.encode("", bos=tokenizer.adds_bos)
     end = tokenizer.encode("", eos=True)
     written = [piece for piece in after if not isinstance(piece, str) or piece.strip()]

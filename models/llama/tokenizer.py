@@ -7,16 +7,17 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.llama.formats.gguf import open_gguf
 from models.llama.chat.template import chat_templates_of
-from models.llama.tokenizers.bpe import Piece, Vocabulary, is_pad, read_tokenizer_json, token_name
+from models.llama.formats.gguf import open_gguf
+from models.llama.tokenizers.bpe import Piece, Vocabulary
 from models.llama.tokenizers.gguf import TURN_ENDS, read_gguf
 from models.llama.tokenizers.model import LLAMA3_PAD, LLAMA3_STOPS
 from models.llama.tokenizers.model import parse_model, read_sentencepiece, read_tiktoken
+from models.llama.tokenizers.spec import is_pad, read_tokenizer_json, token_name
 from models.llama.tokenizers.stream import StreamDecoder
 from utils.errors import AltiplanoError, ArtifactError, DataError, SamplingError, is_int
 from utils.files import InputFile, list_folder, parse_json, read_json
@@ -62,10 +63,10 @@ class Tokenizer:
         self.adds_bos = config.get("add_bos_token") is True
         roles = {self.bos_id, self.eos_id} - {None}
         self.hidden_ids = vocabulary.hidden | roles | self.stop_ids
-        self._special = _names_pattern(special, vocabulary.words)
+        self._special = _names_pattern(special, vocabulary.patterns)
         self._continues = True
         tags = {name for name, i in special.items() if i not in self.hidden_ids}
-        self._tags = _names_pattern(tags, vocabulary.words)
+        self._tags = _names_pattern(tags, vocabulary.patterns)
 
     def _turn_ends(self, vocabulary: Vocabulary) -> set[int]:
         """Ends of turns that the chat templates write, or all where the files name no stop ids."""
@@ -115,26 +116,31 @@ class Tokenizer:
             joined += ["".join(group)] if kind is str else group
         return self._codec.encode(joined, continues)
 
-    def split_special(self, text: str) -> list[Piece]:
-        """The text in pieces: the names of control tokens as ids, the rest unchanged."""
-        return self._split(self._special, text)
+    def split_special(self, text: str, before: str = "") -> list[Piece]:
+        """The text, which continues `before`, in pieces: names of control tokens as ids, the rest
+        unchanged."""
+        return self._split(self._special, text, before)
 
-    def split_tags(self, text: str) -> list[Piece]:
+    def split_tags(self, text: str, before: str = "") -> list[Piece]:
         """An assistant's text in pieces: tags as ids, as transformers has them, the rest unchanged.
 
         A tag is a token that no file marks as special, `<think>`. A model learns to write it, and
         has written it in a chat; a special token comes from no text.
         """
-        return self._split(self._tags, text)
+        return self._split(self._tags, text, before)
 
     def control_names(self, text: str) -> list[str]:
         """The names in a text of special tokens, which no text becomes."""
         found = self._special.findall(text)
         return [name for name in found if self.special_tokens[name] in self.hidden_ids]
 
-    def _split(self, names: re.Pattern, text: str) -> list[Piece]:
-        parts = enumerate(names.split(text))  # the odd ones are names
-        return [self.special_tokens[p] if n % 2 else p for n, p in parts if p]
+    def _split(self, names: re.Pattern, text: str, before: str) -> list[Piece]:
+        whole, at, pieces = before + text, len(before), []
+        for found in names.finditer(whole):
+            if found.start() >= at:
+                pieces += [whole[at : found.start()], self.special_tokens[found[0]]]
+                at = found.end()
+        return [piece for piece in [*pieces, whole[at:]] if piece != ""]
 
     def decode(
         self, ids: Iterable[int], skip_special: bool = False, after: int | None = None
@@ -203,12 +209,11 @@ class Tokenizer:
         return self._codec.token_bytes(index)
 
 
-def _names_pattern(names: Iterable[str], words: Iterable[str]) -> re.Pattern:
+def _names_pattern(names: Iterable[str], patterns: Mapping[str, str]) -> re.Pattern:
     """Finds names; where one name starts another, the longer one is meant."""
-    alone = {name: rf"(?<!\w){re.escape(name)}(?!\w)" for name in words}
     longest_first = sorted(names, key=len, reverse=True)
-    found = "|".join(alone.get(name) or re.escape(name) for name in longest_first)
-    return re.compile(f"({found or '(?!)'})")
+    found = "|".join(patterns.get(name) or re.escape(name) for name in longest_first)
+    return re.compile(found or "(?!)")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.llama.tokenizers.bpe import LLAMA3_PATTERN, Vocabulary, byte_level_spec
-from models.llama.tokenizers.bpe import read_tokenizer_json
+from models.llama.tokenizers.bpe import Vocabulary
 from models.llama.tokenizers.model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from models.llama.tokenizers.model import Entry, SentencePieceModel, message
 from models.llama.tokenizers.model import read_sentencepiece
+from models.llama.tokenizers.spec import LLAMA3_PATTERN, byte_level_spec, read_tokenizer_json
 from utils.errors import ArtifactError, is_int
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

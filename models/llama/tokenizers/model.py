@@ -18,17 +18,9 @@ import sentencepiece
 import tiktoken
 
 from models.llama.chat.template import structural_words
-from models.llama.tokenizers.bpe import (
-    BYTE_OF,
-    LLAMA3_PATTERN,
-    Piece,
-    Vocabulary,
-    byte_level_spec,
-    is_pad,
-    looks_like_markup,
-    piece_bytes,
-    token_name,
-)
+from models.llama.tokenizers.bpe import BYTE_OF, Piece, Vocabulary, piece_bytes
+from models.llama.tokenizers.spec import LLAMA3_PATTERN, byte_level_spec, is_pad
+from models.llama.tokenizers.spec import looks_like_markup, token_name
 from utils.errors import ArtifactError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
