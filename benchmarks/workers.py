@@ -45,6 +45,11 @@ class Worker:
             raise RuntimeError(f"{self._process.args} ended, see its messages above")
         return json.loads(answer)
 
+    def kill(self) -> None:
+        """Ends the program in the middle of whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
     def peak_bytes(self) -> int:
         """The most memory that the process has held (VmHWM)."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()

@@ -1,0 +1,123 @@
+"""The rows of benchmarks/accelerator.py that a user of transformers and torch has, in a process of their own.
+
+Decoding: `generate` with a static cache, which compiles its step on a GPU. Prefill and training: the
+model through `torch.compile`, flash attention by torch's sdpa, fused AdamW, all in the row's dtype.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.accelerator_rows import Row, attempt, configs
+from benchmarks.workers import serve
+
+REPEATS = 3
+HELD = 64
+
+
+class Torch:
+    """Measures one row at a time, on random weights of the same shapes.
+
+    Args:
+        tiny: shapes that a CPU computes in seconds; nothing is compiled, which takes long.
+    """
+
+    def __init__(self, tiny: bool):
+        self._tiny, self._configs = tiny, configs(tiny)
+        self._card = "cuda" if torch.cuda.is_available() else "cpu"
+        self._compile = (lambda model: model) if tiny else torch.compile
+        if not tiny and self._card == "cpu":
+            raise SystemExit("torch sees no card")
+
+    def about(self) -> dict:
+        """The version."""
+        return {"torch": torch.__version__}
+
+    def run(self, row: Row) -> Row | None:
+        """What was found, or the error; None: torch has no such row."""
+        start, method = time.perf_counter(), getattr(self, row["part"], None)
+        if method is None or row["dtype"] != "bfloat16":
+            return None
+        found = attempt(method, **row["settings"])
+        gc.collect()
+        if self._card == "cuda":
+            torch.cuda.empty_cache()
+        return found | {"seconds": time.perf_counter() - start}
+
+    def decode(self, size: str, rows: int) -> Row:
+        """Steps after a prompt: the time of many new tokens less that of one."""
+        model, new = self._model(size).eval(), 8 if self._tiny else 256
+        ids = self._tokens(rows, HELD)
+        # One length of cache for both, or torch compiles twice.
+        static = dict(cache_implementation="static", do_sample=False, use_cache=True)
+        static |= dict(attention_mask=torch.ones_like(ids), eos_token_id=None, pad_token_id=0)
+
+        def once(count: int) -> Callable[[], object]:
+            return lambda: model.generate(ids, max_new_tokens=count, **static)
+
+        with torch.no_grad():
+            seconds = (self._best(once(new)) - self._best(once(2))) / (new - 2)
+        return {"tokens_per_s": rows / seconds}
+
+    def prefill(self, size: str, length: int) -> Row:
+        """One prompt to its next token, with the cache that decoding needs."""
+        model, ids = self._compile(self._model(size).eval()), self._tokens(1, length)
+        with torch.no_grad():
+            seconds = self._best(lambda: model(ids, use_cache=True, logits_to_keep=1))
+        return {"tokens_per_s": length / seconds}
+
+    def sft(self, size: str, rows: int, length: int, packed: bool = False) -> Row | None:
+        """An AdamW step on half of the rows at a time: all logits at once do not fit."""
+        if packed:
+            return {"note": "not measured"}
+        model = self._model(size).train()
+        run, ids = self._compile(model), self._tokens(rows, length)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def once():
+            for half in ids.chunk(2):
+                (run(input_ids=half, labels=half, use_cache=False).loss / 2).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return {"tokens_per_s": rows * length / self._best(once)}
+
+    def _model(self, size: str):
+        c = self._configs[size]
+        config = LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            intermediate_size=c.ffn_dim,
+            max_position_embeddings=c.max_seq_len,
+            tie_word_embeddings=c.tie_embeddings,
+        )
+        with torch.device(self._card):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+
+    def _tokens(self, rows: int, length: int) -> torch.Tensor:
+        return torch.randint(1, 500, (rows, length), device=self._card)
+
+    def _best(self, function: Callable[[], object]) -> float:
+        """The fewest seconds of some calls, after one that compiles and one more."""
+        seconds = []
+        for _ in range(REPEATS + 2):
+            start = time.perf_counter()
+            function()
+            if self._card == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[2:])
+
+
+if __name__ == "__main__":
+    serve(Torch)
