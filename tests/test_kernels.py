@@ -125,14 +125,12 @@ def test_the_arguments_for_cudnn(T, S, packed):
 
 
 def test_what_cudnn_takes():
-    def takes(T=4, S=4, H=64, dtype=jnp.bfloat16, ids=None):
+    def takes(T=4, S=4, H=64, dtype=jnp.bfloat16):
         q, k, *_ = arrays(T, S, 1, 1, H, dtype=dtype)
-        return kernels._cudnn_takes(q, k, ids)
+        return kernels._cudnn_takes(q, k)
 
-    ids = jnp.zeros((2, 4), jnp.int32)
-    assert takes() and takes(H=128) and takes(T=3, S=3) and takes(ids=ids)
+    assert takes() and takes(H=128) and takes(T=3, S=3) and takes(T=3, S=4)
     assert not takes(dtype=jnp.float32) and not takes(H=60) and not takes(H=256)
-    assert not takes(T=3, S=3, ids=ids) and not takes(T=3, S=4)
 
 
 def as_on_tpu(plain, q, k, v, ids):
@@ -201,6 +199,14 @@ def test_the_platform_is_chosen_when_the_program_is_lowered(monkeypatch):
     assert "__cudnn$fmhaSoftmax" in cuda and "__cudnn$fmhaSoftmaxBackward" in cuda
     assert "stablehlo.exponential" not in cuda
     assert "cudnn" not in lowered(run, q.astype(jnp.float32), k, v, platform="cuda")
+    # Without a mask there is no bias; with one, tiles of keys are whole.
+    q, k, v, _ = arrays(192, 192, 1, 2, 64, B=1, dtype=jnp.bfloat16)
+    packed = lambda q, k, v: attention(q, *heads_first(k, v), segment_ids_BT=segments(1, 192))
+    plain, masked = (lowered(f, q, k, v, platform="cuda") for f in (run, packed))
+    calls = lambda text: [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert len(calls(plain)) == 2 and not any("Bias" in line for line in calls(plain))
+    assert len(calls(masked)) == 2
+    assert all("fmhaScaleBias" in x and "x256x256xbf16" in x for x in calls(masked))
 
 
 def test_short_rows_stay_in_plain_xla():

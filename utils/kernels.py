@@ -22,6 +22,10 @@ Array = jax.Array
 # for each key that is read) and a block's scores within the vector memory of every TPU since v4.
 LANES, LARGEST_BLOCK = 128, 512
 
+# Keys of a tile. With a mask and half a tile of keys at the end, dq is NaN where all scores of a query
+# are low: cuDNN up to 9.25 scores the empty half 0 (pytorch#196678, on an H100).
+CUDNN_TILE = 128
+
 # Name of the results that flash attention keeps for its backward pass, for `jax.checkpoint`'s policies.
 RESIDUALS = "flash_attention"
 
@@ -49,7 +53,7 @@ def causal_attention(
     """
     kernels = {"tpu": flash_attention, "default": lambda *_: plain()}
     # Tracing cuDNN's function asks the installed library, so there has to be one.
-    if jax.default_backend() == "gpu" and _cudnn_takes(q_BTNH, k_BSKH, segment_ids_BS):
+    if jax.default_backend() == "gpu" and _cudnn_takes(q_BTNH, k_BSKH):
         kernels["cuda"] = cudnn_attention
     return jax.lax.platform_dependent(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, **kernels)
 
@@ -175,7 +179,7 @@ def cudnn_attention(
 ) -> Array:
     """cuDNN's flash attention for CUDA GPUs, with its backward pass.
 
-    Segments take a bias of [B, 1, T, S], which all heads share.
+    Segments take a bias of [B, 1, T, S], which all heads share, and padding up to whole tiles.
 
     Args:
         q_BTNH, k_BSKH, v_BSKH, segment_ids_BS: see `causal_attention`.
@@ -184,25 +188,28 @@ def cudnn_attention(
     Returns:
         [B, T, N, H], of q's dtype.
     """
-    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-    seen = None
+    T, S, seen = q_BTNH.shape[1], k_BSKH.shape[1], None
+    if segment_ids_BS is not None or S > T:
+        q_BTNH, k_BSKH, v_BSKH = (_pad(x, CUDNN_TILE) for x in (q_BTNH, k_BSKH, v_BSKH))
     if segment_ids_BS is not None:
-        seen = segment_ids_BS[:, None, S - T :, None] == segment_ids_BS[:, None, None, :]
+        queries, keys = (
+            _pad(ids, CUDNN_TILE) for ids in (segment_ids_BS[:, S - T :], segment_ids_BS)
+        )
+        seen = queries[:, None, :, None] == keys[:, None, None, :]
     if S > T:
         # cuDNN's causal mask begins at the first key.
-        causal = jnp.tri(T, S, S - T, dtype=bool)[None, None]
+        causal = jnp.tri(q_BTNH.shape[1], k_BSKH.shape[1], S - T, dtype=bool)[None, None]
         seen = causal if seen is None else seen & causal
-    return jax.nn.dot_product_attention(
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=seen, is_causal=S == T, implementation=implementation
     )
+    return out_BTNH[:, :T]
 
 
-def _cudnn_takes(q_BTNH: Array, k_BSKH: Array, segment_ids_BS: Array | None) -> bool:
+def _cudnn_takes(q_BTNH: Array, k_BSKH: Array) -> bool:
     """Whether cuDNN has a kernel for these arrays on every GPU since Ampere."""
-    (T, H), S = q_BTNH.shape[1::2], k_BSKH.shape[1]
     half = q_BTNH.dtype == k_BSKH.dtype and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    has_bias = segment_ids_BS is not None or S > T
-    return half and H % 8 == 0 and H <= 128 and not (has_bias and (T % 2 or S % 2))
+    return half and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
 
 
 # Rows whose tiles a TPU holds at once: 32 tiles of keys take 1 MiB of its vector memory.
