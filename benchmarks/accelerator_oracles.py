@@ -2,7 +2,7 @@
 
 Each compares with the same model in float32 on this machine's CPU, where the tests hold it to
 independent references, or with numpy. Lengths are 64 more than a multiple of 128: tiles of a kernel
-are half empty there. Float32 is multiplied in full, unless "default precision" is asked for.
+are half empty there.
 Dimension key: B rows, T tokens, V vocab, D draws, M members of a group, C completion tokens.
 """
 
@@ -16,9 +16,9 @@ import numpy as np
 
 from models.llama.config import PRESETS
 from models.llama.decoding import GenerationConfig
-from models.llama.generation import Generation, generate
+from models.llama.generation import generate
 from models.llama.model import LLaMa, Params, init_params
-from sampling import Greedy, TopP
+from sampling import TopP
 from tests.oracles.nucleus import probabilities
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.rollout import Layout, Prompt, Rollout
@@ -37,7 +37,7 @@ BOUNDS = {
 SIGMAS = 5.0
 
 
-def model(dtype: str, kind: str, precision: str = "highest") -> dict:
+def model(dtype: str, kind: str) -> dict:
     """Logits and gradients of rows that are plain, packed, or have hidden keys on the left."""
     rng = np.random.default_rng(0)
     tokens_BT = rng.integers(0, CONFIG.vocab_size, (2, T)).astype(np.int32)
@@ -51,15 +51,14 @@ def model(dtype: str, kind: str, precision: str = "highest") -> dict:
         masks = {"key_mask_BS": seen_BT}
 
     args = tokens_BT, masks, seen_BT, weights_BTV
-    (_, exact), exact_gradients = _logits_and_gradients(_cpu(), "float32", "highest", *args)
-    card = jax.devices()[0]
-    (_, logits), gradients = _logits_and_gradients(card, dtype, precision, *args)
+    (_, exact), exact_gradients = _logits_and_gradients(_cpu(), "float32", *args)
+    (_, logits), gradients = _logits_and_gradients(jax.devices()[0], dtype, *args)
     found = {"logits": _off(logits, exact), "gradients": _worst(gradients, exact_gradients)}
-    return _judged(found, "bfloat16" if precision == "default" else dtype)
+    return _judged(found, dtype)
 
 
-def _logits_and_gradients(device, dtype: str, precision: str, *args):
-    with jax.default_device(device), jax.default_matmul_precision(precision):
+def _logits_and_gradients(device, dtype: str, *args):
+    with jax.default_device(device):
         found = _compared(dtype)(*jax.device_put((_params(), *args), device))
         return jax.device_get(found)
 
@@ -81,13 +80,12 @@ def cache(dtype: str) -> dict:
     """Log-probs of sampled tokens, from a prefill and decode steps, against one pass over all."""
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), _params())
     prompts = [list(range(1, T + 1)), list(range(7, 107))]
-    with jax.default_matmul_precision("highest"):
-        done = generate(LLaMa(CONFIG), params, prompts, config=GenerationConfig(max_new_tokens=8))
-        rows_BT = np.zeros((2, T + 128), np.int32)
-        for row, prompt, new in zip(rows_BT, prompts, done.tokens):
-            row[: len(prompt) + len(new)] = [*prompt, *new]
-        whole = jax.jit(lambda params, rows: LLaMa(CONFIG).apply({"params": params}, rows)[0])
-        logprobs_BTV = np.asarray(jax.nn.log_softmax(whole(params, rows_BT)))
+    done = generate(LLaMa(CONFIG), params, prompts, config=GenerationConfig(max_new_tokens=8))
+    rows_BT = np.zeros((2, T + 128), np.int32)
+    for row, prompt, new in zip(rows_BT, prompts, done.tokens):
+        row[: len(prompt) + len(new)] = [*prompt, *new]
+    whole = jax.jit(lambda params, rows: LLaMa(CONFIG).apply({"params": params}, rows)[0])
+    logprobs_BTV = np.asarray(jax.nn.log_softmax(whole(params, rows_BT)))
     nats = best = 0.0
     for row_TV, prompt, new, told in zip(logprobs_BTV, prompts, done.tokens, done.logprobs):
         at = np.arange(len(new)) + len(prompt) - 1
@@ -127,16 +125,10 @@ def grpo(dtype: str) -> dict:
     """
     M, C, prompts = 2, 128, [list(range(1, 65)), list(range(9, 49))]
     config = GRPOConfig(learning_rate=1.0, eps=0.9, max_completion_len=C, micro_batch_size=None)
-    precision = jax.default_matmul_precision("highest")
-    with precision:
-        run = GenerationConfig(max_new_tokens=C, n=M)
-        policy = jax.tree.map(lambda x: jnp.asarray(x, dtype), _params())
-        run = Generation(LLaMa(CONFIG), policy, TopP(), run)
-        run.start(prompts)
-        run.advance()
-    done = run.completions()
+    policy = jax.tree.map(lambda x: jnp.asarray(x, dtype), _params())
+    sampled = GenerationConfig(max_new_tokens=C, n=M)
+    done = generate(LLaMa(CONFIG), policy, prompts, TopP(), sampled)
     lengths = np.array([[C, 100], [C, 64]])
-    advantages = np.array([[1.0, -1.0], [-0.5, 0.5]], np.float32)
     rollout = Rollout(
         prompts=[Prompt(text="", ids=tuple(ids), columns={}) for ids in prompts],
         texts=[[""] * M] * len(prompts),
@@ -147,13 +139,13 @@ def grpo(dtype: str) -> dict:
         logprobs=done.logprobs.reshape(-1, M, C),
         scores=np.zeros((len(prompts), M, 0)),
         rewards=np.zeros((len(prompts), M)),
-        advantages=advantages,
+        advantages=np.array([[1.0, -1.0], [-0.5, 0.5]], np.float32),
     )
     batch = rollout.batch(Layout(prompt_width=64, width=C, branches=M))
 
     def step(device, dtype):
         trainer = GRPOTrainer(LLaMa(CONFIG, jnp.dtype(dtype)), config)
-        with jax.default_device(device), precision:
+        with jax.default_device(device):
             state, frozen = trainer.init(jax.device_put(_params(), device), jax.random.key(0))
             state, metrics = trainer.train_step(state, frozen, jax.device_put(batch, device))
             after = jax.tree.map(np.asarray, state.params)

@@ -31,9 +31,6 @@ def rows(tiny: bool) -> list[Row]:
         for dtype in ("float32", "bfloat16"):
             what = f"logits, gradients: {kind}"
             out.append(row("oracles", what, dtype, oracle="model", kind=kind))
-    # As the card multiplies float32 unless told otherwise: TF32 on a GPU, bfloat16 on a TPU.
-    what = "the same, default precision"
-    out.append(row("oracles", what, "float32", oracle="model", kind="plain", precision="default"))
     for oracle, what in ORACLES.items():
         for dtype in ("float32", "bfloat16")[: 1 if oracle == "sampling" else 2]:
             out.append(row("oracles", what, dtype, oracle=oracle))
