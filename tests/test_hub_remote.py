@@ -4,9 +4,11 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 import types
 import urllib.parse
 from pathlib import Path
@@ -33,6 +35,7 @@ REPOS = {
     + ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     "org/meta": ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
     + ["checklist.chk"],
+    "org/rows": ["README.md", "data/train.jsonl", "data/test.jsonl"],
     "org/gguf": ["README.md", "a-Q4_0.gguf", "a-Q8_0.gguf"],
     "org/nothing": ["README.md", "config.json", "pytorch_model.bin"],
     "org/gated": [*SMALL, "model.safetensors"],
@@ -46,8 +49,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        path = urllib.parse.urlparse(self.path).path.strip("/").split("/")
-        api = path[:2] == ["api", "models"]
+        path = urllib.parse.urlparse(self.path).path.strip("/").removeprefix("datasets/").split("/")
+        path = [urllib.parse.unquote(part) for part in path]
+        api = path[0] == "api"
         repo = "/".join(path[2:4] if api else path[:2])
         self.server.asked.append("" if api else "/".join(path[4:]))
         revision = path[5] if path[4:5] == ["revision"] else path[3] if path[2] == "resolve" else ""
@@ -87,7 +91,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def content(name: str) -> bytes:
-    return name.encode() * 1000
+    return b'{"text": "a"}\n' if name.endswith(".jsonl") else name.encode() * 1000
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +105,12 @@ def server():
         thread.join()
 
 
-def ask(repo: str, home: Path, endpoint: str, **env: str) -> dict:
+def ask(repo: str, home: Path, endpoint: str, rows: bool = False, **env: str) -> dict:
     """resolve(repo) in a process of its own, because the client reads its settings once.
 
     Returns:
-        what: the path or the error's message; told: the progress; stderr.
+        what: the path or the error's message; told: the progress; stderr. With `rows`, `what` has
+        for each of several data sets (the first row's place, the commit), or the error's message.
     """
     code = (
         "import json, sys; from models.llama import hub\n"
@@ -113,6 +118,13 @@ def ask(repo: str, home: Path, endpoint: str, **env: str) -> dict:
         "try: what = str(hub.resolve(sys.argv[1], lambda *r: told.append(r)))\n"
         "except hub.ArtifactError as e: what = str(e)\n"
         "print(json.dumps(dict(what=what, told=told)))"
+        if not rows
+        else "import json, sys; from trainers import records\n"
+        "def read(path):\n"
+        "    try: found = records.read_records(path)\n"
+        "    except records.DataError as e: return str(e)\n"
+        "    return found.rows[0].where, found.commit\n"
+        "print(json.dumps(dict(what=[read(path) for path in sys.argv[1].split()])))"
     )
     env = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **env}
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -186,14 +198,34 @@ def test_repositories_that_cannot_be_loaded(fetch, repo, message):
 
 
 @pytest.mark.covers("R46")
-def test_a_revision_is_pinned_and_its_commit_known(fetch, server):
+@pytest.mark.parametrize("revision", ["v1.0", "refs/pr/1"])
+def test_a_revision_is_pinned_and_its_commit_known(fetch, server, revision):
     server.revisions.clear()
-    folder = Path(fetch("org/plain@v1.0")["what"])
-    assert "v1.0" in server.revisions and "main" not in server.revisions
-    assert hub.commit_of(folder) == COMMIT and hub.commit_of(folder.parent) is None
-    for name in ("org/plain@v1.0", f"org/plain@{COMMIT}"):
+    folder = Path(fetch(f"org/plain@{revision}")["what"])
+    assert revision in server.revisions and "main" not in server.revisions
+    assert hub.commit_of(folder) == hub.commit_of(folder / "config.json") == COMMIT
+    assert hub.commit_of(folder.parent) is None
+    for name in (f"org/plain@{revision}", f"org/plain@{COMMIT}"):
         assert fetch(name, HF_HUB_OFFLINE="1")["what"] == str(folder)
     assert fetch("org/plain", HF_HUB_OFFLINE="1")["what"].startswith("cannot fetch org/plain")
+
+
+@pytest.mark.covers("R46", "N9")
+def test_data_sets_are_pinned_and_an_offline_machine_is_told_at_once(fetch, server):
+    names = ["org/rows", "org/rows@feature/x", "hf://datasets/org/rows@refs/pr/1/data/test.jsonl"]
+    names += ["org/rows@no-such", "hf://datasets/org/rows/none.jsonl"]
+    server.revisions.clear()
+    *found, no_revision, no_file = fetch(" ".join(names), rows=True)["what"]
+    places = ["/data/train", "@feature/x/data/train", "@refs/pr/1/data/test"]
+    assert found == [[f"hf://datasets/org/rows{p}.jsonl:1", COMMIT] for p in places]
+    assert {"feature/x", "refs/pr/1"} < server.revisions
+    assert "has no such revision" in no_revision and "has no file 'none.jsonl'" in no_file
+    start = time.monotonic()
+    *offline, kept, other = fetch(" ".join(names[:4]), rows=True, url="http://127.0.0.1:9")["what"]
+    assert time.monotonic() - start < 20  # with the client's own retries it is 25 s for each
+    assert kept == found[2]
+    for message in (*offline, other):
+        assert re.match("cannot fetch the dataset org/rows .*refused; try again with a n", message)
 
 
 def test_no_network_and_nothing_in_the_cache(fetch):

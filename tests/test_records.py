@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import tracemalloc
+import types
 
 import httpx2
 import pyarrow.parquet
@@ -253,24 +254,28 @@ def test_digest_is_of_content_and_order(write):
 
 
 @pytest.fixture
-def hub(monkeypatch, write):
+def hub(monkeypatch, tmp_path):
     """A hub of one dataset: `hub.files` are its names, `hub.fail` is what it raises."""
 
     class Hub:
         files, fail, asked = [], None, []
 
-        def list_repo_files(self, repo, *, repo_type, revision):
-            assert repo_type == "dataset"
+        def dataset_info(self, repo, *, revision, timeout):
             self.revisions.add(revision)
-            return self.answer(repo, self.files)
+            files = [types.SimpleNamespace(rfilename=name) for name in self.files]
+            return self.answer(repo, types.SimpleNamespace(siblings=files))
 
-        def download(self, repo, name, *, repo_type, revision, tqdm_class):
+        def download(self, repo, *, repo_type, revision, allow_patterns, tqdm_class, **options):
             self.revisions.add(revision)
+            assert options == ({"local_files_only": True} if self.fail else {})
             assert repo_type == "dataset" and tqdm_class(total=3).disable
-            self.asked.append(name)
-            data = json.dumps({"text": name}).encode()
-            data = gzip.compress(data) if name.endswith(".gz") else data
-            return self.answer(repo, str(write(data, name.replace("/", "_"))))
+            folder = tmp_path / "snapshots" / "c0ffee"
+            for name in allow_patterns:
+                self.asked.append(name)
+                data = json.dumps({"text": name}).encode()
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+            return self.answer(repo, str(folder))
 
         def answer(self, repo, what):
             assert repo == "org/set"
@@ -281,7 +286,7 @@ def hub(monkeypatch, write):
     hub = Hub()
     hub.asked, hub.revisions = [], set()
     monkeypatch.setattr(records, "HfApi", lambda: hub)
-    monkeypatch.setattr(records, "hf_hub_download", hub.download)
+    monkeypatch.setattr(records, "snapshot_download", hub.download)
     return hub
 
 
@@ -303,18 +308,32 @@ def test_hub_files_of_the_train_split(hub, files, taken):
 
 
 def test_hub_file_by_name(hub):
+    hub.files = ["data/x.jsonl"]
+    with pytest.raises(DataError, match="the dataset org/set has no file 'x.jsonl'; see"):
+        read_records("hf://datasets/org/set/x.jsonl")
     read = read_records("hf://datasets/org/set/data/x.jsonl")
     assert hub.asked == ["data/x.jsonl"]
     assert read.rows[0].where == "hf://datasets/org/set/data/x.jsonl:1"
 
 
 @pytest.mark.covers("R46")
-@pytest.mark.parametrize("path", ["org/set@v1.0", "hf://datasets/org/set@v1.0/train.jsonl"])
-def test_hub_revision(hub, path):
-    hub.files = ["train.jsonl"]
+@pytest.mark.parametrize(
+    "path, revision",
+    [
+        ("org/set@v1.0", "v1.0"),
+        ("org/set@refs/pr/1", "refs/pr/1"),
+        ("org/set@feature/x.y", "feature/x.y"),
+        ("hf://datasets/org/set@v1.0/data/train.jsonl", "v1.0"),
+        ("hf://datasets/org/set@refs/pr/1/data/train.jsonl", "refs/pr/1"),
+        ("hf://datasets/org/set@refs/convert/parquet", "refs/convert/parquet"),
+        ("hf://datasets/org/set@feature%2Fx/data/train.jsonl", "feature/x"),
+    ],
+)
+def test_hub_revision(hub, path, revision):
+    hub.files = ["data/train.jsonl"]
     read = read_records(path)
-    assert hub.revisions == {"v1.0"}
-    assert read.rows[0].where == "hf://datasets/org/set@v1.0/train.jsonl:1"
+    assert hub.revisions == {revision} and read.commit == "c0ffee"
+    assert read.rows[0].where == f"hf://datasets/org/set@{revision}/data/train.jsonl:1"
 
 
 # Parquet ----------------------------------------------------------------------------------------
@@ -393,7 +412,6 @@ def response(status):
         (errors.GatedRepoError("x", response=response(403)), "is gated: accept its terms on "),
         (errors.RepositoryNotFoundError("x", response=response(401)), "nor a public dataset"),
         (errors.HFValidationError("x"), "nor a public dataset"),
-        (errors.RemoteEntryNotFoundError("x", response=response(404)), "no file 'x.jsonl'; see"),
         (
             errors.LocalEntryNotFoundError("no connection\nmore"),
             "cannot fetch .* no connection; try",

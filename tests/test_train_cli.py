@@ -51,7 +51,8 @@ def rows(seed: int, count: int = 14) -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A folder with data sets, good and bad ones, and checkpoints that lack something."""
-    folder = tmp_path_factory.mktemp("files")
+    folder = tmp_path_factory.mktemp("files") / "snapshots" / "c0ffee"  # as in the hub's cache
+    folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text(rows(0))
     (folder / "eval.jsonl").write_text(rows(1, 6))
     (folder / "few.jsonl").write_text(rows(2, 3))
@@ -289,9 +290,11 @@ def test_any_checkpoint_becomes_a_model(programs, files, whole, tmp_path):
         check_error(programs.run("train.py", "export", **dict(run=run) | more), code, pattern)
 
 
-@pytest.mark.covers("N14")
+@pytest.mark.covers("N14", "R46")
 def test_run_json_repeats_the_run(files, whole, tmp_path):
-    how = json.loads((whole / "run.json").read_text())["run"]
+    settings = json.loads((whole / "run.json").read_text())
+    how, source = settings["run"], settings["source"]
+    assert source["data_commit"] == source["eval_commit"] == "c0ffee" != source["commit"]
     assert how["command"].startswith("python train.py sft --data") and how["host"]
     assert how["folder"] and how["started"] and how["versions"].keys() >= {"altiplano", "jax"}
     assert how["commit"] is None or re.match("[0-9a-f]{40}", how["commit"])

@@ -19,8 +19,7 @@ import numpy as np
 from models.llama.chat_format import ChatFormat, TemplateFlags, chat_format_for
 from models.llama.tokenizer import Tokenizer
 from trainers.packing import pack
-from trainers.plain_rows import encode_plain, holds_control_names, is_plain
-from trainers.plain_rows import warn_of_control_names
+from trainers.plain_rows import encode_plain, holds_control_names, is_plain, warn_of_control_names
 from trainers.records import KINDS, Record, read_records
 from utils.errors import ConfigError, DataError, plural
 from utils.fields import CONFIG, DATA, Config, again, field, integer, one_of
@@ -132,8 +131,7 @@ class Examples:
         """Arguments as in DataConfig."""
         self._seq_len, self._overlong = seq_len, overlong
         self._tokens, self._targets, self._offsets = array("i"), bytearray(), array("q", [0])
-        names = ("dropped_no_target", "dropped_overlong", "truncated", "split")
-        names += ("targets_left_out",)
+        names = "dropped_no_target dropped_overlong truncated split targets_left_out".split()
         self.counts = dict.fromkeys(names, 0)
 
     def add(self, ids: Sequence[int], mask: Sequence[bool], *, is_text: bool) -> None:
@@ -184,6 +182,7 @@ class Dataset:
     Attributes:
         chat: the chat format that wrote its conversations; None if it has none.
         digest: of the file's content, the tokenizer, and what of the config shapes the examples.
+        commit: of a dataset on the hub, else None.
         counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
             out; `truncated` and `split` ones among the others, and ones whose text is `with_markup`;
             `targets_left_out` of rows too long; `examples` that they gave, in `rows`, with `tokens`
@@ -194,6 +193,7 @@ class Dataset:
     def __init__(self, name: str, config: DataConfig, examples: Examples, digest: str, chat=None):
         """`name` is for messages. Raises DataError if there is no example."""
         self.config, self.digest, self.chat, self._name = config, digest, chat, name
+        self.commit: str | None = None
         self._tokens, self._targets, self._offsets = examples.arrays()
         n_examples = len(self._offsets) - 1
         self.counts = examples.counts | {
@@ -290,9 +290,7 @@ class Dataset:
         out = {k: np.zeros(shape, bool if k == "target_mask" else np.int32) for k in keys}
         for b, row in enumerate(rows):
             at = 0
-            members = (
-                self._members[self._rows[row] : self._rows[row + 1]] if row < len(self) else ()
-            )
+            members = self._members[slice(*self._rows[row : row + 2])] if row < len(self) else ()
             for segment, example in enumerate(members, start=1):
                 start, end = self._offsets[example : example + 2]
                 place = b, slice(at, at + end - start)
@@ -385,7 +383,9 @@ def load_dataset(
     parts = [records.digest, tokenizer_digest(tokenizer)] + [getattr(config, n) for n in shaping]
     parts += chat.template.settings if chat else []
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return Dataset(records.path, config, examples, digest, chat)
+    dataset = Dataset(records.path, config, examples, digest, chat)
+    dataset.commit = records.commit
+    return dataset
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:

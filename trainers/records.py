@@ -1,22 +1,24 @@
 """Rows of JSON Lines or Parquet, from a file or from a dataset on Hugging Face; they may be broken or hostile."""
 
+import glob
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
+import urllib.parse
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, errors, hf_hub_download
+from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
 from models.llama.chat.messages import read_messages, read_tools
-from models.llama.hub import HUB_ID, hub_errors
+from models.llama.hub import HUB_ID, REPOSITORY, TIMEOUT, commit_of, hub_errors
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int
 from utils.files import InputFile, parse_json
@@ -44,7 +46,10 @@ _FOREIGN = {
 }
 
 _DATA_FILE = re.compile(r".*\.((jsonl|json)(\.gz)?|parquet)", re.IGNORECASE)
-_HUB = re.compile(rf"(?:hf://datasets/)?{HUB_ID}(?:/(.+))?")
+# (repository, revision, file): a slash ends a revision, but for the hub's own references.
+_HUB_FILE = re.compile(
+    rf"hf://datasets/{REPOSITORY}(?:@(refs/(?:pr/\d+|convert/\w+)|[^/]+))?(?:/(.+))?"
+)
 
 
 class Record(NamedTuple):
@@ -97,6 +102,7 @@ class Records:
         read: lines read, good or bad.
         bad: the count of bad ones.
         digest: sha256 of the files' bytes, uncompressed, in order.
+        commit: of a dataset on the hub, else None.
     """
 
     path: str
@@ -104,6 +110,7 @@ class Records:
     read: int
     bad: BadRows
     digest: str
+    commit: str | None
 
 
 def read_records(
@@ -118,7 +125,7 @@ def read_records(
     Args:
         path: a `.jsonl` file, also gzipped, or a `.parquet` file; `hf://datasets/OWNER/NAME/FILE`;
             or `OWNER/NAME` on Hugging Face, for the files of its split "train". `OWNER/NAME@REVISION`
-            is a branch, tag or commit.
+            is a branch, tag or commit; before a FILE, `%2F` stands for a slash in its name.
         kinds: of KINDS, those that are expected. A row is of exactly one of them.
         skip_bad: so many bad rows are left out and counted. A broken file is always an error.
 
@@ -127,7 +134,8 @@ def read_records(
             more than `skip_bad` bad rows; or the dataset cannot be had.
     """
     bad, rows, digest, read = BadRows(skip_bad), [], hashlib.sha256(), 0
-    for name, file in _find(os.fspath(path)):
+    found = _find(os.fspath(path))
+    for name, file in found:
         opened = InputFile(file, DataError)
         is_table = bytes(opened.read(0, min(opened.size, 4))) == b"PAR1"
         for number, line in (_table_rows if is_table else _lines)(opened, name, digest):
@@ -137,7 +145,8 @@ def read_records(
             except DataError as e:
                 bad.add(e)
     bad.check(path)
-    return Records(path=str(path), rows=rows, read=read, bad=bad, digest=digest.hexdigest())
+    end = dict(digest=digest.hexdigest(), commit=commit_of(found[0][1].absolute()))
+    return Records(path=str(path), rows=rows, read=read, bad=bad, **end)
 
 
 # Lines ------------------------------------------------------------------------------------------
@@ -280,31 +289,38 @@ class _Silent(tqdm):
 
 def _find(path: str) -> list[tuple[str, Path]]:
     """(what messages name, file) of a dataset's files, fetched if they are on the hub."""
-    local = os.path.expanduser(path)
-    hub = _HUB.fullmatch(path)
-    named_file = path.startswith("hf://") or not (hub and hub[3])
-    if os.path.exists(local) or not hub or not named_file or _DATA_FILE.fullmatch(hub[1]):
+    local, is_url = os.path.expanduser(path), path.startswith("hf://")
+    hub = _HUB_FILE.fullmatch(path) or re.fullmatch(HUB_ID, path)
+    if os.path.exists(local) or not hub or (_DATA_FILE.fullmatch(path) and not is_url):
         return [(path, Path(local))]
     return _fetch(*hub.groups())
 
 
-def _fetch(repo: str, revision: str | None, name: str | None) -> list[tuple[str, Path]]:
+def _fetch(repo: str, revision: str | None, name: str | None = None) -> list[tuple[str, Path]]:
     what, page = f"the dataset {repo}", f"https://huggingface.co/datasets/{repo}"
     failed = (
         f"cannot fetch {what} from Hugging Face: {{}}; try again with a network, or name a local "
     )
+    revision = revision and urllib.parse.unquote(revision)
+    root = f"hf://datasets/{repo}@{revision}" if revision else f"hf://datasets/{repo}"
+    place = dict(repo_type="dataset", revision=revision, tqdm_class=_Silent)
     with hub_errors(what, page, "file here nor a public dataset", failed + "file", DataError):
         try:
-            place = dict(repo_type="dataset", revision=revision)
-            listed = [] if name else HfApi().list_repo_files(repo, **place)
-            names, found = [name] if name else _train_files(repo, listed), []
-            root = f"hf://datasets/{repo}@{revision}" if revision else f"hf://datasets/{repo}"
-            for n in names:
-                file = hf_hub_download(repo, n, tqdm_class=_Silent, **place)
-                found.append((f"{root}/{n}", Path(file)))
-            return found
-        except errors.RemoteEntryNotFoundError as e:
-            raise DataError(f"{what} has no file {name!r}; see {page}/tree/main") from e
+            # One request without a retry: without a network the cache answers at once.
+            info = HfApi().dataset_info(repo, revision=revision, timeout=TIMEOUT)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise
+        except (errors.HTTPError, OSError):
+            if not name:  # which files there are is known to the hub alone
+                raise
+            place |= dict(allow_patterns=[glob.escape(name)], local_files_only=True)
+            return [(f"{root}/{name}", Path(snapshot_download(repo, **place), name))]
+        names = [file.rfilename for file in info.siblings or []]
+        if name and name not in names:
+            raise DataError(f"{what} has no file {name!r}; see {page}/tree/main")
+        names = [name] if name else _train_files(repo, names)
+        folder = snapshot_download(repo, allow_patterns=[*map(glob.escape, names)], **place)
+    return [(f"{root}/{n}", Path(folder, n)) for n in names]
 
 
 def _train_files(repo: str, names: Sequence[str]) -> list[str]:

@@ -40,8 +40,10 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.
 COMPANIONS += ("chat_template.jinja", "chat_template.json")
 _SETTINGS = ("config.json", "generation_config.json")
 _BLOCK = 8 << 20
+TIMEOUT = 10  # seconds that the hub's first answer may take
+REPOSITORY = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 # (repository, revision): owner/name, or owner/name@revision with a branch, tag or commit.
-HUB_ID = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\w[\w.-]*))?"
+HUB_ID = rf"{REPOSITORY}(?:@(\w[\w./-]*))?"
 
 
 def resolve(path_or_name: str | os.PathLike, progress: Progress | None = None) -> Path:
@@ -253,8 +255,8 @@ def _from_hugging_face(repo: str, revision: str | None, progress: Progress | Non
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of a folder in the hub's cache; None for any other path."""
-    return path.name if path.parent.name == "snapshots" else None
+    """The commit of a folder or a file in the hub's cache; None for any other path."""
+    return next((p.name for p in (path, *path.parents) if p.parent.name == "snapshots"), None)
 
 
 def _snapshot(repo: str, revision: str | None, progress: Progress | None) -> str:
@@ -263,7 +265,8 @@ def _snapshot(repo: str, revision: str | None, progress: Progress | None) -> str
 
     try:
         # One request without a retry: without a network the cache answers at once.
-        files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or []
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
+        files = info.siblings or []
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except (errors.HTTPError, OSError):

@@ -41,6 +41,7 @@ class Task:
         chat: the chat format that wrote the prompts; None if they are texts, which completions
             continue.
         dropped: number of prompts that `within` has left out.
+        commit: of a dataset on the hub, else None.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Task:
     rewards: tuple[Reward, ...]
     chat: ChatFormat | None = None
     dropped: int = 0
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -337,7 +339,7 @@ def load_prompts(
             records.bad.add(DataError(f"{record.where}: {e}"))
     records.bad.check(path)
     rewards = [_as_prompted(reward, prompts[:1], encode.tokenizer) for reward in rewards]
-    given = dict(prompts=tuple(prompts), rewards=tuple(rewards))
+    given = dict(prompts=tuple(prompts), rewards=tuple(rewards), commit=records.commit)
     return Task(name=records.path, chat=encode.used, **given)
 
 

@@ -34,8 +34,13 @@ class Recipe(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def data(self) -> Dataset | Task:
+        """What it trains on."""
+
+    @property
     def chat(self) -> ChatFormat | None:
         """The chat format of its conversations; None if it has none."""
+        return self.data.chat
 
     @property
     def _moment(self) -> dict[str, str]:
@@ -77,8 +82,8 @@ class SFTRecipe(Recipe):
     evaluated: Dataset | None
 
     @property
-    def chat(self) -> ChatFormat | None:
-        return self.dataset.chat
+    def data(self) -> Dataset:
+        return self.dataset
 
     def trainer(self, model: LLaMa) -> SFTTrainer:
         self.dataset.check_context(model.config.max_seq_len)
@@ -120,8 +125,8 @@ class GRPORecipe(Recipe):
     completions_at_once: int | None = None  # --micro_batch_size; the config's counts rows
 
     @property
-    def chat(self) -> ChatFormat | None:
-        return self.task.chat
+    def data(self) -> Task:
+        return self.task
 
     def trainer(self, model: LLaMa) -> GRPOTrainer:
         self._check_rows()

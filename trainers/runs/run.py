@@ -193,6 +193,8 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
             "commit": commit_of(run.source.checkpoint.path),
             "tokenizer": str(run.source.tokenizer_path),
             "template": _template(run.recipe),
+            "data_commit": run.recipe.data.commit,
+            "eval_commit": run.recipe.evaluated and run.recipe.evaluated.commit,
         }
         write_run(run.config, run.meta | {"source": paths}, run.flags)
     return state, frozen, progress
