@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import fire
@@ -195,7 +196,9 @@ def _settings() -> dict[str, dataclasses.Field]:
 def _save(path: str, chat: Conversation) -> None:
     if not path:
         raise ConfigError("/save needs a file")
+    moment = chat.format.template.moment
     said = {"messages": chat.messages} | ({"tools": chat.tools} if chat.tools else {})
+    said |= {"moment": moment.isoformat()} if moment else {}
     try:
         with atomic_file(Path(path).expanduser()) as f:
             f.write(json.dumps(said, ensure_ascii=False, indent=1).encode())
@@ -210,7 +213,15 @@ def _load(path: str, chat: Conversation) -> None:
     file = Path(path).expanduser()
     said = read_json(file, max_bytes=MAX_CONVERSATION_BYTES, error=DataError)
     messages, tools = said.get("messages"), read_tools(said.get("tools"))
-    chat.messages, chat.tools = messages if messages == [] else read_messages(messages), tools
+    messages = messages if messages == [] else read_messages(messages)
+    if (moment := said.get("moment")) is not None:  # the date that the template writes
+        try:
+            chat.format = chat.format.at(datetime.fromisoformat(moment))
+        except (TypeError, ValueError) as e:
+            raise DataError(
+                f"{path}: moment is {moment!r:.40}, expected a time as /save writes"
+            ) from e
+    chat.messages, chat.tools = messages, tools
 
 
 def _set(chat: Conversation, words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """chat.py: the conversation and its cache, in this process; the program, by pipe and by terminal."""
 
+import copy
 import functools
 import io
 import json
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import termios
 import time
+from datetime import datetime
 
 import jax
 import pytest
 
+import chat as program
 import sampling
 from generate import DEFAULT_QUESTION
 from models.llama.chat_format import chat_format_for
@@ -111,6 +114,34 @@ def test_another_system_message_or_a_shorter_conversation_uses_what_is_still_rig
     assert ask(fresh, "one") == other
     chat.set_system(None)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+
+
+@pytest.mark.covers("R4")
+def test_a_saved_conversation_keeps_its_moment(tmp_path):
+    """A template that writes the date writes that of the day on which the conversation began."""
+    dated, file = copy.copy(model().tokenizer), tmp_path / "said.json"
+    dated.chat_templates = {"default": "{{ strftime_now('%d %b %Y %f') }}{{ messages }}"}
+    began, chat = datetime(2030, 1, 1, 23, 59, 59, 7), conversation()
+    chat.format = chat_format_for(dated, moment=began)
+    chat.messages = [{"role": "user", "content": "one"}]
+    program._save(str(file), chat)
+    later = conversation()
+    later.format = chat_format_for(dated, moment=datetime(2030, 1, 2))
+    program._load(str(file), later)
+    assert later.messages == chat.messages
+    ids = later.format.encode_chat(later.messages)
+    assert ids == chat.format.encode_chat(chat.messages)
+    assert "01 Jan 2030 000007" in dated.decode(ids)
+    program._save(str(file), later)
+    assert json.loads(file.read_text())["moment"] == began.isoformat()
+    for wrong in ("yesterday", 7):
+        file.write_text(json.dumps({"messages": [], "moment": wrong}))
+        with pytest.raises(DataError, match="said.json: moment is .*, expected a time as /save"):
+            program._load(str(file), later)
+    assert later.messages == chat.messages
+    undated = conversation()
+    program._save(str(file), undated)
+    assert json.loads(file.read_text()) == {"messages": []}
 
 
 @pytest.mark.covers("R6")

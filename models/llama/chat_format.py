@@ -4,6 +4,7 @@ No text of a message becomes a control token, but for the tags that an assistant
 tells the template's names of control tokens from a message's.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -60,6 +61,12 @@ class ChatFormat:
         # Some templates know a call by its content, which is null then; others would write "None".
         nulls = re.search(r"content\W{0,2}\s+is\s+(not\s+)?none", source, re.IGNORECASE)
         self._no_content = None if nulls else ""
+
+    def at(self, moment: datetime) -> "ChatFormat":
+        """The same format at another moment."""
+        other = copy.copy(self)
+        other.template = Template(self.template.source, self.template.args, moment)
+        return other
 
     def encode_chat(
         self,

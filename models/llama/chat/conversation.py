@@ -25,6 +25,7 @@ class Conversation:
     """Messages, and the KV cache of those that the model has read.
 
     Attributes:
+        format: the model's chat format, at the conversation's moment.
         messages: the system message, if any, then user and assistant in turn.
         tools: definitions of functions for the template, or None.
         context: tokens of messages and answer together, at most.
@@ -43,7 +44,7 @@ class Conversation:
         sampler: TopP = SAMPLER,
         max_gen_len: int | None = None,
     ):
-        self._model, self._format, self._key = model, format, key
+        self._model, self.format, self._key = model, format, key
         self._cache: KVCache | None = None
         self._cached: list[int] = []  # the tokens whose keys and values the cache holds
         self._answers = 0
@@ -106,7 +107,7 @@ class Conversation:
         """(messages, their tokens), without the oldest turns if an answer needs their room."""
         self.dropped = 0
         while True:
-            ids = self._format.encode_chat(messages, tools=self.tools)
+            ids = self.format.encode_chat(messages, tools=self.tools)
             if len(ids) + self.max_gen_len <= self.context:
                 return messages, ids
             start = int(messages[0]["role"] == "system")
