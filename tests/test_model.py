@@ -1,6 +1,7 @@
 """The model against transformers on tiny random checkpoints, and against itself."""
 
 import functools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -183,3 +184,12 @@ def test_gradients_reach_every_parameter():
     # Adding one number to all scores of a query changes nothing: the key bias alone has gradient 0.
     grads["layers"]["attn"].pop("bk")
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_layers_that_nothing_else_holds_are_freed_once_they_are_split():
+    params = jax.tree.map(jnp.copy, load("gqa")[1])
+    expected = for_decoding(params)
+    kept = params["layers"]["mlp"]["w_down"]
+    freed = [weakref.ref(x) for x in jax.tree.leaves(params["layers"]) if x is not kept]
+    jax.tree.map(np.testing.assert_array_equal, for_decoding(params, donate=True), expected)
+    assert kept.sum() != 0 and [ref for ref in freed if ref() is not None] == []

@@ -17,6 +17,7 @@ import numpy as np
 from models.llama.model import Params
 from trainers.trainer import Batch, Trainer, TrainState, Work
 from utils.errors import TrainError
+from utils.memory import return_freed_memory
 from utils.sharding import place_batch
 
 # Times a block, `with phase("step", "tokens [8, 512]"): …`; the second text, which may be left out,
@@ -288,6 +289,7 @@ class _Run:
             with self.phase("preflight", f"{self._shape(batch)} (preflight)"):
                 state, _ = self.trainer.train_step(state, self.frozen, place_batch(batch))
                 state = jax.block_until_ready(state.replace(key=key))
+            return_freed_memory()  # what compiling left
         return state
 
     def _stops(self) -> bool:

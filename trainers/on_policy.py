@@ -182,10 +182,9 @@ class RolloutData:
 
 def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> Params:
     """The policy as `generate` takes it: adapters merged, in the dtype of the model's products."""
-    params = trainer.export_params(state, frozen)
-    if trainer.model.dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(trainer.model.dtype), params)
-    return for_decoding(params)
+    params, dtype = trainer.export_params(state, frozen), trainer.model.dtype
+    params = jax.tree.map(lambda x: x if dtype is None else x.astype(dtype), params)
+    return for_decoding(params, donate=True)  # takes a tree apart that is its own
 
 
 class RolloutBatches(Batches):
@@ -213,7 +212,7 @@ class RolloutBatches(Batches):
                 break
             sampled = sampled.joined(data.sample(policy, *self._take(key), clock))
         del policy
-        seconds = time.monotonic() - start
+        speed = float(sampled.lengths.sum()) / (time.monotonic() - start)
         # Groups with something to learn first, then others, all in the order of their sampling.
         chosen = np.argsort(~sampled.varied, kind="stable")[: config.prompts_per_step]
         rollout = sampled.take(sorted(chosen)).with_advantages(config.scale)
@@ -221,7 +220,6 @@ class RolloutBatches(Batches):
         rollout = self._scored(rollout, layout, state, frozen, clock)
         if data.write is not None:
             data.write(int(state.step) + 1, rollout, layout)
-        speed = float(sampled.lengths.sum()) / seconds
         self._report = sampled.metrics() | data.scorer.report() | {"rollout_tokens_per_s": speed}
         self._warn_if_none_ended(sampled)
         batch = rollout.batch(layout, mask_truncated=data.trainer.config.mask_truncated)

@@ -255,12 +255,12 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
 
     Args:
         params: stacked; parameters in the layout for decoding are returned as they are.
-        donate: free each stacked array once it is split, so that two whole models are never held;
-            `params` cannot be used afterwards.
+        donate: take the layers out of `params`, so that a stacked array that nothing else holds is
+            freed once it is split, and two whole models are never held.
     """
     if isinstance(params["layers"], tuple):
         return params
-    stacked = traverse_util.flatten_dict(params["layers"], sep="/")
+    stacked = traverse_util.flatten_dict((params.pop if donate else params.get)("layers"), sep="/")
     layers: list[dict[str, Array]] = [{} for _ in range(len(stacked["attn_norm"]))]
     for path, sources in _decoding_sources(stacked).items():
         for i, layer in enumerate(layers):
@@ -269,7 +269,7 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
             layer[path] = _place_for_decoding(f"layers/{i}/{path}", x)
         jax.block_until_ready(layers)
         for source in sources if donate else ():
-            stacked[source].delete()
+            del stacked[source]
     rest = {name: _place_for_decoding(name, x) for name, x in params.items() if name != "layers"}
     return {**rest, "layers": tuple(traverse_util.unflatten_dict(x, sep="/") for x in layers)}
 

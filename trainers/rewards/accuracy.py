@@ -25,6 +25,7 @@ from trainers.trainer import TrainState
 from utils.clock import Lap, PhaseClock
 from utils.errors import ConfigError, is_int
 from utils.fields import Config, field, integer, number
+from utils.memory import return_freed_memory
 
 # A completion is right if its score is at least this.
 SOLVED = 1.0
@@ -227,6 +228,8 @@ class TaskEvaluation(Evaluation):
         """`reward`, with the ends of its 95 % interval, each function's mean, and `failures`."""
         policy = decoding_params(self._trainer, state, frozen)
         found = evaluate_task(self._trainer.model, policy, *self._how)
+        del policy
+        return_freed_memory()
         total = found["total"]["mean"]
         values = {name: measures["mean"]["value"] for name, measures in found["rewards"].items()}
         values |= {"reward": total["value"], "reward_low": total["low"]}
