@@ -246,7 +246,7 @@ def _set(chat: Conversation, words: list[str]) -> None:
         chat.sampler = chat.sampler.replace(**{name: value})
 
 
-def main(*, chat: ChatFlags, sampler: TopP = SAMPLER, model: DecodingModelFlags) -> None:
+def main(*, model: DecodingModelFlags, chat: ChatFlags, sampler: TopP = SAMPLER) -> None:
     """Chats in the terminal; /help lists the commands. With stdin piped, each line is a message.
 
     Example: python chat.py --system "Answer in one sentence."

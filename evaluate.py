@@ -21,6 +21,7 @@ from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, loa
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import TaskFlags, task_names
+from trainers.runs.run import load_source
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch
 from utils.clock import moment
@@ -178,17 +179,24 @@ def task(
     cli.Signals()
     cli.keep_compilations()
     from_first(lambda: cli.check_writable(output.out))
+    source = load_source(model, task.max_seq_len)
     with cli.progress() as report:
-        checkpoint, tokenizer = open_model(model, progress=report, say=cli.note)
         options = dict(skip_bad=task.skip_bad, moment=moment())
-        asked = task.load(tokenizer, size=task.size, seed=sampling.seed, **options)
+        asked = task.load(source.tokenizer, size=task.size, seed=sampling.seed, **options)
         if asked.dropped:
             cli.note(f"data: {asked.counted}")
-        params = checkpoint.params(compute_dtype(model.dtype), decoding=True, progress=report)
-        llama, rows = LLaMa(checkpoint.config), []
+        params = source.checkpoint.params(source.dtype, decoding=True, progress=report)
+        llama, rows = LLaMa(source.checkpoint.config), []
         with RewardPool(asked.rewards, timeout=task.reward_timeout) as pool:
             found = evaluate_task(
-                llama, params, tokenizer, asked, pool, sampling, report=report, write=rows.append
+                llama,
+                params,
+                source.tokenizer,
+                asked,
+                pool,
+                sampling,
+                report=report,
+                write=rows.append,
             )
     cli.write(jsonlib.dumps(found) + "\n" if output.json else _page(found))
     if output.out is not None and is_first():

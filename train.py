@@ -10,8 +10,10 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -161,12 +163,9 @@ def grpo(
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
-    if task.task == "list":
-        cli.write("".join(f"{name}\n" for name in task_names()))
-        return 0
     stop = _start()
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
-    source = load_source(model)
+    source = load_source(model, task.max_seq_len)
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed, run.moment())
     first = source.tokenizer.decode(prompts.prompts[0].ids)
     cli.note(f"data: {prompts.name} · {prompts.counted}")
@@ -198,6 +197,7 @@ def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     """Says in one line how many rows there are, and how many were left out or changed."""
     count = dict(dataset.counts)
     del count["read"]
+    ignored = ", ".join(count.pop("ignored"))
     steps = len(dataset) / dataset.config.batch_size
     parts = [
         f"{use}: {name}",
@@ -207,6 +207,7 @@ def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     ]
     parts += [f"1 epoch = {steps:,.6g} step" + "s" * (steps != 1)] * (use == "data")
     parts += [f"{number:,} {what.replace('_', ' ')}" for what, number in count.items() if number]
+    parts += [f"columns that are ignored: {ignored:.300}"] * bool(ignored)
     cli.note(" · ".join(parts))
 
 
@@ -321,7 +322,16 @@ def export(checkpoint: ExportFlags) -> None:
     )
 
 
+def list_tasks() -> None:
+    """Lists the tasks by name."""
+    cli.write("".join(f"{name}\n" for name in task_names()))
+
+
 COMMANDS = {"sft": sft, "grpo": grpo, "export": export, "replay": replay, "report": report}
 
 if __name__ == "__main__":
-    cli.run_one_of(COMMANDS)
+    if {"--task=list", ("--task", "list")} & {*sys.argv, *itertools.pairwise(sys.argv)}:
+        del sys.argv[1:]  # needs no other flag
+        cli.run(list_tasks)
+    else:
+        cli.run_one_of(COMMANDS)

@@ -334,7 +334,9 @@ def test_the_models_on_this_machine_are_listed(tmp_path, monkeypatch):
 @pytest.mark.covers("N11")
 def test_a_word_without_a_flag_is_refused_by_name():
     check_error(inside("Hello there"), 2, "unknown argument 'Hello there'; did you mean --prompt")
-    check_error(cli.inside("chat.py", "hello"), 2, "unknown argument 'hello'")
+    for program, word in (("generate.py", "org/name"), ("generate.py", "."), ("chat.py", "hello")):
+        hint = f"unknown argument '{word}'; did you mean --ckpt_dir '{word}'"
+        check_error(cli.inside(program, word), 2, hint)
 
 
 @pytest.mark.covers("C14")

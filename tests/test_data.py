@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from models.llama.chat_format import chat_format_for
 from models.llama.tokenizer import load_tokenizer
 from tests.oracles import tokenizer_files as oracle
@@ -74,6 +75,17 @@ def test_text_has_bos_and_eos_and_all_targets_but_the_first(load, smollm, llama2
         assert ids == [*bos, *tokenizer.encode("the cat sat"), tokenizer.eos_id]
         assert targets == [False] + [True] * (len(ids) - 1)
     assert llama2.adds_bos and not smollm.adds_bos
+
+
+@pytest.mark.covers("N14")
+def test_columns_that_nothing_reads_are_named_once(load, monkeypatch):
+    rows = [{"text": "a", "sytem": "s", "id": 1}, {"prompt": "p", "completion": "c", "id": 2}]
+    rows += [{"messages": [USER, ANSWER], "tools": None, "mesages": None, "text": None}] * 2
+    data, said = load(rows), []
+    assert data.counts["ignored"] == ["id", "sytem"] and load(rows[2:]).counts["ignored"] == []
+    monkeypatch.setattr(train.cli, "note", said.append)
+    train._say_counts("data", "d.jsonl", data)
+    assert said[0].endswith(" · columns that are ignored: id, sytem") and len(said) == 1
 
 
 def test_prompt_and_completion_are_tokenised_apart(load, smollm, llama2):

@@ -64,6 +64,26 @@ def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
     check_error(programs.run("train.py", "grpo", **options), 2, "pass either --task or --data")
 
 
+@pytest.mark.slow
+@pytest.mark.covers("R26")
+def test_a_context_beyond_the_files_number_is_taken_with_one_warning(programs, prompts, tmp_path):
+    options = training(prompts, tmp_path, max_completion_len=260, max_steps=1, export=True)
+    asked = {name: options[name] for name in ("ckpt_dir", "data", "reward", "chat")}
+    asked |= dict(max_completion_len=260, temperature=0, json=True)
+    for command, flags in (("train.py grpo", options), ("evaluate.py task", asked)):
+        refused = programs.run(*command.split(), **flags)
+        check_error(refused, 2, "the model's context of 256; lower it .* or set --max_seq_len")
+        done = programs.run(*command.split(), **flags, max_seq_len=300)
+        assert done.code == 0, done.stderr
+        (warning,) = re.findall("warning: max_seq_len.*", done.stderr)
+        assert "max_seq_len=300 exceeds the model's context of 256 tokens" in warning
+    assert json.loads(done.stdout)["mean_length"] == 260
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 300
+    done = programs.run("train.py", "grpo", **options, resume=True, max_seq_len=270)
+    assert done.code == 0 and "changed: --max_seq_len 300 → 270" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     "sizes, micro, found",
     [
@@ -78,7 +98,7 @@ def test_all_wrong_flags_are_named_at_once(programs, prompts, tmp_path):
 def test_the_rows_of_a_step_are_prompts_with_some_of_their_completions(sizes, micro, found):
     """On 8 devices that share rows; of which each row is one of `branches` completions."""
     recipe = GRPORecipe(
-        config=GRPOConfig(micro_batch_size=micro),
+        config=GRPOConfig(micro_batch_size=micro, max_completion_len=8),
         rollout=RolloutConfig(**sizes),
         task=small_grpo.task(),
         evaluated=None,

@@ -309,6 +309,14 @@ def test_run_json_repeats_the_run(files, whole, tmp_path):
 
 
 @pytest.mark.covers("N14")
+@pytest.mark.parametrize("words", [["--task", "list"], ["--lora_rank", "8", "--task=list"]])
+def test_the_tasks_are_listed_without_another_flag(programs, words):
+    own = "import runpy\nrunpy.run_path('train.py', run_name='__main__')\nraise SystemExit"
+    done = programs.run("train.py", "grpo", *words, patch=own)
+    assert (done.code, done.stderr) == (0, "") and "reasoning_gym:chain_sum\n" in done.stdout
+
+
+@pytest.mark.covers("N14")
 def test_the_length_in_epochs():
     assert train.SFTFlags().config(3.5).max_steps == 100
     assert train.SFTFlags(max_steps=7, warmup_steps=7).config(3.5).max_steps == 7

@@ -186,7 +186,7 @@ class Dataset:
         counts: `read` rows, of which `bad`, `dropped_no_target` and `dropped_overlong` are left
             out; `truncated` and `split` ones among the others, and ones whose text is `with_markup`;
             `targets_left_out` of rows too long; `examples` that they gave, in `rows`, with `tokens`
-            and `targets`.
+            and `targets`; and the names of `ignored` columns.
         buckets: the lengths T that batches may have, ascending.
     """
 
@@ -378,7 +378,7 @@ def load_dataset(
     records.bad.check(path)
     warn_of_control_names(path, marked)
     examples.counts = {"read": records.read, "bad": records.bad.count} | examples.counts
-    examples.counts["with_markup"] = marked
+    examples.counts |= {"with_markup": marked, "ignored": records.ignored}
     shaping = ("seq_len", "packing", "mask", "overlong", "chat_format", "markup")
     parts = [records.digest, tokenizer_digest(tokenizer)] + [getattr(config, n) for n in shaping]
     parts += chat.template.settings if chat else []

@@ -112,6 +112,14 @@ class Records:
     digest: str
     commit: str | None
 
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the columns that their rows' kinds do not have, which only rewards would read."""
+        read = {kind: {*names, "tools"} for kind, names in KINDS.items()}
+        columns = [(row, *column) for row in self.rows for column in row.fields.items()]
+        unread = {k for row, k, v in columns if v is not None and k not in read[row.kind]}
+        return sorted(unread)
+
 
 def read_records(
     path: str | os.PathLike, *, kinds: Sequence[str] = SUPERVISED, skip_bad: int = 0

@@ -106,10 +106,10 @@ class RolloutConfig(Config):
 def check_context(prompts: Sequence["Prompt"], max_completion_len: int, context: int) -> None:
     """Raises ConfigError if the longest prompt and a completion exceed the model's context."""
     longest = max(len(prompt.ids) for prompt in prompts)
-    if longest + max_completion_len > context:
+    if (n := longest + max_completion_len) > context:
         raise ConfigError(
-            f"the longest prompt has {longest} tokens and max_completion_len={max_completion_len}: "
-            f"{longest + max_completion_len} exceed the model's context of {context}; lower it or --max_prompt_len"
+            f"the longest prompt has {longest} tokens and max_completion_len={max_completion_len}: {n} "
+            f"exceed the model's context of {context}; lower it or --max_prompt_len, or set --max_seq_len"
         )
 
 

@@ -122,6 +122,9 @@ class TaskFlags(Config):
     max_prompt_len: int | None = field(
         None, "leave out prompts of more tokens than this", integer(1)
     )
+    max_seq_len: int | None = field(
+        None, "the context, prompt and completion; default: the model's", integer(1, 2**31 - 1)
+    )
     reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
 
     def problems(self) -> list[str]:

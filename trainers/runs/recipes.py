@@ -20,11 +20,12 @@ from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
-from trainers.rollout import Layout, Rollout, RolloutConfig
+from trainers.rollout import Layout, Rollout, RolloutConfig, check_context
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import TrainConfig, Trainer
 from utils import sharding
 from utils.console.steps import StepTable
+from utils.memory import return_freed_memory
 
 
 class Recipe(abc.ABC):
@@ -130,6 +131,9 @@ class GRPORecipe(Recipe):
 
     def trainer(self, model: LLaMa) -> GRPOTrainer:
         self._check_rows()
+        for task in filter(None, (self.task, self.evaluated)):
+            context = model.config.max_seq_len
+            check_context(task.prompts, self.config.max_completion_len, context)
         limit = min(self.tokenizer.vocab_size, model.config.vocab_size)
         limit = limit if limit < model.config.vocab_size else None
         return GRPOTrainer(model, _in_whole_rounds(self.config), self.lora, limit)
@@ -164,6 +168,7 @@ class GRPORecipe(Recipe):
             record = recorder(line, self.tokenizer, lambda: [*pool.kinds.values()])
 
         def write(step: int, rollout: Rollout, layout: Layout) -> None:
+            return_freed_memory()  # the policy's, in pieces too small for malloc to give back
             if record is not None:
                 record(step, rollout, layout)
             if table.wants_sample(step):

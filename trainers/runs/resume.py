@@ -24,6 +24,7 @@ _SETTINGS = {
     for f in dataclasses.fields(config)
 } | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
 _SETTINGS["train.dtype"] = Setting(flag="dtype")
+_SETTINGS["model.max_seq_len"] = Setting(flag="max_seq_len", resume=ALWAYS)
 
 # How each kind of difference is refused.
 _ADVICE = {

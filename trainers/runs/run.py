@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.llama.generation import random_key
+from models.llama.generation import context_length, random_key
 from models.llama.hub import commit_of
 from models.llama.checkpoint import Checkpoint, compute_dtype
 from models.llama.load import ModelFlags, open_model
@@ -49,10 +49,16 @@ class Source(NamedTuple):
     name: str
 
 
-def load_source(flags: ModelFlags) -> Source:
-    """Finds or fetches a checkpoint, loads its tokenizer, and shares it over the mesh from here on."""
+def load_source(flags: ModelFlags, max_seq_len: int | None = None) -> Source:
+    """Finds or fetches a checkpoint, loads its tokenizer, and shares it over the mesh from here on.
+
+    `max_seq_len` is the context; None: as the files say. Warns if it is more than that.
+    """
     with cli.progress() as report:
         checkpoint, tokenizer = open_model(flags, progress=report, say=cli.note)
+    context = context_length(checkpoint.config, max_seq_len)
+    config = dataclasses.replace(checkpoint.config, max_seq_len=context)
+    checkpoint = checkpoint._replace(config=config)
     tokenizer_path = Path(flags.tokenizer_path or checkpoint.path)
     return Source(checkpoint, tokenizer_path, tokenizer, compute_dtype(flags.dtype), flags.ckpt_dir)
 

@@ -55,6 +55,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
             f"the weights in {source.path} are not those that {folder} started from; put those back "
             "(run.json has their digest, base_weights)"
         )
+    context = settings["model"]["max_seq_len"]
+    source = source._replace(config=dataclasses.replace(source.config, max_seq_len=context))
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     if "group_size" in train:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -48,13 +49,19 @@ def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
         reason = said.getvalue().partition("\n")[0].removeprefix("ERROR: ")
         raise ConfigError(f"{reason}; see --help") from e
     if surplus:
-        hint = f"--{next(iter(known))} {surplus[0]!r:.60}"
-        raise ConfigError(f"unknown argument {surplus[0]!r:.60}; did you mean {hint}? See --help")
+        word, name = f"{surplus[0]!r:.60}", next(iter(known))
+        if name == "prompt" and "ckpt_dir" in known and _names_a_model(str(surplus[0])):
+            name = "ckpt_dir"
+        raise ConfigError(f"unknown argument {word}; did you mean --{name} {word}? See --help")
     for name, value in found.items():  # fire says True where no value follows
         missing = str(value) == "True" and not any(word.endswith("True") for word in words)
         if missing and not known[name].is_switch:
             raise ConfigError(f'--{name} needs a value; one that starts with -- as --{name}="…"')
     return found
+
+
+def _names_a_model(word: str) -> bool:
+    return os.path.exists(word) or re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", word) is not None
 
 
 def read_flags(command: Command, path: str) -> dict[str, Any]:
