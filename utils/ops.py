@@ -127,11 +127,10 @@ def embed(table: Array, tokens: Array) -> Array:
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Root-mean-square norm over the last axis, in Hugging Face's order of casts.
 
-    Source: Zhang and Sennrich 2019 (1910.07467) eq. 4.
+    The weight's gradient is summed in float32. Source: Zhang and Sennrich 2019 (1910.07467) eq. 4.
 
     Args:
-        x: [..., D].
-        weight: [D].
+        x, weight: [..., D] and [D].
         eps: added to the mean square.
 
     Returns:
@@ -139,7 +138,8 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype) * weight
+    normed = (x32 * scale).astype(x.dtype).astype(jnp.float32)
+    return (normed * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_angles(positions: Array, inv_freq: Array) -> tuple[Array, Array]:
