@@ -89,6 +89,13 @@ def with_a_call(arguments=None, result='{"t": 3}') -> list[dict]:
     ]
 
 
+def with_a_chain(calls: int) -> list[dict]:
+    """One turn with many calls, each with its result."""
+    _, asked, call, result, answer, _ = with_a_call()
+    chain = [m | {"content": f"{n}{m['content']}"} for n in range(calls) for m in (call, result)]
+    return [asked, *chain, answer]
+
+
 def folder(path: Path, template=CHATML, special=CHATML_TOKENS, **config) -> Path:
     """A byte tokenizer with control tokens, tags and a template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -308,6 +315,7 @@ def test_turn_by_turn_gives_the_same_ids_and_mask(tmp_path, name, monkeypatch):
     chats.append([{"role": "assistant", "content": "Hi"}, *chat(*texts)])
     if name in ("hermes", "qwen2_5"):
         chats.append([m for _ in range(6) for m in [*with_a_call()[1:5]]])
+        chats.append(with_a_chain(8))
 
     def outcome(messages):
         try:
@@ -330,15 +338,16 @@ def test_a_turns_own_tokens_are_not_trusted_where_history_is_rewritten(tmp_path)
     form, _ = both(tmp_path / "m", rewrites)
     with pytest.raises(DataError, match="message 1: the chat template rewrites history"):
         form.encode_training(chat(*["ab"] * 20))
-    counts = "{{ messages | length > 9 }}" + CHATML
+    counts = "{{ messages | length > 9 }}" + HERMES
     form, _ = both(tmp_path / "n", counts)
-    with pytest.raises(DataError, match="message 1: the chat template rewrites history"):
-        form.encode_training(chat(*["ab"] * 20))
+    for messages in (chat(*["ab"] * 20), with_a_chain(10)):
+        with pytest.raises(DataError, match="message 1: the chat template rewrites history"):
+            form.encode_training(messages)
 
 
 @pytest.mark.covers("R27")
-def test_work_is_linear_in_the_turns(tmp_path, monkeypatch):
-    form, _ = both(tmp_path / "m", CHATML)
+def test_work_is_linear_in_the_turns_and_in_the_calls_of_one(tmp_path, monkeypatch):
+    form, _ = both(tmp_path / "m", HERMES)
     render, work = form.template.render, []
 
     def counted(size, **variables):
@@ -347,12 +356,14 @@ def test_work_is_linear_in_the_turns(tmp_path, monkeypatch):
 
     monkeypatch.setattr(form.template, "render", counted)
 
-    def cost(answers):
+    def cost(messages):
         work.clear()
-        form.encode_training(chat(*["word " * 20] * 2 * answers))
+        form.encode_training(messages)
         return sum(work)
 
-    assert cost(64) < 2.2 * cost(32)
+    turns = [chat(*["word " * 20] * 2 * answers) for answers in (32, 64)]
+    for short, long in (turns, [with_a_chain(32), with_a_chain(64)]):
+        assert cost(long) < 2.2 * cost(short)
 
 
 # The moment and the variables -------------------------------------------------------------------

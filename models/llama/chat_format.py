@@ -176,9 +176,9 @@ class ChatFormat:
                     two = self._ids(messages[: bounds[2]], False, tools)
                     skip = len(joined) + len(alone) - len(two)
                 shift = len(joined) - skip
-                for index in sorted(wanted.intersection(range(start, bounds[n + 1]))):
-                    span = self._span(turn, index - start, alone, given)
-                    spans.append((span[0] + shift, span[1] + shift))
+                inside = sorted(wanted.intersection(range(start, bounds[n + 1])))
+                found = self._spans_in_turn(turn, [i - start for i in inside], alone, given)
+                spans += [(start + shift, end + shift) for start, end in found]
                 joined += alone[max(skip, 0) :]
             same = joined == ids and all(
                 spans[n] == self._span(messages, answers[n], ids, tools)
@@ -187,6 +187,24 @@ class ChatFormat:
         except (DataError, ArtifactError):
             return None
         return spans if same else None
+
+    def _spans_in_turn(
+        self, turn: Sequence[Message], answers: Sequence[int], ids: list[int], tools: Tools | None
+    ) -> list[tuple[int, int]]:
+        """The spans of a turn's answers, in time linear in its messages.
+
+        There are several where the assistant calls functions. Each but the first is encoded behind
+        the one before it alone; raises DataError if it has other tokens in `ids`, the turn's.
+        """
+        spans = [self._span(turn, index, ids, tools) for index in answers[:1]]
+        for before, index in zip(answers, answers[1:]):
+            part = [{"role": "user", "content": "x"}, *turn[before : index + 1]]
+            alone, at = self._ids(part, False, None), spans[-1][1]
+            (_, seen), (start, end) = (self._span(part, i, alone, None) for i in (1, len(part) - 1))
+            if alone[seen:end] != ids[at : at + end - seen]:
+                raise DataError(f"message {index} of the turn has other tokens by itself")
+            spans.append((at + start - seen, at + end - seen))
+        return spans
 
     def render(
         self,
