@@ -201,8 +201,8 @@ def main(
     with cli.progress() as report:
         loaded = load_model(model, progress=report, say=cli.note)
     ids = prompts.encode(asked, chat, loaded.tokenizer)
-    if chat or any(p.is_chat for p in asked):
-        loaded = loaded._replace(tokenizer=loaded.tokenizer.answers)
+    plain, answers = loaded.tokenizer, loaded.tokenizer.answers
+    tokenizers = [answers if chat or p.is_chat else plain for p in asked]
     signals.set()
     config, key = _complete(generation, loaded, ids), random_key(prompts.seed)
     run = Generation(loaded.llama, loaded.params, sampler, config)
@@ -212,7 +212,7 @@ def main(
         with clock("prompt"), cli.busy("reading the prompt; new lengths compile first"):
             run.start(ids[part], key=key)
         with clock("completion"):
-            _write(run, loaded.tokenizer, asked[part], ids[part], output)
+            _write(run, tokenizers[part], asked[part], ids[part], output)
         n_tokens += int(run.completions().lengths.sum())
         cache = max(cache, memory.tree_bytes(run.state.cache))
     lap, n_prompt, n_rows = clock.take(), sum(map(len, ids)), len(ids) * config.n
@@ -285,20 +285,20 @@ def _bytes(run: Generation, ids: Sequence[Sequence[int]], limits: Sequence[int])
 
 def _write(
     run: Generation,
-    tokenizer: Tokenizer,
+    tokenizers: Sequence[Tokenizer],
     asked: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
     output: OutputFlags,
 ) -> None:
-    """Decodes a started batch to its end, and writes its completions."""
+    """Decodes a started batch to its end, and writes its completions, each by its prompt's tokenizer."""
     if run.rows == 1 and not output.json:
-        for piece in stream_text(run, tokenizer):
+        for piece in stream_text(run, tokenizers[0]):
             cli.write(piece)
         return cli.write("\n")
     total = int(np.asarray(run.state.limits_R).sum())
     with cli.progress() as report:
-        done = finish(run, tokenizer, lambda tokens: report("tokens", tokens, total))
-    rows = said = [done.text(i, tokenizer) for i in range(run.rows)]
+        done = finish(run, tokenizers[0], lambda tokens: report("tokens", tokens, total))
+    rows = said = [done.text(i, tokenizers[i // run.config.n]) for i in range(run.rows)]
     if output.json:
         rows = _json_rows([p.content for p in asked], ids, done, said, output.logprobs)
     for i, row in enumerate(rows):

@@ -280,8 +280,15 @@ def test_a_file_of_prompts_comes_out_batch_by_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.covers("R18")
-def test_a_file_of_conversations(tmp_path):
+def test_a_file_of_conversations(tmp_path, monkeypatch):
     """Each is what --chat makes of the same messages, and a wrong one is named with its line."""
+    text_of, decoded = program.Completions.text, []
+
+    def spy(done, i, tokenizer):
+        decoded.append(tokenizer._continues)  # a text continues its prompt, an answer none
+        return text_of(done, i, tokenizer)
+
+    monkeypatch.setattr(program.Completions, "text", spy)
     file = tmp_path / "chats.jsonl"
     user = {"role": "user", "content": "hi"}
     system = {"role": "system", "content": "x"}
@@ -289,7 +296,9 @@ def test_a_file_of_conversations(tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     args = [*TINY, "--temperature", "0", "--json"]
     for system in ([], ["--system", "y"]):
+        decoded.clear()
         alone, own, text = rows(inside(*args, "--prompts_file", str(file), *system))
+        assert decoded == [False, False, True]
         [asked] = rows(inside(*args, "--prompt", "hi", "--chat", *system))
         assert alone["prompt_tokens"] == asked["prompt_tokens"] and alone["text"] == asked["text"]
         assert alone["prompt"] == [user]
