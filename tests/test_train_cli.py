@@ -497,6 +497,20 @@ def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_an_export_on_several_devices_is_that_of_one(programs, files, tmp_path, lora_rank):
+    run = training(files, tmp_path / "run", lora_rank=lora_rank, max_steps=2)
+    assert programs.run("train.py", "sft", **run).code == 0
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    for out, more in (("one", {}), ("four", devices)):
+        words = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / out)]
+        done = cli.run("train.py", "export", *words, env=cli.environment() | more)
+        assert done.returncode == 0, done.stderr
+    one, four = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "four"))
+    assert one == four
+
+
+@pytest.mark.slow
 @pytest.mark.covers("R4")
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_a_run_that_resumes_on_another_day_is_the_same_run(programs, files, tmp_path, resume):

@@ -14,9 +14,10 @@ from models.llama.tokenizer import load_tokenizer
 from trainers.runs.checkpoint import CheckpointReader
 from trainers.runs.saved import open_run, read_settings
 from trainers.trainer import Trainer, TrainState
-from utils import distributed
+from utils import distributed, sharding
 from utils.console import cli
 from utils.errors import ConfigError
+from utils.sharding import default_mesh, make_mesh
 
 
 def export(
@@ -54,6 +55,8 @@ def export_run(
 ) -> None:
     """Exports a checkpoint of a run that ended, was killed, or trains still.
 
+    Several devices share its state, whatever mesh the run had.
+
     Args:
         folder: the run's.
         out: the model's folder; an older one is replaced.
@@ -73,6 +76,9 @@ def export_run(
     like = jax.eval_shape(
         lambda key: trainer.init(init_params(trainer.model.config, key), key)[0], key
     )
+    if jax.device_count() > 1:
+        jax.set_mesh(make_mesh(default_mesh(trainer.model.config, jax.device_count())))
+        like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
     restored = reader.restore(like, step=step)
     with cli.progress() as report:
         lora = trainer.lora is not None
