@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 import train
 from tests import cli
 from tests import programs as shared
@@ -306,6 +307,30 @@ def test_run_json_repeats_the_run(files, whole, tmp_path):
     (tmp_path / "flags.json").write_text(json.dumps({"lr": 1, "batchsize": 4}))
     with pytest.raises(ConfigError, match="unknown flag --batchsize; did you mean --batch_size"):
         read_flags(train.sft, str(tmp_path / "flags.json"))
+
+
+@pytest.mark.covers("N14")
+@pytest.mark.parametrize(
+    "command, names",
+    [
+        (
+            train.sft,
+            "save_steps=save_every max_seq_length=seq_len learning_rate=lr warmup=warmup_steps",
+        ),
+        (train.sft, "model=ckpt_dir output_dir=out_dir rank=lora_rank dataset=data task= stream="),
+        (train.grpo, "num_generations=group_size max_new_tokens=max_completion_len rewards=reward"),
+        (
+            generate.main,
+            "max_new_tokens=max_gen_len temp=temperature checkpoint=ckpt_dir precision=",
+        ),
+        (generate.main, "max_tokens=max_gen_len num_return_sequences=n stream= topp=top_p"),
+    ],
+)
+def test_a_flag_of_another_name_is_told_its_own_and_no_other(command, names):
+    for asked, meant in (pair.split("=") for pair in names.split()):
+        hint = f"did you mean --{meant}\\?$" if meant else "--help lists them$"
+        with pytest.raises(ConfigError, match=f"unknown flag --{asked}; {hint}"):
+            parse_flags(command, [f"--{asked}", "1"])
 
 
 @pytest.mark.covers("N14")

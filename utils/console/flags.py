@@ -6,7 +6,7 @@ import inspect
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,23 @@ from utils.errors import ConfigError
 from utils.files import read_json
 
 Command = Callable[..., int | None]
+
+# Flags of transformers, TRL, vLLM and mlx-lm whose names here are spelled otherwise.
+_ELSEWHERE = {
+    "checkpoint": "ckpt_dir",
+    "ckpt_dir": "model",
+    "eval_steps": "eval_every",
+    "gradient_checkpointing": "remat",
+    "kl_coef": "beta",
+    "max_gen_len": "max_completion_len",
+    "max_new_tokens": "max_completion_len",
+    "max_seq_length": "seq_len",
+    "max_tokens": "max_gen_len",
+    "model": "ckpt_dir",
+    "num_generations": "group_size",
+    "num_return_sequences": "n",
+    "save_steps": "save_every",
+}
 
 
 def parse_flags(command: Command, words: Sequence[str]) -> dict[str, Any]:
@@ -70,20 +87,37 @@ def read_flags(command: Command, path: str) -> dict[str, Any]:
     if isinstance(flags.get("run"), dict):
         flags = flags["run"].get("flags", {})
     try:
-        _check_names([f"--{name}" for name in flags], [f.name for f in fields.flags_of(command)])
+        known = {flag.name: flag for flag in fields.flags_of(command)}
+        _check_names([f"--{name}" for name in flags], known)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
     lists = {name: tuple(value) for name, value in flags.items() if isinstance(value, list)}
     return {name: value for name, value in (flags | lists).items() if value is not None}
 
 
-def _check_names(words: Sequence[str], known: Iterable[str]) -> None:
+def _check_names(words: Sequence[str], known: dict[str, fields.Flag]) -> None:
     """Raises ConfigError for a flag that is not known; fire would invent some of one letter."""
     for word in words:
         flag = word.partition("=")[0]
         name = flag.lstrip("-").replace("-", "_")
         short = re.fullmatch("-[a-zA-Z]", flag)
         if short or word.startswith("--") and not {name, name.removeprefix("no")} & {*known}:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean --{near[0]}?" if near else "--help lists them"
+            near = _meant(name, known)
+            hint = f"did you mean --{near}?" if near else "--help lists them"
             raise ConfigError(f"unknown flag {flag:.60}; {hint}")
+
+
+def _meant(name: str, known: dict[str, fields.Flag]) -> str | None:
+    """The flag that has another name here, begins or ends alike, or is spelled nearly so."""
+    same = {flag.field.name: flag.name for flag in known.values()}
+    if (other := same.get(name, _ELSEWHERE.get(name))) in known:
+        return other
+    ends = (str.startswith, str.endswith)
+    alike = [
+        one
+        for one in known
+        if min(len(one), len(name)) > 2 and any(at(one, name) or at(name, one) for at in ends)
+    ]
+    near = difflib.get_close_matches
+    found = near(name, alike, 1, 0) or near(name, known, 1, 0.8)
+    return found[0] if found else None
