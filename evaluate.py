@@ -84,8 +84,9 @@ def ppl(
         options = dict(skip_bad=data.skip_bad, moment=moment())
         dataset = load_dataset(data.data, tokenizer, rows, **options)
         dataset.check_context(context)
-        params = checkpoint.params(compute_dtype(model.dtype), progress=report)
-        trainer = SFTTrainer(LLaMa(checkpoint.config), SFTConfig())
+        dtype = compute_dtype(model.dtype)
+        params = checkpoint.params(dtype, progress=report)
+        trainer = SFTTrainer(LLaMa(checkpoint.config, dtype), SFTConfig())
         means = trainer.derive(trainer.evaluate(params, {}, _reported(dataset, report)))
     means["targets"] = int(means.pop("weight"))
     if output.json:
@@ -186,7 +187,7 @@ def task(
         if asked.dropped:
             cli.note(f"data: {asked.counted}")
         params = source.checkpoint.params(source.dtype, decoding=True, progress=report)
-        llama, rows = LLaMa(source.checkpoint.config), []
+        llama, rows = LLaMa(source.checkpoint.config, source.dtype), []
         with RewardPool(asked.rewards, timeout=task.reward_timeout) as pool:
             found = evaluate_task(
                 llama,

@@ -25,6 +25,7 @@ from trainers.loop import Batches, Phases
 from trainers.rollout import Layout, Prompt, Rollout, RolloutConfig, check_context, parts
 from trainers.trainer import Batch, TrainState
 from utils import sharding
+from utils.int8 import Int8, cast
 
 _SMALLEST_WIDTH = 8
 
@@ -181,9 +182,15 @@ class RolloutData:
 
 
 def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> Params:
-    """The policy as `generate` takes it: adapters merged, in the dtype of the model's products."""
-    params, dtype = trainer.export_params(state, frozen), trainer.model.dtype
-    params = jax.tree.map(lambda x: x if dtype is None else x.astype(dtype), params)
+    """The policy as `generate` takes it, in the dtype of the model's products: adapters are merged,
+    except into matrices in eight bits.
+    """
+    if trainer.lora is not None and isinstance(frozen["embed"], Int8):
+        params = trainer.model_params(state.params, frozen)
+    else:
+        params = trainer.export_params(state, frozen)
+    dtype = trainer.model.dtype
+    params = params if dtype is None else cast(params, dtype)
     return for_decoding(params, donate=True)  # takes a tree apart that is its own
 
 

@@ -25,6 +25,7 @@ from trainers.optimizer import DTYPES, OptimizerConfig, cast_floats, learning_ra
 from utils import detours, sharding
 from utils.errors import ConfigError
 from utils.fields import ALWAYS, field, integer, one_of
+from utils.int8 import Int8
 
 Array = jax.Array
 Batch = dict[str, Any]
@@ -194,6 +195,8 @@ class Trainer(abc.ABC):
             key: decides adapters and everything random in the run.
             donate: takes over `params` where no cast is needed: they cannot be used afterwards.
         """
+        if self.lora is None and isinstance(params["embed"], Int8):
+            raise ConfigError("parameters in eight bits cannot be trained; pass --lora_rank")
         params = sharding.place(params, model_specs(self.model, params))
         key, lora_key = jax.random.split(key)
         dtype = jnp.dtype(self.config.param_dtype)

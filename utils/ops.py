@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from utils import detours
+from utils import detours, int8
 
 Array = jax.Array
 
@@ -32,7 +32,7 @@ def linear(
 
     Args:
         x: [..., in].
-        weight: [out, in], cast to x's dtype.
+        weight: [out, in], cast to x's dtype, or an `Int8`.
         bias: [out] or None.
         lora: None, or a [rank, in] and b [out, rank], whose product is added to the weight without
             being formed. Source: LoRA (2106.09685) eq. 3.
@@ -49,7 +49,7 @@ def linear_all(x: Array, layers: Sequence[tuple]) -> list[Array]:
     The gradients by x are added up before they are rounded. On a mesh, their sum is then reduced once
     over the devices that share the outputs, and not each of them.
     """
-    products = project_all(x, tuple(weight.astype(x.dtype) for weight, _, _ in layers))
+    products = project_all(x, tuple(weight for weight, _, _ in layers))
     return [_with_bias(x, y, *layer[1:]) for y, layer in zip(products, layers)]
 
 
@@ -65,14 +65,21 @@ def _with_bias(x: Array, y: Array, bias: Array | None, lora: tuple[Array, Array]
 def project(x: Array, weight: Array) -> Array:
     """x @ weight.T in float32: [..., in] × [out, in] -> [..., out] float32.
 
-    The gradients are also products in x's dtype, accumulated in float32.
+    The weight is cast to x's dtype, or an `Int8`. The gradients are also products in x's dtype,
+    accumulated in float32.
     """
     return project_all(x, (weight,))[0]
 
 
-@jax.custom_vjp
 def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """`project` of x with each of several weights."""
+    if isinstance(weights[0], int8.Int8):
+        return tuple(int8.project(x, weight) for weight in weights)
+    return _project_all(x, tuple(weight.astype(x.dtype) for weight in weights))
+
+
+@jax.custom_vjp
+def _project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     if x.size == x.shape[-1] and x.dtype != jnp.float32:
         one = functools.partial(detours.dot_of_one_row, _dot)
     else:
@@ -81,7 +88,7 @@ def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _project_forward(x: Array, weights: tuple[Array, ...]):
-    return project_all(x, weights), (x, weights)
+    return _project_all(x, weights), (x, weights)
 
 
 def _project_backward(saved, dys: tuple[Array, ...]):
@@ -97,7 +104,7 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-project_all.defvjp(_project_forward, _project_backward)
+_project_all.defvjp(_project_forward, _project_backward)
 
 
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

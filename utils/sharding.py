@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import GetAttrKey
 
 from utils.errors import ConfigError, raise_all
 
@@ -282,14 +283,16 @@ def param_specs(
     problems, used = [], set()
 
     def spec(path, leaf) -> PartitionSpec:
-        name, shape = path_name(path), tuple(leaf.shape)
+        # Values and scales of an Int8 lie where the matrix does.
+        part = path[-1].name if isinstance(path[-1], GetAttrKey) else None
+        name, shape = path_name(path[:-1] if part else path), tuple(leaf.shape)
         rows = [row for row in table if re.fullmatch(row, name)]
         used.update(rows)
         if len(rows) != 1:
             found = f"rows {rows}" if rows else "no row"
             problems.append(f"{name} {list(shape)} matches {found} of the table, expected one")
             return PartitionSpec()
-        axes = table[rows[0]]
+        axes = table[rows[0]][:-1] if part == "scales" else table[rows[0]]
         if len(axes) != len(shape):
             problems.append(f"{name} has shape {list(shape)}, its row {rows[0]!r} axes {axes}")
             return PartitionSpec()

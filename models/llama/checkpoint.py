@@ -39,12 +39,15 @@ class Checkpoint(NamedTuple):
         format: "hf", "meta" or "gguf".
         config: the model.
         source: reads its tensors.
+        quantize: whether `params` holds each matrix in eight bits, an `Int8` (utils/int8.py): a quarter
+            of the memory. One that is kept so in the file stays so.
     """
 
     path: Path
     format: str
     config: ModelConfig
     source: TensorSource
+    quantize: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -65,6 +68,7 @@ class Checkpoint(NamedTuple):
         *,
         allow_extra: bool = False,
         check_finite: bool = False,
+        quantize: bool = False,
         decoding: bool = False,
         progress: Progress | None = None,
     ) -> Params:
@@ -78,6 +82,7 @@ class Checkpoint(NamedTuple):
                 quantised ones.
             allow_extra: tensors that the model does not have are ignored with a warning.
             check_finite: NaN or infinity in a weight is an error instead of a warning.
+            quantize: as the attribute; either says so.
             decoding: lay the params out as `for_decoding` does, without a second copy.
             progress: called with (what, bytes done, bytes in all).
 
@@ -92,7 +97,12 @@ class Checkpoint(NamedTuple):
         _check_names(self.config, self.source, parts, _IGNORED[self.format], allow_extra)
         target = target or self.dtype
         params, broken = read_params(
-            self.source, parts, target, decoding=decoding, progress=progress
+            self.source,
+            parts,
+            target,
+            quantize=quantize or self.quantize,
+            decoding=decoding,
+            progress=progress,
         )
         if broken:
             shown = ", ".join(f"{name!r} ({n})" for name, n in list(broken.items())[:10])
@@ -122,7 +132,8 @@ def open_checkpoint(
         ConfigError: its config is missing, broken or unsupported.
     """
     path = resolve(path_or_name, progress)
-    return Checkpoint(path, *_open(path, tie))
+    format, config, source = _open(path, tie)
+    return Checkpoint(path, format, config, source, quantize=hasattr(source, "read_int8"))
 
 
 def compute_dtype(dtype: str) -> np.dtype:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from models.llama.checkpoint import Checkpoint, open_checkpoint
+from models.llama.checkpoint import Checkpoint, dtype_of, open_checkpoint
 from models.llama.config import ModelConfig
 from models.llama.formats import hf, meta
+from models.llama.formats.int8 import SCALE, SETTINGS
 from models.llama.hub import DEFAULT_MODEL
-from models.llama.layout import DTYPES, check_params, file_tensors, leaves
+from models.llama.layout import DTYPES, Leaf, check_params, file_tensors, leaves
 from models.llama.model import LLaMa, Params
 from models.llama.stream import Progress
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
@@ -20,6 +22,7 @@ from models.llama.tokenizers.save import token_ids, write_tokenizer
 from utils.errors import CheckpointError, ConfigError
 from utils.fields import Config, field, one_of
 from utils.files import atomic_directory
+from utils.int8 import Int8
 from utils.sharding import default_mesh, make_mesh
 
 
@@ -59,6 +62,9 @@ class ModelFlags(Config):
         "auto",
         "dtype of activations; auto: float32 on a CPU, bfloat16 elsewhere",
         one_of("auto", "float32", "bfloat16"),
+    )
+    quantize: str | None = field(
+        None, "int8: hold the model's matrices in eight bits, a scale per row", one_of("int8")
     )
     mesh: str | None = field(
         None,
@@ -113,6 +119,7 @@ def open_model(
         say: called with a line about the mesh, if there is one.
     """
     checkpoint = open_checkpoint(flags.ckpt_dir, tie=tie, progress=progress)
+    checkpoint = checkpoint._replace(quantize=checkpoint.quantize or flags.quantize is not None)
     tokenizer = load_tokenizer(flags.tokenizer_path or checkpoint.path)
     check_against_model(tokenizer, checkpoint.config.vocab_size)
     if flags.mesh is not None or jax.device_count() > 1:
@@ -136,14 +143,15 @@ def load_model(
         progress, say: see `open_model`.
     """
     checkpoint, tokenizer = open_model(flags, tie=flags.tie, progress=progress, say=say)
+    dtype = dtype_of(flags.dtype, *DTYPES)
     params = checkpoint.params(
-        flags.dtype,
+        dtype,
         allow_extra=flags.allow_extra,
         check_finite=flags.check_finite,
         decoding=True,
         progress=progress,
     )
-    return Model(LLaMa(checkpoint.config), params, tokenizer)
+    return Model(LLaMa(checkpoint.config, dtype), params, tokenizer)
 
 
 def save_checkpoint(
@@ -162,7 +170,8 @@ def save_checkpoint(
     Args:
         path: the folder; absent or empty, unless `overwrite`.
         config: the model.
-        params: its parameters, as load_checkpoint returns them; they keep their dtypes.
+        params: its parameters, as load_checkpoint returns them; they keep their dtypes. An Int8 is kept
+            in eight bits too, which no other program reads, and takes a quarter of the disk.
         format: "hf" (config.json and safetensors) or "meta" (params.json and one .pth file).
         max_shard_bytes: safetensors are split into files of about this size at most, with an index.
         tokenizer: what load_tokenizer takes: a tokenizer file, a GGUF file or a checkpoint folder.
@@ -183,6 +192,9 @@ def save_checkpoint(
     described = hf.from_config(config) if format == "hf" else meta.from_config(config)
     parts = leaves(config, format)
     arrays = check_params(params, parts)
+    int8 = any(isinstance(array, Int8) for array in arrays.values())
+    if int8 and format == "meta":
+        raise ConfigError("Meta's format has no eight-bit matrices; use format='hf'")
     path, ids = Path(path), {}
     try:
         if path.exists() and not path.is_dir():
@@ -200,10 +212,22 @@ def save_checkpoint(
                 # transformers 4 reads torch_dtype, 5 reads dtype.
                 dtype = arrays["embed"].dtype.name
                 described |= {"dtype": dtype, "torch_dtype": dtype} | ids
-                hf.write_hf(folder, described, file_tensors(parts, arrays), max_shard_bytes)
+                if int8:
+                    described |= SETTINGS
+                hf.write_hf(folder, described, _tensors(parts, arrays), max_shard_bytes)
             else:
                 meta.write_meta(folder, described, file_tensors(parts, arrays))
     except OSError as e:
         if isinstance(e, CheckpointError):
             raise
         raise CheckpointError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def _tensors(parts: list[Leaf], arrays: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """`file_tensors`, with the values and the scales of an Int8."""
+    for leaf in parts:
+        array = arrays[leaf.path]
+        both = {"": array.values, SCALE: array.scales} if isinstance(array, Int8) else {"": array}
+        for suffix, part in both.items():
+            for name, tensor in file_tensors([leaf], {leaf.path: part}):
+                yield name + suffix, tensor

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from models.llama.config import ModelConfig
 from models.llama.layout import MATRICES, PARAM_AXES, Axes
 from utils.fields import Config, Range, field, integer, number
+from utils.int8 import dequantize
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -84,8 +85,10 @@ def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
 def merge(params: Params, tree: Params, lora: LoRAConfig) -> Params:
     """Parameters of the same shapes with the updates added, for generation and export.
 
-    Computed in float32, a matrix at a time, and rounded once to the parameters' dtype.
+    Computed in float32, a matrix at a time, and rounded once to the parameters' dtype (float32 for
+    those in eight bits).
     """
+    params = dequantize(params)
     layers = dict(params["layers"])
     for part, matrices in tree["layers"].items():
         layers[part] = dict(layers[part])

@@ -25,8 +25,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig, inv_frequencies
 from models.llama.layout import PARAM_AXES, decoding_axes, fused_path
+from models.llama.lora import LoRAConfig, adapter_axes
 from utils import detours, ops, sharding
 from utils.attention import attend
+from utils.int8 import dequantize
 from utils.kernels import LANES, RESIDUALS
 from utils.kvcache import KVCache, LayerCache, held_heads, layout
 from utils.sharding import DECODING, LOOKED_UP, LOOKUP, TRAINING, ShardingRules
@@ -178,7 +180,7 @@ class LLaMa(nn.Module):
             head_VD = self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.dim))
         if hidden:
             return x_BTD, cache
-        logits_BTV = ops.project(x_BTD, head_VD.astype(x_BTD.dtype))
+        logits_BTV = ops.project(x_BTD, head_VD)
         if cache is not None:
             # Computed where the head is; then each device samples from whole rows.
             logits_BTV = share_rows(constrain(logits_BTV, DECODING, "batch", None, "vocab"))
@@ -219,8 +221,8 @@ REMATS = tuple(_REMAT)
 
 
 def head_matrix(params: Params) -> Array:
-    """[V, D] of the output head: `lm_head`, or `embed` where they are tied."""
-    return params.get("lm_head", params["embed"])
+    """[V, D] of the output head: `lm_head`, or `embed` where they are tied; never an Int8."""
+    return dequantize(params.get("lm_head", params["embed"]))
 
 
 def init_params(config: ModelConfig, key: Array, dtype=jnp.float32) -> Params:
@@ -265,7 +267,7 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
     for path, sources in _decoding_sources(stacked).items():
         for i, layer in enumerate(layers):
             parts = [stacked[source][i] for source in sources]
-            x = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+            x = parts[0] if len(parts) == 1 else jax.tree.map(_below_each_other, *parts)
             layer[path] = _place_for_decoding(f"layers/{i}/{path}", x)
         jax.block_until_ready(layers)
         for source in sources if donate else ():
@@ -274,9 +276,14 @@ def for_decoding(params: Params, *, donate: bool = False) -> Params:
     return {**rest, "layers": tuple(traverse_util.unflatten_dict(x, sep="/") for x in layers)}
 
 
+def _below_each_other(*rows: Array) -> Array:
+    return jnp.concatenate(rows)
+
+
 def _decoding_sources(stacked: Mapping[str, Array]) -> dict[str, list[str]]:
     """A layer's paths in the layout for decoding, each with the stacked paths that it is fused from."""
-    if sharding.current_mesh() is not None:
+    adapted = any(path.endswith("_a") for path in stacked)  # over an Int8, which takes no update
+    if sharding.current_mesh() is not None or adapted:
         return {path: [path] for path in stacked}
     # In the table's order, q before k before v: JAX sorts dicts by their keys.
     rank = {path.removeprefix("layers/"): i for i, path in enumerate(PARAM_AXES)}
@@ -289,7 +296,7 @@ def _decoding_sources(stacked: Mapping[str, Array]) -> dict[str, list[str]]:
 
 def _place_for_decoding(path: str, x: Array) -> Array:
     """Puts a parameter where the context mesh has it in decoding."""
-    table = decoding_axes(PARAM_AXES)
+    table = decoding_axes(PARAM_AXES | adapter_axes(LoRAConfig()))
     specs = sharding.param_specs({path: x}, table, DECODING, all_rows=False)
     return sharding.place({path: x}, specs)[path]
 

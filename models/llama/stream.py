@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.llama.layout import PARAM_AXES, Leaf, TensorSource, decoding_axes, decoding_groups
 from models.llama.layout import fused_path, to_half_split
 from utils import sharding
+from utils.int8 import Int8, quantize as to_int8
 
 Params = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 Part = tuple[slice, ...]
 
 _BLOCK = 1 << 16  # elements checked together: they stay in the processor's cache
+_F32 = np.dtype(np.float32)
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -46,6 +48,7 @@ def read_params(
     parts: list[Leaf],
     dtype: np.dtype,
     *,
+    quantize: bool = False,
     decoding: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Params, dict[str, int]]:
@@ -59,6 +62,8 @@ def read_params(
         source: the file.
         parts: the parameters to read, in this order.
         dtype: of all parameters.
+        quantize: make each matrix an Int8, as it is read: no more than a few of them are in memory
+            as floats.
         decoding: use the layout of `models.llama.model.for_decoding`.
         progress: called with (what, bytes done, bytes in all).
 
@@ -70,7 +75,7 @@ def read_params(
     """
     todo = collections.deque(_arrays(parts, decoding))
     places = _shardings(todo, dtype, decoding)
-    total = sum(math.prod(leaf.shape) * len(leaf.names) for leaf in parts) * dtype.itemsize
+    total = sum(_bytes(leaf, dtype, quantize) * len(leaf.names) for leaf in parts)
     done, params, broken = 0, {}, {}
     pending: collections.deque = collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(max_workers=_THREADS)
@@ -79,13 +84,13 @@ def read_params(
             reading = sum(len(fills) for _, _, fills in pending)
             if todo and (len(pending) < 2 or reading < 2 * _THREADS):
                 array = todo.popleft()
-                pending.append(_begin(pool, source, array, dtype, places[array.path]))
+                pending.append(_begin(pool, source, array, quantize, dtype, places[array.path]))
                 continue
             array, host, fills = pending.popleft()
             for (leaf, name, _), fill in zip(array.tensors, fills, strict=True):
                 if bad := fill.result():
                     broken[name] = bad
-                done += math.prod(leaf.shape) * dtype.itemsize
+                done += _bytes(leaf, dtype, quantize)
                 if progress is not None:
                     progress("loading weights", done, total)
             _insert(params, array.path, _place(host, array.shape, places[array.path]))
@@ -94,6 +99,12 @@ def read_params(
     if decoding:
         params["layers"] = tuple(params["layers"].values())
     return params, broken
+
+
+def _bytes(leaf: Leaf, dtype: np.dtype, quantize: bool) -> int:
+    """Bytes in memory of one of a parameter's tensors."""
+    narrow = quantize and len(leaf.shape) == 2
+    return leaf.shape[0] * (leaf.shape[1] + 4) if narrow else math.prod(leaf.shape) * dtype.itemsize
 
 
 def _arrays(parts: list[Leaf], decoding: bool) -> Iterator[_Array]:
@@ -137,10 +148,14 @@ def _shardings(
     return {path: NamedSharding(jax.sharding.get_mesh(), spec) for path, spec in specs.items()}
 
 
-def _begin(pool, source: TensorSource, array: _Array, dtype: np.dtype, place):
+def _begin(pool, source: TensorSource, array: _Array, quantize: bool, dtype: np.dtype, place):
     """(array, this process's box of it, a future per tensor that fills the box)."""
     box = _box(array.shape, place)
-    host = _aligned_empty(tuple(s.stop - s.start for s in box), dtype)
+    shape = tuple(s.stop - s.start for s in box)
+    if quantize and len(array.tensors[0][0].shape) == 2:
+        host = Int8(_aligned_empty(shape, np.dtype(np.int8)), _aligned_empty(shape[:-1], _F32))
+    else:
+        host = _aligned_empty(shape, dtype)
     fills = []
     for leaf, name, where in array.tensors:
         part = box[len(box) - len(leaf.shape) :]
@@ -165,8 +180,10 @@ def _box(shape: tuple[int, ...], place: NamedSharding | None) -> Part:
     )
 
 
-def _fill(source: TensorSource, leaf: Leaf, name: str, part: Part, out: np.ndarray) -> int:
+def _fill(source: TensorSource, leaf: Leaf, name: str, part: Part, out: np.ndarray | Int8) -> int:
     """Reads a part of one tensor into `out`; returns the number of NaN and infinities."""
+    if isinstance(out, Int8):
+        return _fill_int8(source, leaf, name, part, out)
     if out.shape != leaf.shape and hasattr(source, "read_part") and not leaf.heads:
         x = source.read_part(name, part)
     else:  # a quantised or reordered tensor is read whole, one at a time
@@ -178,6 +195,24 @@ def _fill(source: TensorSource, leaf: Leaf, name: str, part: Part, out: np.ndarr
     with np.errstate(over="ignore", invalid="ignore"):  # counted below
         np.copyto(out.reshape(x.shape), x, casting="unsafe")
     return count_nonfinite(out)
+
+
+def _fill_int8(source: TensorSource, leaf: Leaf, name: str, part: Part, out: Int8) -> int:
+    """`_fill` in eight bits; returns the number of rows with NaN or infinities."""
+    rows, columns = part
+    if hasattr(source, "read_int8"):
+        values, out.scales[:] = source.read_int8(name, rows)
+        out.values[:] = values[:, columns]
+        return count_nonfinite(out.scales)
+    # A scale is that of a whole row, whatever columns are wanted.
+    x = np.empty((rows.stop - rows.start, leaf.shape[1]), source.dtypes[name])
+    _fill(source, leaf, name, (rows, slice(0, leaf.shape[1])), x)
+    for start in range(0, len(x), step := max(_BLOCK // leaf.shape[1], 1)):
+        some = slice(start, start + step)
+        with np.errstate(invalid="ignore"):
+            found = to_int8(x[some])
+        out.values[some], out.scales[some] = found.values[:, columns], found.scales
+    return count_nonfinite(out.scales)
 
 
 def count_nonfinite(x: np.ndarray) -> int:
@@ -197,8 +232,14 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _place(host: np.ndarray, shape: tuple[int, ...], place: NamedSharding | None) -> jax.Array:
+def _place(
+    host: np.ndarray | Int8, shape: tuple[int, ...], place: NamedSharding | None
+) -> jax.Array | Int8:
     """Hands this process's box of an array to JAX. On a single CPU device that copies nothing."""
+    if isinstance(host, Int8):
+        of_rows = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[:-1]))
+        values, scales = _place(host.values, shape, place), _place(host.scales, shape[:-1], of_rows)
+        return Int8(values, scales)
     if place is None:
         return jax.device_put(host)
     box = _box(shape, place)

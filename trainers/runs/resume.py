@@ -23,7 +23,7 @@ _SETTINGS = {
     for config in (SFTConfig, GRPOConfig, DataConfig, RolloutConfig, RunConfig)
     for f in dataclasses.fields(config)
 } | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
-_SETTINGS["train.dtype"] = Setting(flag="dtype")
+_SETTINGS |= {f"train.{name}": Setting(flag=name) for name in ("dtype", "quantize")}
 _SETTINGS["model.max_seq_len"] = Setting(flag="max_seq_len", resume=ALWAYS)
 
 # How each kind of difference is refused.

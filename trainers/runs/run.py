@@ -296,6 +296,7 @@ def _check_copies(run: Run, state: TrainState) -> None:
 def describe(trainer: Trainer, source: Source, recipe: Recipe) -> dict[str, Any]:
     """The meta of a run's checkpoints: its model, tokenizer, data, settings and adapters."""
     numerics = {"dtype": jnp.dtype(trainer.model.dtype).name, "remat": trainer.model.remat}
+    numerics["quantize"] = "int8" if source.checkpoint.quantize else None
     known = recipe.meta(trainer)
     return {
         "model": dataclasses.asdict(trainer.model.config),

@@ -57,6 +57,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
         )
     context = settings["model"]["max_seq_len"]
     source = source._replace(config=dataclasses.replace(source.config, max_seq_len=context))
+    source = source._replace(quantize=train["quantize"] is not None)
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     if "group_size" in train:

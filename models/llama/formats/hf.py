@@ -19,18 +19,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models.llama.config import ModelConfig, RopeScaling, divide, llama3_scaling, require
-from models.llama.layout import DTYPES, same_tensor
+from models.llama.formats.int8 import SETTINGS, Int8Tensors
+from models.llama.layout import DTYPES, TensorSource, same_tensor
 from utils.errors import ArtifactError, ConfigError, is_int, listed
 from utils.files import InputFile, list_folder, named_in, parse_json, read_json
 
-_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": DTYPES["float32"], "F16": DTYPES["float16"], "BF16": DTYPES["bfloat16"]}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Llama 3.1 405B has 1,138 tensors, 170 kB of header in one file. The bound keeps a hostile header
 # from taking more memory and time than the file itself.
 _MAX_HEADER = 8 << 20
 _SHARD_NAME = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
-
 
 # (ours, config.json's, what transformers' LlamaConfig takes where the key is absent) of each setting
 # that both have as it is.
@@ -141,7 +141,8 @@ def _check_is_llama(config: Mapping[str, Any]) -> None:
         warnings.warn(message, stacklevel=3)
     kind, archs = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
     # Files from before transformers had the model say LLaMAForCausalLM.
-    if kind != "llama" or str(archs).lower() != "['llamaforcausallm']":
+    known = {"llama": "['llamaforcausallm']", SETTINGS["model_type"]: "['llamaint8forcausallm']"}
+    if str(archs).lower() != known.get(str(kind)):
         raise ConfigError(
             f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; "
             "expected 'llama' and ['LlamaForCausalLM']"
@@ -161,11 +162,11 @@ class SafetensorsFile:
     Attributes:
         description: the file's path.
         shapes: by tensor name.
-        dtypes: by tensor name; float32, float16 or bfloat16.
+        dtypes: by tensor name; float32, float16 or bfloat16, or int8.
     """
 
-    def __init__(self, path: str | Path):
-        """Reads and checks the header. Raises ArtifactError."""
+    def __init__(self, path: str | Path, *, int8: bool = False):
+        """Reads and checks the header. Raises ArtifactError; for int8 tensors too, unless `int8`."""
         self._file = InputFile(path)
         self.description = str(path)
         (header_len,) = struct.unpack("<Q", self._file.read(0, 8))
@@ -180,11 +181,10 @@ class SafetensorsFile:
             raise ArtifactError(f"{path}: header starts with {header[:8]!r}, expected '{{'")
         entries = parse_json(header, f"{path} header", ArtifactError)
         _check_metadata(path, entries.pop("__metadata__", {}))
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, np.dtype] = {}
-        self._spans: dict[str, tuple[int, int]] = {}
+        self.shapes, self.dtypes, self._spans = {}, {}, {}
+        dtypes = _DTYPES | {"I8": np.dtype(np.int8)} if int8 else _DTYPES
         for name, entry in entries.items():
-            shape, dtype, span = _parse_entry(f"{path}: tensor {name!r:.200}", entry)
+            shape, dtype, span = _parse_entry(f"{path}: tensor {name!r:.200}", entry, dtypes)
             self.shapes[name], self.dtypes[name], self._spans[name] = shape, dtype, span
         self._check_layout(self._file.size - self._data_start)
 
@@ -239,15 +239,15 @@ def _check_metadata(path: str | Path, metadata: Any) -> None:
         raise ArtifactError(f"{path}: __metadata__ is not an object of strings")
 
 
-def _parse_entry(where: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, tuple[int, int]]:
+def _parse_entry(where: str, entry: Any, dtypes: Mapping[str, np.dtype]) -> tuple:
     """(shape, dtype, (start, end)) of one header entry. Python's integers cannot overflow."""
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
         raise ArtifactError(f"{where}: expected an object with exactly {', '.join(sorted(keys))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _CODES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise ArtifactError(
-            f"{where} has dtype {dtype!r:.40}, expected {', '.join(_CODES)}; integers and 8-bit "
+            f"{where} has dtype {dtype!r:.40}, expected {', '.join(dtypes)}; integers and 8-bit "
             "floats mean an unsupported quantization: use the unquantized checkpoint or a GGUF file"
         )
     for key, value in (("shape", shape), ("data_offsets", offsets)):
@@ -255,7 +255,7 @@ def _parse_entry(where: str, entry: Any) -> tuple[tuple[int, ...], np.dtype, tup
             raise ArtifactError(f"{where}: {key}={value!r:.80}, expected a list of integers ≥ 0")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ArtifactError(f"{where}: data_offsets={offsets!r:.80}, expected [start, end]")
-    stored = DTYPES[_CODES[dtype]]
+    stored = dtypes[dtype]
     need = math.prod(shape) * stored.itemsize if len(shape) <= 8 else -1
     if need != offsets[1] - offsets[0]:
         raise ArtifactError(
@@ -272,18 +272,18 @@ class SafetensorsFolder:
     Attributes as SafetensorsFile.
     """
 
-    def __init__(self, folder: str | Path):
-        """Reads and checks the index and every header. Raises ArtifactError."""
+    def __init__(self, folder: str | Path, *, int8: bool = False):
+        """Reads and checks the index and every header. Raises ArtifactError; `int8` as for a file."""
         self.description = str(folder)
         names = list_folder(folder)
         if SINGLE in names:
             if INDEX in names:
                 message = f"{folder} has both {SINGLE} and {INDEX}: {SINGLE} is used"
                 warnings.warn(message, stacklevel=2)
-            file = SafetensorsFile(Path(folder, SINGLE))
+            file = SafetensorsFile(Path(folder, SINGLE), int8=int8)
             self._files: dict[str, SafetensorsFile] = dict.fromkeys(file.shapes, file)
         else:
-            self._files = _open_shards(Path(folder), names)
+            self._files = _open_shards(Path(folder), names, int8)
         self.files = sorted({Path(file.description) for file in self._files.values()})
         self.shapes = {name: file.shapes[name] for name, file in self._files.items()}
         self.dtypes = {name: file.dtypes[name] for name, file in self._files.items()}
@@ -297,7 +297,7 @@ class SafetensorsFolder:
         return self._files[name].read_part(name, part)
 
 
-def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]:
+def _open_shards(folder: Path, present: list[str], int8: bool) -> dict[str, SafetensorsFile]:
     """The file of each tensor. Raises ArtifactError where index, shards and folder disagree."""
     weight_map = _read_index(folder)
     by_shard: dict[str, set[str]] = {}
@@ -312,7 +312,7 @@ def _open_shards(folder: Path, present: list[str]) -> dict[str, SafetensorsFile]
         raise ArtifactError(f"{folder} has shards that its index does not list: {listed(stray)}")
     files: dict[str, SafetensorsFile] = {}
     for shard, expected in sorted(by_shard.items()):
-        file = SafetensorsFile(paths[shard])
+        file = SafetensorsFile(paths[shard], int8=int8)
         held = set(file.shapes)
         if twice := sorted(name for name in held if name in files):
             other = files[twice[0]].description
@@ -339,10 +339,12 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, SafetensorsFolder]:
+def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     """Config and tensors of a folder; `tie` as for `models.llama.checkpoint.open_checkpoint`."""
-    config = to_config(read_json(path / "config.json"))
-    source = SafetensorsFolder(path)
+    settings = read_json(path / "config.json")
+    config, int8 = to_config(settings), settings["model_type"] == SETTINGS["model_type"]
+    source = SafetensorsFolder(path, int8=int8)
+    source = Int8Tensors(source) if int8 else source
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if tie is not None:
         config = dataclasses.replace(config, tie_embeddings=tie)
