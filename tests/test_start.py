@@ -77,6 +77,14 @@ def test_a_real_tpu_is_left_alone(settled, monkeypatch, why):
     assert not cli.NO_TPU.keys() & settled.keys()
 
 
+@pytest.mark.parametrize("version, times", [("0.11.1", 1), ("0.10.2", 0), ("0.12.0.1", 0)])
+def test_a_jaxlib_that_is_known_to_be_slow_is_named_once(monkeypatch, capsys, version, times):
+    monkeypatch.setattr(cli.jaxlib, "__version__", version)
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    assert cli._run(lambda: 0, debug=False) == 0
+    assert capsys.readouterr().err.count("jaxlib 0.11.1 copies whole buffers") == times
+
+
 _COMPILES = """
 import sys, jax
 from utils.console import cli
