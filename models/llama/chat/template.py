@@ -161,20 +161,21 @@ def structural_words(config: Mapping[str, Any], words: Iterable[str]) -> set[str
     word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     found: set[str] = set()
     for source in chat_templates_of(config).values() if words else ():
-        for before, *after in (_around(source, turns) for turns in _PROBES):
-            found.update(re.findall(word, "\n".join(after)))
-            found.update(re.findall(rf"({word})\s*\Z", before) if after else ())
+        with contextlib.suppress(AltiplanoError):  # it is told when it is used
+            template = Template(source, {}, datetime.now())
+            for before, *after in (_around(template, turns) for turns in _PROBES):
+                found.update(re.findall(word, "\n".join(after)))
+                found.update(re.findall(rf"({word})\s*\Z", before) if after else ())
     return found
 
 
-def _around(source: str, turns: Sequence[Mapping[str, Any]]) -> list[str]:
+def _around(template: Template, turns: Sequence[Mapping[str, Any]]) -> list[str]:
     """The text that a template writes around those of a conversation, in pieces."""
     variables = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "")
     variables |= {"tools": None, "documents": None, "add_generation_prompt": True}
     # Some templates take no system message, some but a single one.
     for messages in (turns, turns[1:], turns[-1:]):
         with contextlib.suppress(AltiplanoError):
-            template = Template(source, {}, datetime.now())
             return template.render(0, messages=list(messages), **variables).split(_TEXT)
     return [""]
 
