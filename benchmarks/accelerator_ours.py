@@ -4,8 +4,10 @@ Weights are random, and made on the card. A share is of the memory's bandwidth, 
 array has it, or of the multipliers' peak, as a large matrix product has it, both in this process.
 """
 
+import concurrent.futures
 import functools
 import gc
+import json
 import time
 import zlib
 from collections.abc import Callable
@@ -62,6 +64,19 @@ class Altiplano:
         found = attempt(method, row["dtype"], **row["settings"])
         gc.collect()
         return found | {"seconds": time.perf_counter() - start}
+
+    def together(self, rows: list[Row]) -> list[Row]:
+        """`run` of rows that are not timed: most of their time is XLA's, which compiles several at once.
+
+        Dtypes of the same settings take turns, since they share what they are compared with.
+        """
+        keys = [json.dumps(row["settings"]) for row in rows]
+        groups = {key: [row for row, k in zip(rows, keys) if k == key] for key in keys}
+        with concurrent.futures.ThreadPoolExecutor(len(groups)) as pool:
+            found = dict(
+                zip(groups, pool.map(lambda group: list(map(self.run, group)), groups.values()))
+            )
+        return [found[key].pop(0) for key in keys]
 
     def oracles(self, dtype: str, oracle: str, **settings) -> Row:
         """See benchmarks/accelerator_oracles.py."""
@@ -151,7 +166,7 @@ class Altiplano:
             return end - start
 
         batch = None
-        seconds = _best(once)
+        seconds = _best(once, 2)
         rollout, update = phases[seconds]
         work = trainer.work(batch)
         flops = work.tokens * train_flops_per_token(trainer.model.config, work.mean_context)
@@ -245,10 +260,10 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _best(once: Callable[[], float]) -> float:
+def _best(once: Callable[[], float], repeats: int = REPEATS) -> float:
     """The fewest seconds of some calls, after one that compiles."""
     once()
-    return min(once() for _ in range(REPEATS))
+    return min(once() for _ in range(repeats))
 
 
 def _bandwidth(size: int) -> float:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.accelerator_rows import Row, attempt, configs
 from benchmarks.workers import serve
@@ -39,7 +39,7 @@ class Torch:
     def run(self, row: Row) -> Row | None:
         """What was found, or the error; None: torch has no such row."""
         start, method = time.perf_counter(), getattr(self, row["part"], None)
-        if method is None or row["dtype"] != "bfloat16":
+        if method is None or row["dtype"] != "bfloat16" or "packed" in row["settings"]:
             return None
         found = attempt(method, **row["settings"])
         gc.collect()
@@ -48,19 +48,17 @@ class Torch:
         return found | {"seconds": time.perf_counter() - start}
 
     def decode(self, size: str, rows: int) -> Row:
-        """Steps after a prompt: the time of many new tokens less that of one."""
+        """Steps after a prompt and its first token."""
         model, new = self._model(size).eval(), 8 if self._tiny else 256
-        ids = self._tokens(rows, HELD)
-        # One length of cache for both, or torch compiles twice.
-        static = dict(cache_implementation="static", do_sample=False, use_cache=True)
-        static |= dict(attention_mask=torch.ones_like(ids), eos_token_id=None, pad_token_id=0)
-
-        def once(count: int) -> Callable[[], object]:
-            return lambda: model.generate(ids, max_new_tokens=count, **static)
-
-        with torch.no_grad():
-            seconds = (self._best(once(new)) - self._best(once(2))) / (new - 2)
-        return {"tokens_per_s": rows / seconds}
+        ids, seconds = self._tokens(rows, HELD), []
+        settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        settings |= dict(cache_implementation="static", eos_token_id=None, pad_token_id=0)
+        for _ in range(REPEATS + 2):
+            first = _FirstToken(self._now)
+            with torch.no_grad():
+                model.generate(ids, stopping_criteria=StoppingCriteriaList([first]), **settings)
+            seconds.append((self._now() - first.time) / (new - 1))
+        return {"tokens_per_s": rows / min(seconds[2:])}
 
     def prefill(self, size: str, length: int) -> Row:
         """One prompt to its next token, with the cache that decoding needs."""
@@ -69,10 +67,8 @@ class Torch:
             seconds = self._best(lambda: model(ids, use_cache=True, logits_to_keep=1))
         return {"tokens_per_s": length / seconds}
 
-    def sft(self, size: str, rows: int, length: int, packed: bool = False) -> Row | None:
+    def sft(self, size: str, rows: int, length: int) -> Row:
         """An AdamW step on half of the rows at a time: all logits at once do not fit."""
-        if packed:
-            return {"note": "not measured"}
         model = self._model(size).train()
         run, ids = self._compile(model), self._tokens(rows, length)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -111,12 +107,26 @@ class Torch:
         """The fewest seconds of some calls, after one that compiles and one more."""
         seconds = []
         for _ in range(REPEATS + 2):
-            start = time.perf_counter()
+            start = self._now()
             function()
-            if self._card == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self._now() - start)
         return min(seconds[2:])
+
+    def _now(self) -> float:
+        if self._card == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _FirstToken(StoppingCriteria):
+    """Stops nothing; has the time of a generation's first token."""
+
+    def __init__(self, now: Callable[[], float]):
+        self._now, self.time = now, None
+
+    def __call__(self, input_ids, scores, **_) -> torch.Tensor:
+        self.time = self.time or self._now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 if __name__ == "__main__":
