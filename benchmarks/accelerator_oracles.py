@@ -96,7 +96,7 @@ def cache(dtype: str) -> dict:
 
 def sampling(dtype: str) -> dict:
     """Frequencies of draws against the exact distribution, by chi-square; log-probs against float64."""
-    V, D, rounds = 1000, 4096, 4
+    V, D, rounds = 500, 2048, 4
     logits_V = 2 * np.random.default_rng(0).normal(size=V).astype(np.float32)
     sampler = TopP(temperature=0.8, top_k=50, top_p=0.9)
     keys_D = jax.random.split(jax.random.key(0), (rounds, D))

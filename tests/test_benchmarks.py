@@ -30,7 +30,7 @@ def test_all_rows_on_a_cpu(tmp_path):
             assert ours["passed"] and set(ours["found"]) == set(ours["bounds"])
         else:
             assert ours["tokens_per_s"] > 0 and ours["share"] > 0
-    assert sum("tokens_per_s" in (row.get("torch") or {}) for row in found["rows"]) >= 5
+    assert sum("tokens_per_s" in (row.get("torch") or {}) for row in found["rows"]) >= 4
     assert "cpu" in done.stdout and "FAIL" not in done.stdout
 
 
