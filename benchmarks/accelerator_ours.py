@@ -24,6 +24,7 @@ from models.llama.decoding import DecodeState, GenerationConfig, RUNNING, cache_
 from models.llama.generation import Generation
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params, for_decoding, init_cache, init_params
+from models.llama.quantize import quantize_params
 from sampling import Greedy, TopP
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.packing import pack
@@ -89,7 +90,8 @@ class Altiplano:
         """
         config, new = self._configs[size], self._new
         params = for_decoding(random_params(config, dtype), donate=True)
-        run = Generation(LLaMa(config), params, Greedy(), GenerationConfig(max_new_tokens=new))
+        model = LLaMa(config, jnp.bfloat16)
+        run = Generation(model, params, Greedy(), GenerationConfig(max_new_tokens=new))
         run.rows = rows
 
         def once():
@@ -97,7 +99,9 @@ class Altiplano:
             return _seconds(run.advance)
 
         seconds = _best(once) / (new - 1)
-        read = memory.tree_bytes(params) - (not config.tie_embeddings) * params["embed"].nbytes
+        read = memory.tree_bytes(params) - (not config.tie_embeddings) * memory.tree_bytes(
+            params["embed"]
+        )
         slots = (rows, config.n_kv_heads, HELD + new // 2, config.head_dim)
         read += memory.cache_bytes(slots, config.n_layers, run.state.cache.k[0].dtype)
         return {"tokens_per_s": rows / seconds, "bytes_per_s": read / seconds}
@@ -176,7 +180,9 @@ class Altiplano:
 
 
 def random_params(config: ModelConfig, dtype: str) -> Params:
-    """A stacked model on the card; never a float32 copy of the whole."""
+    """A stacked model on the card; never a float32 copy of the whole. int8: matrices by bfloat16's."""
+    if dtype == "int8":
+        return quantize_params(random_params(config, "bfloat16"))
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
     @functools.partial(jax.jit, static_argnums=1)

@@ -39,7 +39,8 @@ def rows(tiny: bool) -> list[Row]:
     counts = {"1B": (4,), "8B": (1,)} if tiny else {"1B": (1, 16, 128), "8B": (1, 128)}
     for size, n in ((size, n) for size, ns in counts.items() for n in ns):
         what = f"decode {size}, {n} row" + "s" * (n > 1)
-        out.append(row("decode", what, "bfloat16", size=size, rows=n))
+        for dtype in ("bfloat16", "int8"):
+            out.append(row("decode", what, dtype, size=size, rows=n))
     length = 192 if tiny else 4096
     for size in ("8B",) if tiny else ("1B", "8B"):
         what = f"prefill {size}, {length:,}"
@@ -50,7 +51,8 @@ def rows(tiny: bool) -> list[Row]:
     out.append(row("sft", what + ", packed", "bfloat16", size="1B", **shape, packed=True))
     shape = dict(rows=2, length=192) if tiny else dict(rows=4, length=2048)
     what = f"LoRA step 8B, {shape['rows']} × {shape['length']:,}"
-    out.append(row("lora", what, "bfloat16", size="8B", **shape, rank=16))
+    for dtype in ("bfloat16", "int8"):  # of the frozen model
+        out.append(row("lora", what, dtype, size="8B", **shape, rank=16))
     shape = dict(prompts=2, group=2, length=16) if tiny else dict(prompts=32, group=8, length=256)
     what = "GRPO step 1B, " + " × ".join(str(n) for n in shape.values())
     out.append(row("grpo", what, "bfloat16", size="1B", **shape))
