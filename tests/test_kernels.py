@@ -75,6 +75,12 @@ def test_flash_attention_of_the_last_tokens(T, S, packed):
     check(flash, arrays(T, S, 1, 2, B=1), segments(1, S, 2) if packed else None)
 
 
+def test_flash_attention_multiplies_float32_as_float32_in_both_passes():
+    q, k, v, do = arrays(128, 128, 1, 1, B=1)
+    text = str(jax.make_jaxpr(lambda *x: with_gradients(flash, *x, None))(q, k, v, do))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST") > 0
+
+
 def test_flash_attention_in_bfloat16():
     arguments = arrays(140, 140, 1, 2, dtype=jnp.bfloat16)
     # Queries are rounded once more when they are scaled, and gradients of 8 have steps of 1/16.
