@@ -35,15 +35,16 @@ from sampling import Greedy  # noqa: E402
 from utils import memory  # noqa: E402
 
 NEW = 32
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")  # int8: of the weights, beside llama.cpp's Q8_0
 
 
 class Altiplano:
     """This project, timed like its peers."""
 
     def __init__(self, path: Path, dtype: str):
-        config, params = load_checkpoint(path, dtype=dtype)
-        self._model, self._params = LLaMa(config), for_decoding(params, donate=True)
+        narrow, dtype = dtype == "int8", "float32" if dtype == "int8" else dtype
+        config, params = load_checkpoint(path, dtype=dtype, quantize=narrow)
+        self._model, self._params = LLaMa(config, dtype), for_decoding(params, donate=True)
         self.bytes = memory.tree_bytes(self._params)
 
     def run(self, prompts: list[list[int]], new: int) -> tuple[float, float]:
@@ -87,12 +88,14 @@ def rounds(programs: dict, batch: list[list[int]], new: int, repeats: int) -> di
 
 def measure(dtype: str, path: Path, folder: Path, repeats: int) -> list[dict]:
     """All tokens/s of one dtype: rows {what, dtype, program: tokens/s, limit}."""
-    save_checkpoint(folder / dtype, *load_checkpoint(path, dtype=dtype))
     ours = Altiplano(path, dtype)
-    programs = {"altiplano": ours, "transformers": Transformers(folder / dtype, dtype)}
+    programs = {"altiplano": ours}
+    if dtype != "int8":
+        save_checkpoint(folder / dtype, *load_checkpoint(path, dtype=dtype))
+        programs["transformers"] = Transformers(folder / dtype, dtype)
     if xllamacpp is not None:
         programs["llama.cpp"] = LlamaCpp(path, dtype, folder)
-    two = {name: programs[name] for name in ("altiplano", "transformers")}
+    two = {name: program for name, program in programs.items() if name != "llama.cpp"}
     limit = bandwidth() / ours.bytes
     out = []
 

@@ -77,12 +77,19 @@ class LlamaCpp:
         steps = (new - 1) / max(timings["predicted_n"], 1)
         return timings["prompt_ms"] / 1e3, timings["predicted_ms"] / 1e3 * steps
 
+    def logprobs(self, prompt: list[int], count: int) -> list[dict]:
+        """The `count` most probable next tokens: {"id", "logprob"}."""
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": count, "temperature": 0}
+        out = self._server.handle_completions(asked | {"cache_prompt": True})
+        return out["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+
 
 def write_as(source: Path, target: Path, dtype: str) -> None:
     """Copies a GGUF file with its matrices dequantised to a dtype."""
     kinds = {
         "float32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
         "bfloat16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+        "int8": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     }
     kind, file_type = kinds[dtype]
     reader = gguf.GGUFReader(source)

@@ -115,9 +115,19 @@ def logits(model: ModelConfig) -> list[np.ndarray]:
     return [np.asarray(LLaMa(model).apply({"params": params_of(model)}, TOKENS)[0])]
 
 
-def load(folder: Path, decoding: bool) -> list[np.ndarray]:
+def logits_int8(folder: Path) -> list[np.ndarray]:
+    """Of a checkpoint that is quantised while it is read, in both layouts."""
+    found = []
+    for decoding in (False, True):
+        config, params = load_checkpoint(folder, quantize=True, decoding=decoding)
+        found.append(np.asarray(LLaMa(config).apply({"params": params}, TOKENS)[0]))
+    return found
+
+
+def load(folder: Path, decoding: bool, quantize: bool = False) -> list[np.ndarray]:
     """A checkpoint's parameters, by their names; of the decoding layout, unfused rows."""
-    _, params = load_checkpoint(folder, dtype="float32", decoding=decoding)
+    options = dict(dtype="float32", decoding=decoding, quantize=quantize)
+    _, params = load_checkpoint(folder, **options)
     if decoding:
         params = {**params, "layers": [_apart(layer) for layer in params["layers"]]}
     return [np.asarray(x) for x in jax.tree.leaves(params)]
@@ -170,6 +180,8 @@ def checks(folder: Path) -> dict[str, Any]:
         "load, hf": lambda: load(folder / "hf", False),
         "load, meta": lambda: load(folder / "meta", False),
         "load for decoding": lambda: load(folder / "hf", True),
+        "load, int8": lambda: load(folder / "meta", False, quantize=True),
+        "logits, int8": lambda: logits_int8(folder / "hf"),
     }
 
 

@@ -44,7 +44,7 @@ def test_values_are_the_nearest_and_zeros_stay():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
-@pytest.mark.parametrize("out, width", [(1024, 96), (131, 1024), (6, 33), (1536, 40)])
+@pytest.mark.parametrize("out, width", [(1024, 96), (131, 1024), (6, 33), (1536, 40), (8, 4096)])
 def test_products_are_those_of_the_matrix_that_it_stands_for(rows, out, width):
     x, weight = draw(rows, 1, width), quantize(jnp.asarray(draw(out, width, seed=1)))
     x[..., 3] = 300.0  # an outlier, as trained models have them
@@ -52,11 +52,11 @@ def test_products_are_those_of_the_matrix_that_it_stands_for(rows, out, width):
     found = np.asarray(project(jnp.asarray(x), weight))
     assert found.shape == (rows, 1, out) and found.dtype == np.float32
     scale = np.linalg.norm(x, axis=-1, keepdims=True) * np.asarray(weight.scales) * 127
-    # A single row is rounded to some 30,000 levels of its largest number.
-    assert (abs(found - want) / scale).max() < (5e-4 if rows == 1 else 1e-6)
+    # A single row is rounded to 8,000 levels or more of its largest number.
+    assert (abs(found - want) / scale).max() < (1e-3 if rows == 1 else 3e-6)
     if rows > 1:
         alone = np.asarray(project(jnp.asarray(x[:1]), weight))
-        assert (abs(alone - want[:1]) / scale[:1]).max() < 5e-4
+        assert (abs(alone - want[:1]) / scale[:1]).max() < 1e-3
 
 
 def test_a_row_of_zeros_and_one_that_is_not_finite():

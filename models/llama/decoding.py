@@ -132,11 +132,11 @@ class Completions:
 
 
 def cache_dtype(params: Params) -> jnp.dtype:
-    """The dtype of a KV cache: the parameters' dtype, but always float32 on a CPU.
+    """The dtype of a KV cache: the norms' dtype, but always float32 on a CPU.
 
     XLA for CPU has no bfloat16 attention: it would convert the whole cache in every step.
     """
-    return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["embed"].dtype
+    return jnp.dtype("float32") if jax.default_backend() == "cpu" else params["final_norm"].dtype
 
 
 @flax.struct.dataclass
