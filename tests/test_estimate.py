@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from jax.sharding import AbstractMesh, AxisType
 from transformers import LlamaConfig
 
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa
+from models.llama.model import LLaMa, init_params
+from models.llama.quantize import quantize_params
 from models.llama.config import PRESETS
 from tests import cli, tiny
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
@@ -23,7 +25,7 @@ from trainers.planning.estimate import check_memory, estimate_job, grpo_bytes, s
 from trainers.planning.job import Job
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTConfig, SFTTrainer
-from utils.errors import ArtifactError
+from utils.errors import ArtifactError, ConfigError
 from utils.sharding import MESH_AXES
 
 MODEL = PRESETS["llama-3.1-8b"]
@@ -154,3 +156,18 @@ def test_a_run_of_many_saves_holds_what_was_announced(tmp_path, words):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     peak = max(json.loads(line)["memory"] for line in lines)
     assert 0.75 * announced < peak < 1.05 * announced, done.stderr
+
+
+def test_a_base_in_eight_bits_takes_a_quarter():
+    """As counted by the arrays themselves."""
+    config = dataclasses.replace(MODEL, max_seq_len=4096)
+    params = jax.eval_shape(
+        lambda: quantize_params(init_params(config, jax.random.key(0), "bfloat16"))
+    )
+    wanted = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    for kind, name in (("lora", "frozen parameters"), ("generate", "parameters")):
+        job = Job(model=config, kind=kind, batch=2, seq=256, quantize="int8")
+        for program in estimate_job(job, dict.fromkeys(MESH_AXES, 1)):
+            assert program.parts[name] == wanted
+    with pytest.raises(ConfigError, match="eight bits cannot be trained; pass lora_rank"):
+        Job(model=config, kind="sft", quantize="int8")

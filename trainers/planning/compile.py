@@ -15,7 +15,8 @@ import sampling
 from models.llama import decoding
 from models.llama.layout import decoding_axes, param_axes
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa, for_decoding, init_cache, init_params
+from models.llama.model import LLaMa, Params, for_decoding, init_cache, init_params
+from models.llama.quantize import quantize_params
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.planning.estimate import estimate_job
 from trainers.planning.hlo_text import Array
@@ -85,9 +86,9 @@ class Compiler:
     def sampling(self) -> list[Program]:
         """Prefill and a decode step, on parameters laid out for them."""
         job, n, dtype = self.job, self.job.samples_a_prompt, jnp.dtype(self.job.dtype)
-        prompts, capacity, model = job.batch // n, bucket(job.seq, 64), LLaMa(job.model)
+        prompts, capacity, model = job.batch // n, bucket(job.seq, 64), LLaMa(job.model, dtype)
         params = jax.eval_shape(
-            lambda: for_decoding(init_params(job.model, jax.random.key(0), dtype))
+            lambda: for_decoding(self._quantized(init_params(job.model, jax.random.key(0), dtype)))
         )
         table = decoding_axes(param_axes(job.model))
         specs = sharding.param_specs(params, table, sharding.DECODING)
@@ -128,7 +129,7 @@ class Compiler:
 
         def init() -> tuple[Any, Any]:
             key = jax.random.key(0)
-            return trainer.init(init_params(job.model, key, dtype), key)
+            return trainer.init(self._quantized(init_params(job.model, key, dtype)), key)
 
         state, frozen = jax.eval_shape(init)
         frozen_specs = model_specs(trainer.model, frozen) if frozen else {}
@@ -136,6 +137,9 @@ class Compiler:
             self._sharded(state, trainer.specs(state)),
             self._sharded(frozen, frozen_specs),
         )
+
+    def _quantized(self, params: Params) -> Params:
+        return quantize_params(params) if self.job.quantize else params
 
     def batch(self) -> dict[str, Any]:
         """Shapes of a training step's batch."""

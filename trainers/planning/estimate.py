@@ -97,14 +97,14 @@ def _prefill(s: Sampling) -> Cost:
     model = s.model
     flops = 2 * s.tokens * s.matrices + 2 * s.prompts * s.head
     flops += 2 * model.n_layers * s.tokens * s.job.prompt_len * s.q_dim
-    moved = s.held(s.job.dtype) + 6 * model.n_layers * (s.tokens * model.dim + s.wide) * s.size
+    moved = s.frozen() + 6 * model.n_layers * (s.tokens * model.dim + s.wide) * s.size
     return _cost(flops / s.parts, moved, _sent_sampling(s, s.tokens, s.prompts))
 
 
 def _decode(s: Sampling) -> Cost:
     flops = 2 * s.rows * (s.matrices + s.head)
     flops += 4 * s.rows * s.slots * s.model.n_layers * s.q_dim
-    moved = s.held(s.job.dtype) + s.cache(s.rows)
+    moved = s.frozen() + s.cache(s.rows)
     return _cost(flops / s.parts, moved, _sent_sampling(s, s.rows, s.rows))
 
 
@@ -149,7 +149,7 @@ def _train_flops(step: Step) -> float:
 
 def _train_sent(step: Step) -> dict[str, float]:
     """Bytes that a device sends, by kind; sums are in float32."""
-    job, model, D = step.job, step.model, step.model.dim
+    job, D = step.job, step.model.dim
     lora, micro, f = bool(job.lora_rank), step.micro, step.fsdp
     others = 1 - 1 / f
     layers, head = step.matrices // step.tensor, step.head // step.tensor
@@ -194,20 +194,27 @@ def _train_sent_to_meet(step: Step) -> tuple[float, float]:
     return exchanged, (1 + again) * (step.context - 1) * 2 * step.kv_dim * met
 
 
-def sft_bytes(trainer: Trainer, rows: int, seq_len: int) -> dict[str, int]:
+def sft_bytes(
+    trainer: Trainer, rows: int, seq_len: int, quantize: str | None = None
+) -> dict[str, int]:
     """Bytes of supervised training by parts, at its peak: of this machine's memory, or of each accelerator's.
 
     Args:
         trainer: the trainer.
         rows: of a batch.
         seq_len: tokens of the longest row.
+        quantize: "int8" for a frozen base in eight bits.
     """
-    kind = "sft" if trainer.lora is None else "lora"
-    return _peak_parts(trainer, trainer.config.micro_batch_size, kind=kind, batch=rows, seq=seq_len)
+    shape = dict(kind="sft" if trainer.lora is None else "lora", batch=rows, seq=seq_len)
+    return _peak_parts(trainer, trainer.config.micro_batch_size, quantize=quantize, **shape)
 
 
 def grpo_bytes(
-    trainer: Trainer, rollout: RolloutConfig, prompt_len: int, rows_at_once: int | None
+    trainer: Trainer,
+    rollout: RolloutConfig,
+    prompt_len: int,
+    rows_at_once: int | None,
+    quantize: str | None = None,
 ) -> dict[str, int]:
     """The same for GRPO: of a step, or of a rollout next to all that a step starts from.
 
@@ -216,6 +223,7 @@ def grpo_bytes(
         rollout: what is sampled.
         prompt_len: tokens of the longest prompt.
         rows_at_once: rows of a micro-batch, as asked for: a mesh may make them more.
+        quantize: see `sft_bytes`.
     """
     reference, dtype = {}, jnp.dtype(trainer.model.dtype)
     if trainer.config.beta > 0 and trainer.lora is None:
@@ -231,6 +239,7 @@ def grpo_bytes(
         seq=prompt_len + trainer.config.max_completion_len,
         prompt_len=prompt_len,
         group_size=rollout.group_size,
+        quantize=quantize,
     )
 
 

@@ -77,6 +77,9 @@ class Job(Config):
     lora_targets: tuple[str, ...] = field(TARGETS, "matrices that have adapters", flag="")
     remat: str = field("dots", "what the backward pass computes again", one_of(*REMATS))
     dtype: str = field("bfloat16", "dtype of activations", one_of(*DTYPES))
+    quantize: str | None = field(
+        None, "int8: a frozen base, or a model that generates, in eight bits", one_of("int8")
+    )
     param_dtype: str = field("float32", "dtype of trained parameters", one_of(*DTYPES))
     state_dtype: str = field("float32", "dtype of the optimizer's first moments", one_of(*DTYPES))
     optimizer: str = field("adamw", "optimizer", one_of(*OPTIMIZERS))
@@ -101,6 +104,8 @@ class Job(Config):
             )
         if self.kind == "grpo" and (self.batch or 0) % self.group_size:
             bad.append(f"batch={self.batch} is not a multiple of group_size={self.group_size}")
+        if self.quantize and self.trains and not self.lora_rank:
+            bad.append("quantize: parameters in eight bits cannot be trained; pass lora_rank too")
         if self.kind == "lora" and not self.lora_rank:
             bad.append("lora_rank=0 for a lora job, expected an integer from 1")
         return bad

@@ -73,6 +73,16 @@ class Sizes:
         numbers = shared // self.parts + self.model.n_params - shared
         return numbers * jnp.dtype(dtype).itemsize
 
+    def frozen(self) -> int:
+        """Bytes of the device's part of a model that is not trained: in eight bits, if asked for."""
+        if self.job.quantize is None:
+            return self.held(self.job.dtype)
+        matrices = self.matrices + self.heads
+        rows = self.model.n_layers * sum(out for out, _ in self.shapes.values())
+        rows += self.heads // self.model.dim
+        norms = (self.model.n_params - matrices) * self.size
+        return (matrices + rows * F32) // self.parts + norms
+
 
 class Step(Sizes):
     """A training step on an accelerator: the gradients of all micro-batches, and the update.
@@ -124,7 +134,7 @@ class Step(Sizes):
     def _state(self) -> dict[str, int]:
         job, state = self.job, {"parameters": self.trained * self.param_size}
         if job.lora_rank:
-            state["frozen parameters"] = self.held(job.dtype)
+            state["frozen parameters"] = self.frozen()
         first = self.trained * jnp.dtype(job.state_dtype).itemsize
         optimizer = {
             "adamw": first + self.trained * F32,
@@ -291,7 +301,9 @@ class StepOnCPU(Step):
             cast = self.head * self.size
             if job.remat == "none":  # each layer's matrices are saved as they were multiplied with
                 cast += self.matrices * F32
-        if (self.size if job.lora_rank else self.param_size) < F32:
+        if job.quantize:
+            cast = self.head * F32
+        elif (self.size if job.lora_rank else self.param_size) < F32:
             widened = self.model.n_params * F32  # XLA on CPU widens all layers before the loop
         return {
             "gradients": self.trained * self.param_size,
@@ -346,7 +358,7 @@ class Sampling(Sizes):
         wide = max(self.model.ffn_dim * 2, self.q_dim + 2 * self.kv_dim)
         self.wide = self.tokens * wide // self.parts
         name = "policy for sampling" if job.trains else "parameters"
-        self.given = {name: self.held(job.dtype)}
+        self.given = {name: self.frozen()}
 
     def prefill(self) -> list[Phase]:
         """The prompts' forward pass into a cache, which is then copied for all of a prompt's rows."""

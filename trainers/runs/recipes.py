@@ -54,8 +54,8 @@ class Recipe(abc.ABC):
         """The trainer of a model. Raises ConfigError if they do not fit."""
 
     @abc.abstractmethod
-    def memory(self, trainer: Trainer) -> dict[str, int]:
-        """Bytes at the peak, by parts."""
+    def memory(self, trainer: Trainer, quantize: str | None) -> dict[str, int]:
+        """Bytes at the peak, by parts, with a frozen base in eight bits for "int8"."""
 
     @abc.abstractmethod
     def meta(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
@@ -93,8 +93,9 @@ class SFTRecipe(Recipe):
             sharding.check_tokens(model.config.n_heads, seq_len=width)
         return SFTTrainer(model, _in_whole_rounds(self.config), self.lora)
 
-    def memory(self, trainer: SFTTrainer) -> dict[str, int]:
-        return sft_bytes(trainer, self.dataset.config.batch_size, self.dataset.buckets[-1])
+    def memory(self, trainer: SFTTrainer, quantize: str | None) -> dict[str, int]:
+        rows, longest = self.dataset.config.batch_size, self.dataset.buckets[-1]
+        return sft_bytes(trainer, rows, longest, quantize)
 
     def meta(self, trainer: SFTTrainer) -> dict[str, dict[str, Any]]:
         config = dataclasses.asdict(self.dataset.config)
@@ -147,9 +148,9 @@ class GRPORecipe(Recipe):
         step = f"prompts_per_step x group_size / mini_batches / {branches} completions per row"
         sharding.check_rows(**{step: rows})
 
-    def memory(self, trainer: GRPOTrainer) -> dict[str, int]:
+    def memory(self, trainer: GRPOTrainer, quantize: str | None) -> dict[str, int]:
         at_once = self.config.micro_batch_size
-        return grpo_bytes(trainer, self.rollout, self.task.longest, at_once)
+        return grpo_bytes(trainer, self.rollout, self.task.longest, at_once, quantize)
 
     def meta(self, trainer: GRPOTrainer) -> dict[str, dict[str, Any]]:
         return {

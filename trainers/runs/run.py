@@ -30,7 +30,7 @@ from utils import distributed, sharding
 from utils.console import cli
 from utils.console.steps import StepTable
 from utils.distributed import check_replicas
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, ConfigError
 from utils.memory import peak_memory_bytes
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
@@ -155,7 +155,10 @@ def prepare(
         parts.append(f"LoRA rank {trainer.lora.rank} ({trained:,.2f}M trained)")
     cli.note(" · ".join(parts))
     saved = _bytes(like) // jax.process_count()
-    check_memory(recipe.memory(trainer), cli.note, saved=saved)
+    if source.checkpoint.quantize and trainer.lora is None:
+        raise ConfigError("parameters in eight bits cannot be trained; pass --lora_rank")
+    needed = recipe.memory(trainer, meta["train"]["quantize"])
+    check_memory(needed, cli.note, saved=saved)
     if sharding.current_mesh() is not None:
         like = sharding.shapes_on(jax.sharding.get_mesh(), like, trainer.specs(like))
     return Run(config, recipe, source, trainer, meta, like, key, flags)
