@@ -29,7 +29,7 @@ from models.llama.model import LLaMa, for_decoding, init_cache  # noqa: E402
 from models.llama.tokenizer import load_tokenizer  # noqa: E402
 from utils import memory  # noqa: E402
 
-ROWS, LENGTH = 4, 128
+ROWS, LENGTH = 4, 64
 
 
 def text_tokens(path: Path) -> np.ndarray:
