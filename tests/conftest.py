@@ -8,10 +8,22 @@ import pytest
 from models.llama.hub import DEFAULT_MODEL, resolve
 from tests import compiling
 
+# Files of tests by their seconds, fast or slow ones, the longest first.
+LONGEST = """
+mesh train_default tpu_compile wrong_forms numerics distributed examples grpo_cli benchmarks
+default_model generate chat train_cli on_policy resume gguf load cli tasks evaluate_task model
+""".split()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fast tests run programs that XLA has not optimised; slow ones those that users run."""
     os.environ |= compiling.environment(optimized=config.option.markexpr != "not slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that no process is left alone with one at the end."""
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
