@@ -29,6 +29,8 @@ CHECKS = (
     "load, hf",
     "load, meta",
     "load for decoding",
+    "load, int8",
+    "logits, int8",
 )
 
 
