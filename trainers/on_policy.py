@@ -190,8 +190,8 @@ def decoding_params(trainer: GRPOTrainer, state: TrainState, frozen: Params) -> 
     else:
         params = trainer.export_params(state, frozen)
     dtype = trainer.model.dtype
-    params = params if dtype is None else cast(params, dtype)
-    return for_decoding(params, donate=True)  # takes a tree apart that is its own
+    params = dict(params if dtype is None else cast(params, dtype))
+    return for_decoding(params, donate=True)  # takes the layers out of this dict
 
 
 class RolloutBatches(Batches):
