@@ -145,8 +145,22 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    normed = (x32 * scale).astype(x.dtype).astype(jnp.float32)
-    return (normed * weight.astype(jnp.float32)).astype(x.dtype)
+    return _times((x32 * scale).astype(x.dtype), weight)
+
+
+@jax.custom_vjp
+def _times(x: Array, weight: Array) -> Array:
+    # Not in float32: XLA for TPUs would widen the next product's matrix too.
+    return x * weight
+
+
+def _times_backward(saved, dy: Array):
+    x, weight = saved
+    by_weight = _rows(dy.astype(jnp.float32) * x.astype(jnp.float32)).sum(axis=0)
+    return (dy * weight).astype(x.dtype), by_weight.astype(weight.dtype)
+
+
+_times.defvjp(lambda x, weight: (_times(x, weight), (x, weight)), _times_backward)
 
 
 def rope_angles(positions: Array, inv_freq: Array) -> tuple[Array, Array]:
