@@ -10,7 +10,7 @@ def quantize_params(params: Params) -> Params:
     """The same parameters with each matrix as an `Int8`, in either layout (stacked or for decoding).
 
     `Checkpoint.params(quantize=True)` gives the same while it reads, without the floats in memory.
-    Quality next to float32 and to llama.cpp's Q8_0: docs/int8.md.
+    Quality next to float32 and to llama.cpp's Q8_0: docs/speed.md.
     """
 
     def convert(path, x):
