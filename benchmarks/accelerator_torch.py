@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteria, St
 
 from benchmarks.accelerator_rows import Row, attempt, configs
 from benchmarks.workers import serve
+from models.llama.formats import hf
 
 REPEATS = 3
 HELD = 64
@@ -83,18 +84,7 @@ class Torch:
         return {"tokens_per_s": rows * length / self._best(once)}
 
     def _model(self, size: str):
-        c = self._configs[size]
-        config = LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.dim,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            intermediate_size=c.ffn_dim,
-            max_position_embeddings=c.max_seq_len,
-            tie_word_embeddings=c.tie_embeddings,
-        )
+        config = LlamaConfig.from_dict(hf.from_config(self._configs[size]))
         with torch.device(self._card):
             return AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation="sdpa"

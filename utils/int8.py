@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from utils import detours, sharding
+from utils.ops import matmul
 
 Array = jax.Array
 
@@ -24,6 +25,8 @@ _TILE = 512  # rows of a matrix that are converted together: a tile stays in the
 @flax.struct.dataclass
 class Int8:
     """A matrix as int8 values times a scale per row; `astype` and `[]` are those of an array.
+
+    `ops.project_all` leaves the product to it.
 
     Attributes:
         values: [..., out, in] int8, -127..127.
@@ -40,6 +43,10 @@ class Int8:
     def astype(self, dtype) -> Array:
         """The matrix that it stands for, [..., out, in]."""
         return (self.values.astype(jnp.float32) * self.scales[..., None]).astype(dtype)
+
+    def project(self, x: Array) -> Array:
+        """x @ the matrix.T in float32; see the function."""
+        return project(x, self)
 
     def __getitem__(self, index) -> "Int8":
         return Int8(self.values[index], self.scales[index])
@@ -89,7 +96,7 @@ def project(x: Array, weight: Int8) -> Array:
 
 
 def _converted(x: Array, weight: Int8) -> Array:
-    return _dot(x, weight.values.astype(x.dtype), 1) * weight.scales
+    return matmul(x, weight.values.astype(x.dtype), -1, 1) * weight.scales
 
 
 def _of_one_row(x: Array, weight: Int8) -> Array:
@@ -116,15 +123,8 @@ def _by_tiles(x: Array, weight: Int8) -> Array:
     if tile < _TILE // 8 or tile == out:
         return _converted(x.astype(jnp.float32), weight)
     tiles = weight.values.reshape(-1, tile, width)
-    y = jax.lax.map(lambda part: _dot(x_RD, part.astype(jnp.float32), 1), tiles)
+    y = jax.lax.map(lambda part: matmul(x_RD, part.astype(jnp.float32), -1, 1), tiles)
     return (y.swapaxes(0, 1).reshape(-1, out) * weight.scales).reshape(*lead, out)
-
-
-def _dot(a: Array, b: Array, b_axis: int) -> Array:
-    """Contracts the last axis of a with an axis of b, in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    axes = (((a.ndim - 1,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _forward(x: Array, weight: Int8):
@@ -136,7 +136,7 @@ def _backward(saved, dy: Array):
     weight, like = saved
 
     def product(dtype, dy, values):
-        return _dot(dy.astype(dtype), values.astype(dtype), 0)
+        return matmul(dy.astype(dtype), values.astype(dtype), -1, 0)
 
     in_float32, in_x_dtype = (functools.partial(product, d) for d in (jnp.float32, like.dtype))
     arguments = dy * weight.scales, weight.values

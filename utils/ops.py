@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from utils import detours, int8
+from utils import detours
 
 Array = jax.Array
 
@@ -73,8 +73,8 @@ def project(x: Array, weight: Array) -> Array:
 
 def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
     """`project` of x with each of several weights."""
-    if isinstance(weights[0], int8.Int8):
-        return tuple(int8.project(x, weight) for weight in weights)
+    if hasattr(weights[0], "project"):  # it stands for a matrix, as an Int8 does
+        return tuple(weight.project(x) for weight in weights)
     return _project_all(x, tuple(weight.astype(x.dtype) for weight in weights))
 
 

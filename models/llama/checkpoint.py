@@ -68,7 +68,6 @@ class Checkpoint(NamedTuple):
         *,
         allow_extra: bool = False,
         check_finite: bool = False,
-        quantize: bool = False,
         decoding: bool = False,
         progress: Progress | None = None,
     ) -> Params:
@@ -82,7 +81,6 @@ class Checkpoint(NamedTuple):
                 quantised ones.
             allow_extra: tensors that the model does not have are ignored with a warning.
             check_finite: NaN or infinity in a weight is an error instead of a warning.
-            quantize: as the attribute; either says so.
             decoding: lay the params out as `for_decoding` does, without a second copy.
             progress: called with (what, bytes done, bytes in all).
 
@@ -100,7 +98,7 @@ class Checkpoint(NamedTuple):
             self.source,
             parts,
             target,
-            quantize=quantize or self.quantize,
+            quantize=self.quantize,
             decoding=decoding,
             progress=progress,
         )
@@ -114,7 +112,11 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    path_or_name: str | Path, *, tie: bool | None = None, progress: Progress | None = None
+    path_or_name: str | Path,
+    *,
+    tie: bool | None = None,
+    quantize: bool = False,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Finds or fetches a checkpoint, and reads its config and the headers of its weights.
 
@@ -125,6 +127,7 @@ def open_checkpoint(
         path_or_name: a folder, a .gguf file, the name of the default model or a hub id.
         tie: whether the output head is the embedding. None: as the config says, and the file must
             agree. True leaves out a head that the file has, False takes it against the config.
+        quantize: see `Checkpoint`.
         progress: called with (what, bytes done, bytes in all).
 
     Raises:
@@ -133,7 +136,7 @@ def open_checkpoint(
     """
     path = resolve(path_or_name, progress)
     format, config, source = _open(path, tie)
-    return Checkpoint(path, format, config, source, quantize=hasattr(source, "read_int8"))
+    return Checkpoint(path, format, config, source, quantize or hasattr(source, "read_int8"))
 
 
 def compute_dtype(dtype: str) -> np.dtype:

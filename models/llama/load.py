@@ -31,19 +31,20 @@ def load_checkpoint(
     *,
     dtype: Any = None,
     tie: bool | None = None,
+    quantize: bool = False,
     progress: Progress | None = None,
     **options: bool,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model: `open_checkpoint` and `Checkpoint.params`, which say what each argument means.
 
     Args:
-        path_or_name, tie, progress: see `open_checkpoint`.
+        path_or_name, tie, quantize, progress: see `open_checkpoint`.
         dtype, options: see `Checkpoint.params`.
 
     Returns:
         (config, params): params a nested dict of jax arrays, layers stacked on the first axis.
     """
-    checkpoint = open_checkpoint(path_or_name, tie=tie, progress=progress)
+    checkpoint = open_checkpoint(path_or_name, tie=tie, quantize=quantize, progress=progress)
     return checkpoint.config, checkpoint.params(dtype, progress=progress, **options)
 
 
@@ -118,8 +119,8 @@ def open_model(
         tie, progress: see `open_checkpoint`.
         say: called with a line about the mesh, if there is one.
     """
-    checkpoint = open_checkpoint(flags.ckpt_dir, tie=tie, progress=progress)
-    checkpoint = checkpoint._replace(quantize=checkpoint.quantize or flags.quantize is not None)
+    quantize = flags.quantize is not None
+    checkpoint = open_checkpoint(flags.ckpt_dir, tie=tie, quantize=quantize, progress=progress)
     tokenizer = load_tokenizer(flags.tokenizer_path or checkpoint.path)
     check_against_model(tokenizer, checkpoint.config.vocab_size)
     if flags.mesh is not None or jax.device_count() > 1:

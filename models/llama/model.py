@@ -37,6 +37,7 @@ from utils.sharding import constrain, share_rows
 Array = jax.Array
 Params = dict[str, Any]
 
+_DECODING_AXES = decoding_axes(PARAM_AXES | adapter_axes(LoRAConfig()))
 _HEADS = ("batch", "tokens", "heads", None)  # logical axes of [B, T, N, H]
 
 
@@ -296,8 +297,7 @@ def _decoding_sources(stacked: Mapping[str, Array]) -> dict[str, list[str]]:
 
 def _place_for_decoding(path: str, x: Array) -> Array:
     """Puts a parameter where the context mesh has it in decoding."""
-    table = decoding_axes(PARAM_AXES | adapter_axes(LoRAConfig()))
-    specs = sharding.param_specs({path: x}, table, DECODING, all_rows=False)
+    specs = sharding.param_specs({path: x}, _DECODING_AXES, DECODING, all_rows=False)
     return sharding.place({path: x}, specs)[path]
 
 

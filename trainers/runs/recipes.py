@@ -36,7 +36,7 @@ class Recipe(abc.ABC):
     @property
     @abc.abstractmethod
     def data(self) -> Dataset | Task:
-        """What it trains on."""
+        """The data set or the task that it trains on."""
 
     @property
     def chat(self) -> ChatFormat | None:

@@ -145,7 +145,7 @@ _PROBES = (
     (_SYSTEM, _USER, _ASSISTANT, _USER),
     (_SYSTEM, _USER, _CALLING, _TOOL, _ASSISTANT, _USER),
 )
-_DECIDING = ("system", "user", "assistant", "tool", "ipython", "function")
+_ROLES = ("system", "user", "assistant", "tool", "ipython", "function")
 
 
 def structural_words(config: Mapping[str, Any], words: Iterable[str]) -> set[str]:
@@ -157,7 +157,7 @@ def structural_words(config: Mapping[str, Any], words: Iterable[str]) -> set[str
         config: with the chat templates.
         words: names of added tokens that may be words of any text.
     """
-    words = [w for w in words if len(w) > 1 and w.strip() and not any(w in d for d in _DECIDING)]
+    words = [w for w in words if len(w) > 1 and w.strip() and not any(w in d for d in _ROLES)]
     word = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
     found: set[str] = set()
     for source in chat_templates_of(config).values() if words else ():
