@@ -49,8 +49,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
     Raises:
         ConfigError: the model's weights are not those that the run started from.
     """
-    train, path = settings["train"], settings["source"]["ckpt_dir"]
-    source = open_checkpoint(path, quantize=train["quantize"] is not None)
+    train, source = settings["train"], open_checkpoint(settings["source"]["ckpt_dir"])
     if source.digest() != settings.get("base_weights"):
         raise ConfigError(
             f"the weights in {source.path} are not those that {folder} started from; put those back "
@@ -58,6 +57,7 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
         )
     context = settings["model"]["max_seq_len"]
     source = source._replace(config=dataclasses.replace(source.config, max_seq_len=context))
+    source = source._replace(quantize=train["quantize"] is not None)
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
     if "group_size" in train:
