@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from models.llama.decoding import GenerationConfig
 from models.llama.generation import generate
 from models.llama.model import LLaMa, Params, init_params

@@ -5,7 +5,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from models.llama.config import PRESETS, ModelConfig
+from models.llama.config import ModelConfig
+from models.llama.presets import PRESETS
 
 PARTS = ("oracles", "decode", "prefill", "sft", "lora", "grpo")
 Row = dict[str, Any]  # "part", "what" and "dtype" as shown, "settings" of the program's method

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from llama_models.sku_list import all_registered_models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models.llama.config import PRESETS, ModelConfig, RopeScaling
+from models.llama.config import ModelConfig, RopeScaling
+from models.llama.presets import PRESETS
 from models.llama.formats import hf, meta
 from tests import tiny
 from utils.errors import ConfigError

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from generate import GenerationConfig, generate
 from models.llama.chat_format import chat_format_for
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from models.llama.load import load_checkpoint, save_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from models.llama.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from tests import compiling
 from utils.console import cli
 

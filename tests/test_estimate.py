@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
 from models.llama.quantize import quantize_params
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from tests import cli, tiny
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.planning import estimate

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from models.llama.model import cache_shape, init_cache, init_params
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from models.llama.formats import hf
 from tests import tiny
 from utils import memory

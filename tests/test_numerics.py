@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama.config import PRESETS, inv_frequencies
+from models.llama.config import inv_frequencies
+from models.llama.presets import PRESETS
 from tests.oracles import attention as oracle
 from utils import ops
 from utils.attention import attention, heads_first

@@ -8,7 +8,7 @@ import pytest
 
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from trainers.planning.compile import Compiler
 from trainers.planning.estimate import estimate_job
 from trainers.planning.job import Job

@@ -9,7 +9,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from models.llama.formats import hf
 from tests.cli import run
 from trainers.planning.chips import CHIPS, parse_topologies, parse_topology, roofline

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from models.llama.layout import PARAM_AXES, decoding_axes, param_axes
 from models.llama.lora import LoRAConfig, adapter_axes, init_lora
 from models.llama.model import init_params
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from tests.small_runs import MODEL
 from utils.errors import ConfigError
 from utils.sharding import DECODING, MESH_AXES, TRAINING, ShardingRules

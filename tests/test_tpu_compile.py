@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 
 ATTENTION = """
 import re

@@ -15,7 +15,7 @@ import pytest
 
 import sampling
 from models.llama import decoding
-from models.llama.config import PRESETS
+from models.llama.presets import PRESETS
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer

@@ -244,7 +244,7 @@ def generate(
     """Completions of a batch of prompts of any lengths.
 
     >>> import dataclasses
-    >>> from models.llama.config import PRESETS
+    >>> from models.llama.presets import PRESETS
     >>> from models.llama.model import init_params
     >>> small = dict(vocab_size=64, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=32)
     >>> model = LLaMa(dataclasses.replace(PRESETS["smollm2-135m"], **small))

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.llama.config import PRESETS, ModelConfig
+from models.llama.config import ModelConfig
+from models.llama.presets import PRESETS
 from models.llama.formats import hf
 from models.llama.checkpoint import open_checkpoint
 from models.llama.lora import TARGETS

@@ -1,0 +1,36 @@
+"""The published shapes by name: for planning without a checkpoint, and for tests. No JAX here."""
+
+from collections.abc import Mapping
+
+from models.llama.config import ModelConfig, llama3_scaling
+
+
+def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:
+    fields = dict(norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, tie_embeddings=False)
+    fields |= dict(activation="silu", attention_bias=False, mlp_bias=False) | rest
+    sizes = dict(vocab_size=vocab, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads)
+    return ModelConfig(**sizes, ffn_dim=ffn, head_dim=dim // heads, **fields)
+
+
+_L3 = dict(rope_theta=500000.0, max_seq_len=8192)
+_L31 = dict(rope_theta=500000.0, max_seq_len=131072, rope_scaling=llama3_scaling(8.0))
+_L32 = _L31 | dict(rope_scaling=llama3_scaling(32.0), tie_embeddings=True)
+_SMOL = dict(rope_theta=100000.0, max_seq_len=8192, tie_embeddings=True)
+
+# Numbers of the published config.json files.
+PRESETS: Mapping[str, ModelConfig] = {
+    "llama-2-7b": _preset(32000, 4096, 32, 32, 32, 11008, max_seq_len=4096),
+    "llama-2-13b": _preset(32000, 5120, 40, 40, 40, 13824, max_seq_len=4096),
+    "llama-2-70b": _preset(32000, 8192, 80, 64, 8, 28672, max_seq_len=4096),
+    "llama-3-8b": _preset(128256, 4096, 32, 32, 8, 14336, **_L3),
+    "llama-3-70b": _preset(128256, 8192, 80, 64, 8, 28672, **_L3),
+    "llama-3.1-8b": _preset(128256, 4096, 32, 32, 8, 14336, **_L31),
+    "llama-3.1-70b": _preset(128256, 8192, 80, 64, 8, 28672, **_L31),
+    "llama-3.1-405b": _preset(128256, 16384, 126, 128, 8, 53248, **_L31),
+    "llama-3.2-1b": _preset(128256, 2048, 16, 32, 8, 8192, **_L32),
+    "llama-3.2-3b": _preset(128256, 3072, 28, 24, 8, 8192, **_L32),
+    "smollm2-135m": _preset(49152, 576, 30, 9, 3, 1536, **_SMOL),
+    "smollm2-360m": _preset(49152, 960, 32, 15, 5, 2560, **_SMOL),
+    "smollm2-1.7b": _preset(49152, 2048, 24, 32, 32, 8192, **_SMOL | dict(rope_theta=130000.0)),
+    "tinyllama-1.1b": _preset(32000, 2048, 22, 32, 4, 5632, max_seq_len=2048),
+}
