@@ -39,7 +39,7 @@ def of_group(rewards, scale="group"):
 # --- group_advantages ---
 
 
-@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("scale", ["group", "none", "rloo"])
 def test_advantages_are_those_of_float64(scale):
     for rewards in (
         [0, 1],
@@ -63,8 +63,13 @@ def test_the_batch_is_one_spread_for_all_groups():
     assert not found[2].any() and found[0, 3] == 0
 
 
+def test_reinforce_is_the_reward_itself():
+    assert of_group([3, None, 1, 1], "reinforce").tolist() == [3, 0, 1, 1]
+    assert of_group([2, 2], "reinforce").tolist() == [2, 2]
+
+
 @pytest.mark.covers("D13")
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
 def test_equal_rewards_are_exactly_zero(scale):
     for rewards in (
         [0.35] * 7,
@@ -91,7 +96,7 @@ def test_what_rounding_leaves_of_equal_rewards_is_not_divided_by_itself():
 @pytest.mark.covers("D13")
 @pytest.mark.parametrize("rewards", [[3.5, None, None], [None, None], [None, 1e6]])
 def test_a_group_with_one_score_or_none_teaches_nothing(rewards):
-    for scale in ("group", "batch", "none"):
+    for scale in ("group", "batch", "none", "rloo"):
         assert (of_group(rewards, scale) == 0).all()
 
 
@@ -125,7 +130,7 @@ reward = st.none() | st.floats(-1e3, 1e3, width=32) | st.sampled_from([0, 1])
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
-@given(st.lists(reward, min_size=4, max_size=4), st.sampled_from(["group", "none"]))
+@given(st.lists(reward, min_size=4, max_size=4), st.sampled_from(["group", "none", "rloo"]))
 def test_advantages_of_any_group(rewards, scale):
     found = of_group(rewards, scale)
     known = [i for i, r in enumerate(rewards) if r is not None]

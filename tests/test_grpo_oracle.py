@@ -17,6 +17,7 @@ from tests.oracles import grpo_torch
 from tests.oracles.torch_training import _by_path, _trainable
 from tests.test_sft_trainer import compare, fast, gradients, variant
 from trainers.grpo_trainer import KLS, LOSSES, RATIO_LEVELS, GRPOConfig, GRPOTrainer
+from trainers.grpo_trainer import group_advantages
 
 MAX_LEN, VOCAB = 6, 7
 # Tokens that count of each completion; None: it has no score. 0: it was cut off, and masked.
@@ -252,6 +253,35 @@ def test_every_variant_that_trl_has_is_trls(loss):
         theirs.backward()
         found = Given(None, config).gradients(params, {}, batch, jax.random.key(0))
         same(config, found, (theirs.item(), logits.grad.numpy().reshape(params["logits"].shape)))
+
+
+def test_rloo_is_trls():
+    """Its loss is of whole sequences: on-policy, `dr_grpo` has its gradient, divided by a constant."""
+    trl = importlib.import_module("trl.trainer.rloo_trainer")
+    params, batch = given()
+    batch = {name: x for name, x in batch.items() if name != "old_logprobs"}
+    batch |= {"counts": np.ones_like(batch["counts"])}
+    rewards = np.random.default_rng(3).normal(size=LENGTHS.shape).astype(np.float32)
+    batch["advantages"] = np.array(group_advantages(rewards, rewards < 9, "rloo"))
+    rows = {name: torch.from_numpy(x.reshape(-1, *x.shape[2:])) for name, x in batch.items()}
+    logits = torch.tensor(params["logits"]).flatten(0, 1).requires_grad_()
+    logprobs = torch.log_softmax(logits, -1).gather(-1, rows["tokens"].long()[..., None])[..., 0]
+    mask, others = rows["target_mask"].float(), torch.from_numpy(rewards)
+    inputs = {
+        "prompt_ids": torch.zeros(len(logits), 1),
+        "prompt_mask": torch.ones(len(logits), 1),
+        "completion_ids": rows["tokens"],
+        "completion_mask": mask,
+        "advantages": (others - (others.sum(1, keepdim=True) - others) / 3).flatten(),
+        "old_logps": (logprobs * mask).sum(1).detach(),
+    }
+    config = GRPOConfig(loss="dr_grpo", **CLIPS)
+    fake = fake_trl(config, lambda *_, **__: (logprobs, torch.zeros_like(mask), None))
+    theirs = trl.RLOOTrainer._compute_loss(fake, fake.model, inputs)
+    theirs.backward()
+    grads, _ = Given(None, config).gradients(params, {}, batch, jax.random.key(0))
+    wanted = logits.grad.numpy().reshape(params["logits"].shape)
+    np.testing.assert_allclose(grads["logits"] * config.max_completion_len, wanted, atol=1e-6)
 
 
 def fake_trl(config: GRPOConfig, logprobs) -> types.SimpleNamespace:

@@ -26,7 +26,7 @@ Array = jax.Array
 LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 KLS = ("ratio_k3", "k1", "k2", "k3")
 RATIO_LEVELS = ("token", "sequence")
-SCALES = ("group", "batch", "none")
+SCALES = ("group", "batch", "none", "rloo", "reinforce")
 
 # Log-ratios are clipped to this, beyond which they have no gradient: exp of it, and products of such
 # ratios, are finite.
@@ -69,10 +69,7 @@ class GRPOConfig(TrainConfig):
         0.2, "ratios are clipped to 1 ± this", number(0, below=1), flag="epsilon", resume=CONFIG
     )
     epsilon_high: float | None = field(
-        None,
-        "upper clip bound, if it differs from epsilon (DAPO's clip-higher)",
-        number(0),
-        resume=CONFIG,
+        None, "upper clip bound, if not epsilon (DAPO's clip-higher)", number(0), resume=CONFIG
     )
     dual_clip: float | None = field(
         None,
@@ -100,7 +97,7 @@ class GRPOConfig(TrainConfig):
     )
     max_completion_len: int = field(
         512,
-        "tokens per completion; a longer one is cut, and scored as it is",
+        "tokens per completion; a longer one is cut and scored as it is",
         integer(1),
         resume=CONFIG,
     )
@@ -131,18 +128,22 @@ def group_advantages(rewards_BM: Array, valid_BM: Array, scale: str = "group") -
     [[-0.5  0.5]
      [ 0.   0. ]]
 
-    Source: DeepSeekMath (2402.03300) section 4.1.2; undivided: Dr. GRPO (2503.20783) section 3.2.
+    Source: DeepSeekMath (2402.03300) section 4.1.2; "none": Dr. GRPO (2503.20783) section 3.2;
+    "rloo": Ahmadian et al. (2402.14740); "reinforce": Williams 1992.
 
     Args:
         rewards_BM: [B, M] float32, anything where not valid.
         valid_BM: [B, M] bool, False at completions that could not be scored: mean and deviation
             leave them out.
         scale: "group": (R - mean) / (std + 1e-4), std of the group with n - 1; "batch": std of all
-            valid rewards; "none": R - mean.
+            valid rewards; "none": R - mean; "rloo": R - mean of the others, which is n / (n - 1)
+            times as much; "reinforce": R.
 
     Returns:
-        [B, M] float32; exactly 0 in a group whose rewards are equal.
+        [B, M] float32; exactly 0 in a group whose rewards are equal, except for "reinforce".
     """
+    if scale == "reinforce":
+        return jnp.where(valid_BM, rewards_BM, 0)
     # Scaled to ±1 first: the squares of large rewards would overflow.
     size = jnp.maximum(1, jnp.max(jnp.where(valid_BM, jnp.abs(rewards_BM), 0)))
     rewards_BM = jnp.where(valid_BM, rewards_BM / size, 0)
@@ -160,6 +161,9 @@ def group_advantages(rewards_BM: Array, valid_BM: Array, scale: str = "group") -
     differs_B1 = std_B1 > 1e-6 * jnp.maximum(1 / size, largest_B1)
     divisor = {"group": std_B1, "batch": deviations((0, 1))[1]}.get(scale)
     advantages_BM = off_BM * size if divisor is None else off_BM / (divisor + 1e-4 / size)
+    if scale == "rloo":
+        n_B1 = jnp.sum(valid_BM, axis=1, keepdims=True)
+        advantages_BM *= n_B1 / jnp.maximum(n_B1 - 1, 1)
     return jnp.where(valid_BM & differs_B1, advantages_BM, 0)
 
 
@@ -328,8 +332,8 @@ class GRPOTrainer(Trainer):
             maxima={"ratio_max": jnp.max(ratio * mask), "gap_max": jnp.max(gap)},
         )
 
-    def logprobs(self, params: Params, batch: Batch) -> tuple[Array, Array]:
-        """(log-probs of the tokens, entropies of the policy there), [B, M, C] float32, 0 if masked."""
+    def states(self, params: Params, batch: Batch) -> Array:
+        """The head's input for each token of a completion, [B, M * C, D]."""
         prompts_BP, tokens_BMC = batch["prompts"], batch["tokens"]
         (B, P), (_, M, C) = prompts_BP.shape, tokens_BMC.shape
         lengths_B = batch["prompt_lengths"]
@@ -351,15 +355,15 @@ class GRPOTrainer(Trainer):
         first_BM1D = jnp.broadcast_to(first_B1D[:, None], (B, M, 1, hidden_BTD.shape[-1]))
         # What its last token predicts is not needed.
         rest_BMCD = hidden_BTD[:, P:].reshape(B, M, C, -1)[:, :, :-1]
-        states_BMCD = jnp.concatenate([first_BM1D, rest_BMCD], axis=2)
-        logprobs, entropy = token_logprobs(
-            states_BMCD.reshape(B, M * C, -1),
-            head_matrix(params)[: self.vocab_limit],
-            tokens_BMC.reshape(B, M * C),
-            batch["target_mask"].reshape(B, M * C) > 0,
-            self.config.temperature,
-        )
-        return logprobs.reshape(B, M, C), entropy.reshape(B, M, C)
+        return jnp.concatenate([first_BM1D, rest_BMCD], axis=2).reshape(B, M * C, -1)
+
+    def logprobs(self, params: Params, batch: Batch) -> tuple[Array, Array]:
+        """(log-probs of the tokens, entropies of the policy there), [B, M, C] float32, 0 if masked."""
+        B, M, C = batch["tokens"].shape
+        head_VD, temperature = head_matrix(params)[: self.vocab_limit], self.config.temperature
+        rows = (batch[name].reshape(B, M * C) for name in ("tokens", "target_mask"))
+        found = token_logprobs(self.states(params, batch), head_VD, *rows, temperature)
+        return found[0].reshape(B, M, C), found[1].reshape(B, M, C)
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="reference")
     def score(

@@ -36,7 +36,8 @@ class RolloutConfig(Config):
     )
     scale: str = field(
         "group",
-        "advantages are divided by the deviation of a group or batch, or not at all",
+        "advantages: reward less its group's mean, divided by the deviation of the group or batch, or "
+        "not at all (none); rloo: less the mean of the others; reinforce: the reward itself",
         one_of(*SCALES),
         resume=CONFIG,
     )

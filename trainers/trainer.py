@@ -261,10 +261,7 @@ class Trainer(abc.ABC):
             "finite": finite,
         }
         state = TrainState(
-            step=state.step + updated.astype(jnp.int32),
-            params=params,
-            opt_state=moments,
-            key=key,
+            step=state.step + updated.astype(jnp.int32), params=params, opt_state=moments, key=key
         )
         return sharding.constrain_tree(state, specs), metrics
 

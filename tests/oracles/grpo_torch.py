@@ -84,6 +84,9 @@ def group_advantages(rewards: Sequence[float | None], scale: str) -> list[float]
     known = torch.tensor([r for r in rewards if r is not None], dtype=torch.float64)
     if len(known) < 2 or known.max() == known.min():
         return [0.0] * len(rewards)
+    if scale == "rloo":  # 2402.14740: the others' mean
+        others = lambda r: (known.sum().item() - r) / (len(known) - 1)
+        return [0.0 if r is None else r - others(r) for r in rewards]
     divisor = known.std().item() + 1e-4 if scale == "group" else 1.0
     return [0.0 if r is None else (r - known.mean().item()) / divisor for r in rewards]
 
