@@ -1,10 +1,13 @@
 """Detours around XLA: the results are the same, and the straight way is slower or takes more memory.
 
 Each function says what XLA does without it and what that costs, measured with jaxlib 0.10 on x86-64.
-Which way a program goes depends on the platform that it is lowered for, never on a timing.
+Which way a program goes depends on the platform that it is lowered for and on the CPU's instructions,
+never on a timing. `benchmarks/detours.py` shows which way is faster on the machine in hand.
 """
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +15,16 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Dot = Callable[[Array, Array], Array]
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has products of bfloat16 (AVX512_BF16, AMX), as far as Linux tells."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def tied(*arrays: Array) -> tuple[Array, ...]:
@@ -67,16 +80,18 @@ def dot_of_one_row(dot: Dot, x: Array, weight: Array) -> Array:
 
 
 def dot_of_many_rows(dot: Dot, a: Array, b: Array) -> Array:
-    """dot(a, b) of many bfloat16 rows; on a CPU, in float32.
+    """dot(a, b) of many bfloat16 rows; on a CPU without products of bfloat16, in float32.
 
-    XLA for CPU does 150 GFLOP/s in bfloat16, and 240 in float32.
+    XLA does 150 GFLOP/s in bfloat16 there, and 240 in float32. On 2 cores that have them (Zen 4) it is
+    the other way round, 419 and 190 at most: prefill takes 1.8 times as long in float32.
     """
 
     def in_float32(a, b):
         a, b = tied(a, b)
         return dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    return jax.lax.platform_dependent(a, b, cpu=in_float32, default=dot)
+    on_cpu = dot if multiplies_bfloat16() else in_float32
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=dot)
 
 
 def update_in_place(
