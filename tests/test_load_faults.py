@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load_file, save_file
 
-from models.llama.formats.hf import SafetensorsFile, SafetensorsFolder
+from models.llama.formats.safetensors import SafetensorsFile, SafetensorsFolder
 from models.llama.formats.meta import MetaFolder
 from models.llama.load import load_checkpoint
 from tests import tiny, tiny_gguf

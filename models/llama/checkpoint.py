@@ -14,6 +14,7 @@ import numpy as np
 
 from models.llama.config import ModelConfig
 from models.llama.formats import gguf, hf, meta
+from models.llama.formats.safetensors import INDEX, SINGLE
 from models.llama.hub import resolve, weights_digest
 from models.llama.layout import DTYPES, Leaf, TensorSource, leaves
 from models.llama.model import Params
@@ -164,7 +165,7 @@ def _open(path: Path, tie: bool | None) -> tuple[str, ModelConfig, TensorSource]
             raise ArtifactError(f"{path} is not a checkpoint: expected a folder or a .gguf file")
         return "gguf", *gguf.load_gguf(path, tie)
     names = list_folder(path)
-    if hf.SINGLE in names or hf.INDEX in names:
+    if SINGLE in names or INDEX in names:
         return "hf", *hf.open_hf(path, tie)
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return "meta", *meta.open_meta(path, tie)
@@ -176,7 +177,7 @@ def _open(path: Path, tie: bool | None) -> tuple[str, ModelConfig, TensorSource]
     pickled = any(name.endswith(".bin") for name in names)
     hint = "; convert .bin weights with transformers' save_pretrained" if pickled else ""
     raise ArtifactError(
-        f"{path} holds no checkpoint: expected {hf.SINGLE} or {hf.INDEX}, consolidated.00.pth, or a "
+        f"{path} holds no checkpoint: expected {SINGLE} or {INDEX}, consolidated.00.pth, or a "
         f".gguf file{hint}"
     )
 

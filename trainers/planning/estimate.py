@@ -225,13 +225,7 @@ def grpo_bytes(
         rows_at_once: rows of a micro-batch, as asked for: a mesh may make them more.
         quantize: see `sft_bytes`.
     """
-    reference, dtype = {}, jnp.dtype(trainer.model.dtype)
-    if trainer.config.beta > 0 and trainer.lora is None:
-        copy = params_bytes(trainer.model.config.n_params, dtype)
-        on_cpu = jax.default_backend() == "cpu"
-        parts = 1 if on_cpu else sharding.axis_size(sharding.DECODING.heads)
-        reference = {"reference": copy // parts}
-    return reference | _peak_parts(
+    return _peak_parts(
         trainer,
         rows_at_once and rows_at_once * (rollout.branches or rollout.group_size),
         kind="grpo",
@@ -261,8 +255,12 @@ def _peak_parts(trainer: Trainer, micro_batch_size: int | None, **shape) -> dict
     )
     mesh = sharding.current_mesh()
     sizes = ONE_DEVICE if mesh is None else mesh.shape
-    programs = estimate_job(job, None if jax.default_backend() == "cpu" else sizes)
-    return max(programs, key=lambda program: program.peak_bytes).parts
+    on_cpu, reference = jax.default_backend() == "cpu", {}
+    programs = estimate_job(job, None if on_cpu else sizes)
+    if config.needs_reference and lora is None:
+        parts = 1 if on_cpu else sharding.axis_size(sharding.DECODING.heads)
+        reference["reference"] = params_bytes(model.n_params, jnp.dtype(job.dtype)) // parts
+    return reference | max(programs, key=lambda program: program.peak_bytes).parts
 
 
 def check_memory(parts: dict[str, int], say: Callable[[str], None], *, saved: int = 0) -> None:

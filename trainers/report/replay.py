@@ -15,7 +15,8 @@ from models.llama.model import Params
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.runs.checkpoint import CheckpointReader
 from trainers.runs.metrics import whole_lines
-from trainers.runs.saved import open_run, read_settings, saved_config
+from trainers.runs.recipes import saved_config
+from trainers.runs.saved import open_run, read_settings
 from trainers.report.rollouts import from_record
 from trainers.optimizer import learning_rate
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts

@@ -4,18 +4,19 @@ import abc
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from models.llama.chat_format import ChatFormat
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from models.llama.tokenizer import Tokenizer
-from trainers.data import Dataset
+from trainers.data import DataConfig, Dataset
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
 from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.planning.estimate import grpo_bytes, sft_bytes
+from trainers.planning.job import rows_at_once
 from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.pool import RewardPool
@@ -29,9 +30,19 @@ from utils.memory import return_freed_memory
 
 
 class Recipe(abc.ABC):
-    """A kind of training with its data; `evaluated`: None if there are no evaluations."""
+    """A kind of training with its data; `evaluated`: None if there are no evaluations.
 
+    Attributes:
+        configs: the configs whose fields are a run's settings "train".
+    """
+
+    configs: ClassVar[tuple[type, ...]]
     evaluated: Any
+
+    @classmethod
+    @abc.abstractmethod
+    def reopened(cls, model: LLaMa, train: dict[str, Any], lora: LoRAConfig | None) -> Trainer:
+        """The trainer of a run with these settings, on one device."""
 
     @property
     @abc.abstractmethod
@@ -77,10 +88,15 @@ class Recipe(abc.ABC):
 class SFTRecipe(Recipe):
     """Supervised training; `evaluated` is the data of its evaluations."""
 
+    configs = (SFTConfig, DataConfig)
     config: SFTConfig
     lora: LoRAConfig | None
     dataset: Dataset
     evaluated: Dataset | None
+
+    @classmethod
+    def reopened(cls, model, train, lora) -> SFTTrainer:
+        return SFTTrainer(model, saved_config(SFTConfig, train), lora)
 
     @property
     def data(self) -> Dataset:
@@ -114,6 +130,7 @@ class SFTRecipe(Recipe):
 class GRPORecipe(Recipe):
     """GRPO on a task; `evaluated` is the task of its evaluations."""
 
+    configs = (GRPOConfig, RolloutConfig)
     config: GRPOConfig
     rollout: RolloutConfig
     lora: LoRAConfig | None
@@ -125,6 +142,12 @@ class GRPORecipe(Recipe):
     reward_failure: str
     rollouts: bool
     completions_at_once: int | None = None  # --micro_batch_size; the config's counts rows
+
+    @classmethod
+    def reopened(cls, model, train, lora) -> GRPOTrainer:
+        at_once, _ = rows_at_once(train["micro_batch_size"], train["group_size"])
+        config = saved_config(GRPOConfig, train | {"micro_batch_size": at_once})
+        return GRPOTrainer(model, config, lora, train["vocab_limit"])
 
     @property
     def data(self) -> Task:
@@ -195,3 +218,12 @@ def _in_whole_rounds(config: TrainConfig) -> TrainConfig:
     """A trainer's config whose micro-batches have a row per device of the mesh at least."""
     rows = sharding.whole_rounds(config.micro_batch_size)
     return dataclasses.replace(config, micro_batch_size=rows)
+
+
+# By a setting that only runs of that kind have.
+RECIPES: dict[str, type[Recipe]] = {"group_size": GRPORecipe, "packing": SFTRecipe}
+
+
+def saved_config(cls: type, train: dict[str, Any]) -> Any:
+    """A config from its fields among a run's settings."""
+    return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls) if f.name in train})

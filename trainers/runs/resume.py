@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.llama.lora import LoRAConfig
-from trainers.data import DataConfig
-from trainers.grpo_trainer import GRPOConfig
-from trainers.rollout import RolloutConfig
 from trainers.runs.folder import RunConfig
-from trainers.runs.recipes import Recipe
-from trainers.sft_trainer import SFTConfig
+from trainers.runs.recipes import RECIPES, Recipe
 from trainers.trainer import Trainer
 from utils.errors import ConfigError
 from utils.fields import ALWAYS, CONFIG, DATA, NEVER, Setting, setting
@@ -20,7 +16,7 @@ from utils.files import flatten
 # Settings by their path in a checkpoint's meta.
 _SETTINGS = {
     f"train.{f.name}": setting(f)
-    for config in (SFTConfig, GRPOConfig, DataConfig, RolloutConfig, RunConfig)
+    for config in (*sum((recipe.configs for recipe in RECIPES.values()), ()), RunConfig)
     for f in dataclasses.fields(config)
 } | {f"lora.{f.name}": setting(f) for f in dataclasses.fields(LoRAConfig)}
 _SETTINGS |= {f"train.{name}": Setting(flag=name) for name in ("dtype", "quantize")}

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 from models.llama.checkpoint import Checkpoint, open_checkpoint
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
-from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
-from trainers.planning.job import rows_at_once
-from trainers.sft_trainer import SFTConfig, SFTTrainer
+from trainers.runs.recipes import RECIPES
 from trainers.trainer import Trainer
 from utils.errors import ConfigError, DataError
 from utils.files import read_json
@@ -60,13 +58,5 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
     source = source._replace(quantize=train["quantize"] is not None)
     model = LLaMa(source.config, jnp.dtype(train["dtype"]), train["remat"])
     lora = LoRAConfig(**settings["lora"]) if settings["lora"] else None
-    if "group_size" in train:
-        at_once, _ = rows_at_once(train["micro_batch_size"], train["group_size"])
-        config = saved_config(GRPOConfig, train | {"micro_batch_size": at_once})
-        return OpenedRun(settings, source, GRPOTrainer(model, config, lora, train["vocab_limit"]))
-    return OpenedRun(settings, source, SFTTrainer(model, saved_config(SFTConfig, train), lora))
-
-
-def saved_config(cls: type, train: dict[str, Any]) -> Any:
-    """A config from its fields among a run's settings."""
-    return cls(**{f.name: train[f.name] for f in dataclasses.fields(cls) if f.name in train})
+    recipe = next(RECIPES[name] for name in RECIPES if name in train)
+    return OpenedRun(settings, source, recipe.reopened(model, train, lora))
