@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite(tmp_path, kind):
 def test_other_architecture(tmp_path):
     path = tmp_path / "other.gguf"
     path.write_bytes(GOOD.replace(string("llama"), string("mamba")))
-    with pytest.raises(ConfigError, match="architecture is 'mamba', expected 'llama'"):
+    with pytest.raises(ConfigError, match="architecture is 'mamba', expected llama"):
         load_checkpoint(path)
     path.write_bytes(GOOD.replace(string("general.architecture"), string("general.architectura")))
     with pytest.raises(ConfigError, match="architecture is None"):

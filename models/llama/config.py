@@ -59,11 +59,12 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
-    """Everything that decides the maths of a Llama model, and nothing else.
+    """Everything that decides the maths of a Llama or a relative, and nothing else.
 
     Hugging Face's names: dim hidden_size, n_layers num_hidden_layers, n_heads num_attention_heads,
     n_kv_heads num_key_value_heads, ffn_dim intermediate_size, norm_eps rms_norm_eps, max_seq_len
-    max_position_embeddings, tie_embeddings tie_word_embeddings, activation hidden_act.
+    max_position_embeddings, tie_embeddings tie_word_embeddings, activation hidden_act, family
+    model_type.
     """
 
     # The largest Llama (405B) has 126 layers, dim 16384, ffn 53248. The limits are a generous multiple
@@ -85,11 +86,15 @@ class ModelConfig(Config):
     activation: str = field(allowed=one_of(*ACTIVATIONS))
     attention_bias: bool
     mlp_bias: bool
+    family: str = field("llama", allowed=one_of(*layout.FAMILIES))
 
     def problems(self) -> list[str]:
         """See Config; rules between fields are looked at once each field is right by itself."""
         if bad := super().problems():
             return bad
+        for name, value in layout.FAMILIES[self.family].fixed.items():
+            if getattr(self, name, value) != value:
+                bad.append(f"a {self.family} model has {name}={value}")
         if self.n_heads % self.n_kv_heads:
             bad.append(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:

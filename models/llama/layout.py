@@ -23,6 +23,25 @@ DTYPES |= {"float16": np.dtype(np.float16)}
 
 Axes = tuple[str | None, ...]
 
+
+class Family(NamedTuple):
+    """A relative of Llama, by its `model_type`: what its files leave unsaid.
+
+    Attributes:
+        absent: config.json's values where a key is absent, if they are not those of `formats.hf`.
+        fixed: config.json's values whatever it says, since transformers' class does not read them.
+        gguf: how GGUF files have the rows of wq and wk: in neighbour "pairs" as Meta's, or in
+            "halves"; "": it is not an architecture of theirs.
+    """
+
+    absent: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
+    gguf: str = ""
+
+
+FAMILIES = {"llama": Family(fixed={"use_sliding_window": False, "layer_types": None}, gguf="pairs")}
+GGUF_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.gguf)
+
 # Sizes as products of config fields, named by the house's dimension key; and the logical axis over
 # which a matrix is sharded along each (utils/sharding.py). Vectors of size D are not sharded.
 _V, _D, _F, _NH, _KH = "vocab_size", "dim", "ffn_dim", "n_heads*head_dim", "n_kv_heads*head_dim"
@@ -32,6 +51,7 @@ _AXES = {_V: "vocab", _D: "embed", _F: "ffn", _NH: "heads", _KH: "kv_heads"}
 class Sizes(Protocol):
     """The fields of a ModelConfig that the table's sizes name, and these."""
 
+    family: str
     n_layers: int
     tie_embeddings: bool
 
@@ -44,9 +64,9 @@ class Row(NamedTuple):
         size: of each axis but that of the layers, as a product of config fields; matrices are [out,
             in] in every format.
         hf, meta, gguf: the tensor's name in each format; {} is the layer.
-        bias: the config field that says whether a bias [out] goes with it, "b" for "w" in its name.
+        bias: `only` of the bias [out] that goes with it, "b" for "w" in its name.
         unless: the config field that says that a model lacks it.
-        only: the config field that says that a model has it.
+        only: which models have it: a config field that says so, and families.
     """
 
     path: str
@@ -66,7 +86,8 @@ class Row(NamedTuple):
     @property
     def axes(self) -> Axes:
         """Logical axes, that of the layers included."""
-        axes = tuple(_AXES[n] if len(self.size) == 2 or n != _D else None for n in self.size)
+        matrix = len(self.size) == 2
+        axes = tuple(_AXES.get(n) if matrix or n != _D else None for n in self.size)
         return (None, *axes) if self.stacked else axes
 
     def shape(self, config: Sizes) -> tuple[int, ...]:
@@ -136,8 +157,12 @@ def rows_of(config: Sizes) -> list[Row]:
         row
         for row in TABLE
         if not (row.unless and getattr(config, row.unless))
-        and (not row.only or getattr(config, row.only))
+        and (not row.only or any(_says(config, word) for word in row.only.split()))
     ]
+
+
+def _says(config: Sizes, word: str) -> bool:
+    return word == config.family or getattr(config, word, False)
 
 
 def param_axes(config: Sizes) -> dict[str, Axes]:
@@ -196,9 +221,10 @@ def leaves(config: Sizes, format: str) -> list[Leaf]:
         config: the model.
         format: "hf", "meta" or "gguf", which decides the names.
     """
+    order = {"hf": "halves", "meta": "pairs", "gguf": FAMILIES[config.family].gguf}[format]
     out = []
     for row in rows_of(config):
-        heads = _ROTATED.get(row.path) if format != "hf" else None
+        heads = _ROTATED.get(row.path) if order == "pairs" else None
         layers = range(config.n_layers if row.stacked else 1)
         out.append(
             Leaf(

@@ -12,7 +12,7 @@ import numpy as np
 from models.llama.checkpoint import Checkpoint, dtype_of, open_checkpoint
 from models.llama.config import ModelConfig
 from models.llama.formats import hf, meta
-from models.llama.formats.int8 import SCALE, SETTINGS
+from models.llama.formats.int8 import SCALE, SUFFIX
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.layout import DTYPES, Leaf, check_params, file_tensors, leaves
 from models.llama.model import LLaMa, Params
@@ -214,7 +214,8 @@ def save_checkpoint(
                 dtype = arrays["embed"].dtype.name
                 described |= {"dtype": dtype, "torch_dtype": dtype} | ids
                 if int8:
-                    described |= SETTINGS
+                    described["model_type"] += SUFFIX
+                    described["architectures"] = [f"{config.family.capitalize()}Int8ForCausalLM"]
                 hf.write_hf(folder, described, _tensors(parts, arrays), max_shard_bytes)
             else:
                 meta.write_meta(folder, described, file_tensors(parts, arrays))

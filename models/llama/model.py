@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 
 from models.llama.config import ModelConfig, inv_frequencies
-from models.llama.layout import PARAM_AXES, decoding_axes, fused_path
+from models.llama.layout import PARAM_AXES, decoding_axes, fused_path, param_axes
 from models.llama.lora import LoRAConfig, adapter_axes
 from utils import detours, ops, sharding
 from utils.attention import attend
@@ -52,8 +52,8 @@ class Attention(nn.Module):
         c = self.config
         q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         sizes = {"q": q_dim, "k": kv_dim, "v": kv_dim}
-        projected = _project_all(self, x_BTD, "qkv", sizes, c.attention_bias)
-        wo = _dense(self, "o", (c.dim, q_dim), c.attention_bias, depth=c.n_layers)
+        projected = _project_all(self, x_BTD, "qkv", sizes)
+        wo = _dense(self, "o", (c.dim, q_dim), depth=c.n_layers)
         # q, k, v stay sharded like the weights that made them. In decoding they then move to where
         # the cache is. In training with a `context` axis they move after RoPE (`attend`): before it,
         # XLA would send RoPE's gradient in float32, twice the bytes.
@@ -82,8 +82,8 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         sizes = {"_gate": c.ffn_dim, "_up": c.ffn_dim}
-        gate, up = _project_all(self, x_BTD, "_gate_up", sizes, c.mlp_bias)
-        w_down = _dense(self, "_down", (c.dim, c.ffn_dim), c.mlp_bias, depth=c.n_layers)
+        gate, up = _project_all(self, x_BTD, "_gate_up", sizes)
+        w_down = _dense(self, "_down", (c.dim, c.ffn_dim), depth=c.n_layers)
         return _linear("_down", ops.feed_forward(x_BTD, gate, up, c.activation), w_down)
 
 
@@ -328,16 +328,17 @@ def _layers(layers):
     return [jax.tree.map(lambda leaf: leaf[i], layers) for i in range(count)]
 
 
-def _dense(module: nn.Module, name: str, shape: tuple[int, int], bias: bool, depth: int = 0):
-    """Declares matrix `w{name}` and, with `bias`, vector `b{name}`; depth scales a residual output.
+def _dense(module: nn.Module, name: str, shape: tuple[int, int], depth: int = 0):
+    """Declares matrix `w{name}` and the table's bias `b{name}`; depth scales a residual output.
 
     Returns (weight, bias or None, (a, b) or None): LoRA's matrices if the tree has them
     (models/llama/lora.py).
     """
     std = 0.02 / (2 * depth) ** 0.5 if depth else 0.02
     weight = module.param(f"w{name}", nn.initializers.normal(std), shape)
-    vector = module.param(f"b{name}", nn.initializers.zeros, shape[:1]) if bias else None
-    lora = None
+    vector, lora = None, None
+    if f"layers/{module.name}/b{name}" in param_axes(module.config):
+        vector = module.param(f"b{name}", nn.initializers.zeros, shape[:1])
     if module.has_variable("params", f"w{name}_a"):
         lora = tuple(module.get_variable("params", f"w{name}_{half}") for half in "ab")
     return weight, vector, lora
@@ -348,16 +349,14 @@ def _linear(name: str, x_BTD: Array, dense) -> Array:
     return checkpoint_name(ops.linear(x_BTD, *dense), name)
 
 
-def _project_all(
-    module: nn.Module, x_BTD: Array, fused: str, sizes: dict[str, int], bias: bool
-) -> list[Array]:
+def _project_all(module: nn.Module, x_BTD: Array, fused: str, sizes: dict[str, int]) -> list[Array]:
     """Applies the matrix of each name in `sizes` to x, or the fused matrix of `for_decoding`."""
     if module.has_variable("params", f"w{fused}"):
-        weight = module.get_variable("params", f"w{fused}")
-        y = ops.linear(x_BTD, weight, module.get_variable("params", f"b{fused}") if bias else None)
+        weight, bias = (module.get_variable("params", f"{kind}{fused}") for kind in "wb")
+        y = ops.linear(x_BTD, weight, bias)
         return jnp.split(y, np.cumsum(list(sizes.values()))[:-1], axis=-1)
     width = x_BTD.shape[-1]
-    layers = [_dense(module, name, (size, width), bias) for name, size in sizes.items()]
+    layers = [_dense(module, name, (size, width)) for name, size in sizes.items()]
     return list(map(checkpoint_name, ops.linear_all(x_BTD, layers), sizes))
 
 

@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from models.llama.config import ModelConfig, RopeScaling, divide
 from models.llama.config import llama3_factors, llama3_scaling, require
-from models.llama.layout import DTYPES
+from models.llama.layout import DTYPES, GGUF_FAMILIES
 from utils.errors import ArtifactError, ConfigError, is_int, is_number
 from utils.files import InputFile
 
@@ -52,10 +52,11 @@ def to_config(source: "GGUFFile", tie: bool | None = None) -> ModelConfig:
     if tied:
         source.shapes.pop("output.weight", None)
     arch = metadata.get("general.architecture")
-    if arch != "llama":
-        raise ConfigError(f"GGUF general.architecture is {arch!r:.80}, expected 'llama'")
-    if metadata.get("llama.expert_count", 0):
-        raise ConfigError("GGUF llama.expert_count is not 0: only dense Llama is supported")
+    if arch not in GGUF_FAMILIES:
+        known = f"expected {', '.join(GGUF_FAMILIES)}"
+        raise ConfigError(f"GGUF general.architecture is {arch!r:.80}, {known}")
+    if metadata.get(f"{arch}.expert_count", 0):
+        raise ConfigError(f"GGUF {arch}.expert_count is not 0: only dense models are supported")
     keys = dict(
         dim="embedding_length",
         n_layers="block_count",
@@ -64,17 +65,17 @@ def to_config(source: "GGUFFile", tie: bool | None = None) -> ModelConfig:
         norm_eps="attention.layer_norm_rms_epsilon",
         max_seq_len="context_length",
     )
-    keys = {ours: f"llama.{theirs}" for ours, theirs in keys.items()}
+    keys = {ours: f"{arch}.{theirs}" for ours, theirs in keys.items()}
     require(metadata, tuple(keys.values()), "GGUF metadata")
     fields = {ours: metadata[theirs] for ours, theirs in keys.items()}
     heads = fields["n_heads"]
-    head_dim = metadata.get("llama.attention.key_length")
+    head_dim = metadata.get(f"{arch}.attention.key_length")
     if head_dim is None:
         head_dim = divide(fields["dim"], heads, keys["dim"], keys["n_heads"])
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+    for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.value_length"):
         if metadata.get(key, head_dim) != head_dim:
             raise ConfigError(f"GGUF {key}={metadata[key]!r:.80}, expected head_dim={head_dim}")
-    vocab = metadata.get("llama.vocab_size")
+    vocab = metadata.get(f"{arch}.vocab_size")
     if vocab is None:
         tokens = metadata.get("tokenizer.ggml.tokens")
         vocab = len(tokens) if isinstance(tokens, list) else None
@@ -82,15 +83,16 @@ def to_config(source: "GGUFFile", tie: bool | None = None) -> ModelConfig:
     return ModelConfig(
         **fields,
         vocab_size=vocab,
-        n_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
+        n_kv_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
-        rope_theta=_shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-        rope_scaling=_rope(source, head_dim),
+        rope_theta=_shortest(metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+        rope_scaling=_rope(source, f"{arch}.rope", head_dim),
         tie_embeddings=tied,
         activation="silu",
         # No key says it.
-        attention_bias="blk.0.attn_q.bias" in source.shapes,
+        attention_bias="blk.0.attn_output.bias" in source.shapes,
         mlp_bias="blk.0.ffn_gate.bias" in source.shapes,
+        family=arch,
     )
 
 
@@ -100,16 +102,14 @@ def _shortest(x: Any) -> Any:
         return float(str(np.float32(x))) if isinstance(x, float) else x
 
 
-def _rope(source: "GGUFFile", head_dim: Any) -> RopeScaling | None:
-    """The scaling of a GGUF file, from its keys or its tensor `rope_freqs.weight`."""
+def _rope(source: "GGUFFile", rope: str, head_dim: Any) -> RopeScaling | None:
+    """The scaling of a GGUF file, from its keys, which begin with `rope`, or its tensor of factors."""
     metadata = source.metadata
     # llama.cpp: without a type, a factor is linear scaling; 0 means none.
-    kind = metadata.get("llama.rope.scaling.type", "linear")
-    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear", 1.0))
+    kind = metadata.get(f"{rope}.scaling.type", "linear")
+    factor = metadata.get(f"{rope}.scaling.factor", metadata.get(f"{rope}.scale_linear", 1.0))
     if kind not in ("none", "linear"):
-        raise ConfigError(
-            f"GGUF llama.rope.scaling.type {kind!r:.80} is not supported (none, linear)"
-        )
+        raise ConfigError(f"GGUF {rope}.scaling.type {kind!r:.80} is not supported (none, linear)")
     linear = kind == "linear" and factor not in (0.0, 1.0)
     if _FREQS not in source.shapes:
         return RopeScaling(kind="linear", factor=_shortest(factor)) if linear else None
@@ -124,7 +124,7 @@ def _rope(source: "GGUFFile", head_dim: Any) -> RopeScaling | None:
     if np.all(factors == 1):
         return None
     # llama.cpp's converter writes the factors and drops the rule; Llama 3.1 and 3.2 have this one.
-    theta = metadata.get("llama.rope.freq_base", 10000.0)
+    theta = metadata.get(f"{rope}.freq_base", 10000.0)
     if np.max(factors) > 0 and is_number(theta) and theta > 0:
         guess = llama3_scaling(float(np.max(factors)))
         if np.allclose(llama3_factors(head_dim, theta, guess), factors, rtol=1e-5):

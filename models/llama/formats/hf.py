@@ -11,14 +11,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from models.llama.config import ModelConfig, RopeScaling, divide, llama3_scaling, require
-from models.llama.formats.int8 import SETTINGS, Int8Tensors
+from models.llama.formats.int8 import SUFFIX, Int8Tensors
 from models.llama.formats.safetensors import INDEX, SINGLE, SafetensorsFolder
-from models.llama.layout import TensorSource, same_tensor
-from utils.errors import ArtifactError, ConfigError
+from models.llama.layout import FAMILIES, TensorSource, same_tensor
+from utils.errors import ArtifactError, ConfigError, is_int
 from utils.files import read_json
 
-# (ours, config.json's, what transformers' LlamaConfig takes where the key is absent) of each setting
-# that both have as it is.
+# (ours, config.json's, what transformers takes where the key is absent) of each setting that both
+# have as it is.
 _SETTINGS = (
     ("vocab_size", "vocab_size", None),
     ("dim", "hidden_size", None),
@@ -45,7 +45,8 @@ def to_config(config: Mapping[str, Any]) -> ModelConfig:
 
     Raises ConfigError that lists every problem at once.
     """
-    _check_is_llama(config)
+    name = _family(config)
+    config = {**FAMILIES[name].absent, **config, **FAMILIES[name].fixed}
     require(config, (*_REQUIRED, "intermediate_size"), "config.json")
     fields = {ours: config.get(theirs, default) for ours, theirs, default in _SETTINGS}
     if fields["head_dim"] is None:
@@ -57,7 +58,27 @@ def to_config(config: Mapping[str, Any]) -> ModelConfig:
     if isinstance(activation, str):
         activation = _ACTIVATIONS.get(activation, activation)
     theta, scaling = _rope(config, fields["max_seq_len"])
-    return ModelConfig(**fields, activation=activation, rope_theta=theta, rope_scaling=scaling)
+    fields |= dict(activation=activation, rope_theta=theta, rope_scaling=scaling, family=name)
+    model = ModelConfig(**fields)
+    _check_sees_all(config, model)
+    return model
+
+
+def _check_sees_all(config: Mapping[str, Any], model: ModelConfig) -> None:
+    """Refuses layers whose attention sees a window smaller than the context."""
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    if types is not None:
+        sees_all = types == ["full_attention"] * model.n_layers
+    else:
+        first = config.get("max_window_layers")  # layers before it have no window
+        sees_all = not config.get("use_sliding_window") or window is None
+        sees_all = sees_all or (is_int(window) and window >= model.max_seq_len)
+        sees_all = sees_all or (is_int(first) and first >= model.n_layers)
+    if not sees_all:
+        raise ConfigError(
+            f"config.json sliding_window={window!r:.40}: attention within a window is not supported; "
+            "set max_position_embeddings to the window, if so short a context will do"
+        )
 
 
 def from_config(config: ModelConfig) -> dict[str, Any]:
@@ -76,10 +97,13 @@ def from_config(config: ModelConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_len,
         }
     activation = {"gelu_tanh": "gelu_pytorch_tanh"}.get(config.activation, config.activation)
+    family = FAMILIES[config.family]
+    settings = {theirs: getattr(config, ours) for ours, theirs, _ in _SETTINGS}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(config, ours) for ours, theirs, _ in _SETTINGS},
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
+        "model_type": config.family,
+        **{key: value for key, value in settings.items() if key not in family.fixed},
+        **dict.fromkeys(family.absent.keys() & {"sliding_window"}),
         "hidden_act": activation,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
@@ -119,18 +143,20 @@ def _rope(config: Mapping[str, Any], max_seq_len: Any) -> tuple[Any, RopeScaling
     return theta, llama3_scaling(*(rope[key] for key in keys), original)
 
 
-def _check_is_llama(config: Mapping[str, Any]) -> None:
+def _family(config: Mapping[str, Any]) -> str:
+    """The name of a config.json's family, without what marks eight bits."""
     code = [key for key in ("auto_map", "trust_remote_code", "custom_pipelines") if config.get(key)]
     if code:
-        message = f"config.json names code ({', '.join(code)}): ignored, the built-in Llama is used"
+        message = f"config.json names code ({', '.join(code)}): ignored, the built-in model is used"
         warnings.warn(message, stacklevel=3)
-    kind, archs = config.get("model_type"), config.get("architectures") or ["LlamaForCausalLM"]
+    kind = config.get("model_type")
+    expected, name = [f"{kind}ForCausalLM".replace("_", "")], str(kind).removesuffix(SUFFIX)
+    archs = config.get("architectures") or expected
     # Files from before transformers had the model say LLaMAForCausalLM.
-    known = {"llama": "['llamaforcausallm']", SETTINGS["model_type"]: "['llamaint8forcausallm']"}
-    if str(archs).lower() != known.get(str(kind)):
+    if name not in FAMILIES or str(archs).lower() != str(expected).lower():
         raise ConfigError(
-            f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; "
-            "expected 'llama' and ['LlamaForCausalLM']"
+            f"config.json says model_type={kind!r:.80}, architectures={archs!r:.80}; expected "
+            f"{', '.join(FAMILIES)}, and its ...ForCausalLM"
         )
     method = config.get("quantization_config") or config.get("compression_config")
     if method is not None:
@@ -139,12 +165,13 @@ def _check_is_llama(config: Mapping[str, Any]) -> None:
             f"unsupported quantization {method!r:.80} in config.json; "
             "use the unquantized checkpoint, or a GGUF file"
         )
+    return name
 
 
 def open_hf(path: Path, tie: bool | None) -> tuple[ModelConfig, TensorSource]:
     """Config and tensors of a folder; `tie` as for `models.llama.checkpoint.open_checkpoint`."""
     settings = read_json(path / "config.json")
-    config, int8 = to_config(settings), settings["model_type"] == SETTINGS["model_type"]
+    config, int8 = to_config(settings), settings["model_type"].endswith(SUFFIX)
     source = SafetensorsFolder(path, int8=int8)
     source = Int8Tensors(source) if int8 else source
     embed, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -13,7 +13,7 @@ import numpy as np
 from models.llama.layout import TensorSource
 from utils.errors import ArtifactError
 
-SETTINGS = {"model_type": "llama_int8", "architectures": ["LlamaInt8ForCausalLM"]}  # config.json's
+SUFFIX = "_int8"  # behind config.json's model_type
 SCALE = "_scale"  # behind the name of a matrix
 
 

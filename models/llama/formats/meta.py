@@ -18,7 +18,7 @@ import numpy as np
 
 from models.llama.config import ModelConfig, divide, llama3_scaling, require
 from models.llama.formats.hf import write_json
-from models.llama.layout import DTYPES, same_bits, same_tensor
+from models.llama.layout import DTYPES, rows_of, same_bits, same_tensor
 from utils.errors import ArtifactError, ConfigError, is_int, is_number
 from utils.files import InputFile, list_folder, read_json
 
@@ -101,8 +101,10 @@ def _ffn_dim(params: Mapping[str, Any]) -> int:
 
 def from_config(config: ModelConfig) -> dict[str, Any]:
     """The `params.json` of this config. Raises ConfigError where Meta's layout cannot say it."""
-    if config.attention_bias or config.mlp_bias or config.activation != "silu":
-        raise ConfigError("Meta's layout has no biases and only SiLU; export with format='hf'")
+    if any(row.only for row in rows_of(config)) or config.activation != "silu":
+        raise ConfigError(
+            "Meta's layout has only SiLU, no biases, no norms of q and k; export with format='hf'"
+        )
     # ffn_dim = multiple_of·⌈…⌉ with multiple_of = ffn_dim gives back ffn_dim exactly.
     base = int(2 * (4 * config.dim) / 3)
     out = {name: getattr(config, name) for name in _SAME} | {"multiple_of": config.ffn_dim}
