@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_models.sku_list import all_registered_models
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from models.llama.config import ModelConfig, RopeScaling
 from models.llama.presets import PRESETS
@@ -44,10 +44,13 @@ def assert_reads_as(ours: ModelConfig, theirs: LlamaConfig) -> None:
         theirs.num_attention_heads,
         theirs.num_key_value_heads,
     )
-    assert (ours.head_dim, ours.norm_eps) == (theirs.head_dim, theirs.rms_norm_eps)
+    width = theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or width)
+    assert (ours.family, ours.norm_eps) == (theirs.model_type, theirs.rms_norm_eps)
     assert ours.max_seq_len == theirs.max_position_embeddings
     assert ours.tie_embeddings == theirs.tie_word_embeddings
-    assert (ours.attention_bias, ours.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
+    for name in ("attention_bias", "mlp_bias"):
+        assert getattr(ours, name) == getattr(theirs, name, False)
     names = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
     assert ours.activation == names.get(theirs.hidden_act, theirs.hidden_act)
     rope = theirs.rope_parameters
@@ -183,8 +186,8 @@ def test_presets_agree_with_metas_own_list(name):
 def test_n_params_is_what_transformers_builds(name):
     config = PRESETS[name]
     with torch.device("meta"):
-        theirs = LlamaConfig(**(hf.from_config(config) | dict(num_hidden_layers=1)))
-        model = LlamaForCausalLM(theirs)
+        theirs = AutoConfig.for_model(**(hf.from_config(config) | dict(num_hidden_layers=1)))
+        model = AutoModelForCausalLM.from_config(theirs)
     one_layer = sum(p.numel() for p in model.model.layers.parameters())
     rest = sum(p.numel() for p in model.parameters()) - one_layer
     assert config.n_params == one_layer * config.n_layers + rest
@@ -267,7 +270,8 @@ def test_absurd_meta_params(change):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (dict(model_type="mistral"), "mistral"),
+        (dict(model_type="gemma"), "gemma"),
+        (dict(model_type="qwen2"), "qwen2.*LlamaForCausalLM"),
         (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (dict(hidden_act="quick_gelu"), "quick_gelu"),
         (dict(hidden_act=["silu"]), "activation"),

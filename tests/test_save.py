@@ -50,6 +50,7 @@ def test_transformers_reads_it_back(tmp_path, name):
     )
     want = model.state_dict()
     got = theirs.state_dict()
+    assert type(theirs) is type(model)
     assert set(got) == set(want)
     for key, weight in got.items():
         assert torch.equal(weight.float(), want[key]), key

@@ -39,8 +39,9 @@ def flat(tree):
     }
 
 
-@pytest.mark.parametrize("config", [BIASED, *PRESETS.values()], ids=lambda c: str(c.n_params))
-def test_every_parameter_matches_one_row_and_every_row_a_parameter(config):
+@pytest.mark.parametrize("name", ["llama-2-7b", "smollm2-135m", "qwen2.5-0.5b"])
+def test_every_parameter_matches_one_row_and_every_row_a_parameter(name):
+    config = PRESETS[name]
     specs = param_specs(shapes_of(config), param_axes(config), TRAINING, Sizes())
     assert flat(specs).keys() == flat(shapes_of(config)).keys()
 

@@ -390,7 +390,7 @@ def small_gguf() -> dict:
     [
         ("model", "bert", "tokenizer.ggml.model is 'bert'"),
         ("model", None, "tokenizer.ggml.model is None"),
-        ("pre", "qwen2", "tokenizer.ggml.pre is 'qwen2'; known: .*default, .*gpt-2, .*smollm"),
+        ("pre", "falcon", "tokenizer.ggml.pre is 'falcon'; known: .*default, .*gpt-2, .*smollm"),
         ("pre", ["a"], "tokenizer.ggml.pre"),
         ("tokens", None, "tokenizer.ggml.tokens is missing"),
         ("tokens", [1, 2], "tokenizer.ggml.tokens"),

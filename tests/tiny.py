@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedConfig
 
 # With products this small, threads only wait for one another.
 torch.set_num_threads(1)
 
 BASE = dict(
+    model_type="llama",
     vocab_size=160,
     hidden_size=64,
     intermediate_size=192,
@@ -63,6 +64,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {},
     "old_llama3": _llama3(8.0),
     "old_linear": _LINEAR,
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, head_dim=24),
 }
 
 _DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -86,7 +89,7 @@ def hf_model(name: str) -> tuple[Path, LlamaForCausalLM]:
         (folder, model): the model in float32, eval mode, with exactly the folder's weights.
     """
     path = cache_dir() / name
-    model = random_model(LlamaConfig(**(BASE | VARIANTS[name])))
+    model = random_model(AutoConfig.for_model(**(BASE | VARIANTS[name])))
     cast_parameters(model, _DTYPES.get(name, torch.float32))
     sharded = dict(max_shard_size="100KB") if name == "sharded" else {}
     model.save_pretrained(path, **sharded)
@@ -102,10 +105,10 @@ def cast_parameters(model: LlamaForCausalLM, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
-def random_model(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+def random_model(config: PreTrainedConfig, seed: int = 0) -> LlamaForCausalLM:
     """A model with weights of every kind random (norms and biases too) and logits far from flat."""
     config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

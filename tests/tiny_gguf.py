@@ -42,8 +42,8 @@ def gguf_state(config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, np.n
         value = tensor.float().numpy()
         if name.startswith("layers."):
             _, layer, name = name.split(".", 2)
-            if name.endswith(("q_proj", "k_proj")):
-                halves = value.reshape(-1, 2, config.head_dim // 2, *value.shape[1:])
+            if name.endswith(("q_proj", "k_proj")) and architecture(config) == "llama":
+                halves = value.reshape(-1, 2, head_dim(config) // 2, *value.shape[1:])
                 value = halves.swapaxes(1, 2).reshape(value.shape)
             name = f"blk.{layer}.{_LAYER_NAMES[name]}"
         name = _NAMES.get(name, name)
@@ -81,7 +81,7 @@ def write_gguf(
         if value.ndim > 1:
             kind = next(kind for p, kind in patterns.items() if fnmatch.fnmatchcase(name, p))
         tensors[name] = quantise(value, Kind[kind])
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture(config))
     keys = _keys(config) | {key.replace("__", "."): value for key, value in metadata.items()}
     for key, value in keys.items():
         if value is not None:
@@ -115,6 +115,16 @@ def random_blocks(shape: tuple[int, ...], kind: Kind, seed: int) -> np.ndarray:
     return blocks.reshape(*shape[:-1], -1)
 
 
+def architecture(config: Any) -> str:
+    """llama.cpp's name for a config's family: its converter takes Mistral for a Llama."""
+    return {"mistral": "llama"}.get(config.model_type, config.model_type)
+
+
+def head_dim(config: Any) -> int:
+    """A head's size, where Qwen2Config has it or not."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _keys(config: Any) -> dict[str, Any]:
     rope = config.rope_parameters
     keys = {
@@ -124,16 +134,16 @@ def _keys(config: Any) -> dict[str, Any]:
         "llama.feed_forward_length": config.intermediate_size,
         "llama.attention.head_count": config.num_attention_heads,
         "llama.attention.head_count_kv": config.num_key_value_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.value_length": config.head_dim,
+        "llama.attention.key_length": head_dim(config),
+        "llama.attention.value_length": head_dim(config),
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.dimension_count": head_dim(config),
         "llama.rope.freq_base": float(rope["rope_theta"]),
         "llama.vocab_size": config.vocab_size,
     }
     if rope["rope_type"] == "linear":
         keys |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": rope["factor"]}
-    return keys
+    return {key.replace("llama", architecture(config)): value for key, value in keys.items()}
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

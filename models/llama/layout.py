@@ -39,7 +39,13 @@ class Family(NamedTuple):
     gguf: str = ""
 
 
-FAMILIES = {"llama": Family(fixed={"use_sliding_window": False, "layer_types": None}, gguf="pairs")}
+_NO_BIASES = {"attention_bias": False, "mlp_bias": False}  # or not by a setting
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
+FAMILIES = {
+    "llama": Family(fixed={"use_sliding_window": False, "layer_types": None}, gguf="pairs"),
+    "qwen2": Family(_QWEN, _NO_BIASES, gguf="halves"),
+}
 GGUF_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 
 # Sizes as products of config fields, named by the house's dimension key; and the logical axis over
@@ -100,12 +106,12 @@ _MODEL = (
     Row("final_norm", (_D,), "model.norm", "norm", "output_norm"),
     Row("lm_head", (_V, _D), "lm_head", "output", "output", unless="tie_embeddings"),
 )
-_ATTN, _MLP = "attention_bias", "mlp_bias"
+_ATTN, _QKV, _MLP = "attention_bias", "attention_bias qwen2", "mlp_bias"
 _LAYER = (
     Row("attn_norm", (_D,), "input_layernorm", "attention_norm", "attn_norm"),
-    Row("attn/wq", (_NH, _D), "self_attn.q_proj", "attention.wq", "attn_q", _ATTN),
-    Row("attn/wk", (_KH, _D), "self_attn.k_proj", "attention.wk", "attn_k", _ATTN),
-    Row("attn/wv", (_KH, _D), "self_attn.v_proj", "attention.wv", "attn_v", _ATTN),
+    Row("attn/wq", (_NH, _D), "self_attn.q_proj", "attention.wq", "attn_q", _QKV),
+    Row("attn/wk", (_KH, _D), "self_attn.k_proj", "attention.wk", "attn_k", _QKV),
+    Row("attn/wv", (_KH, _D), "self_attn.v_proj", "attention.wv", "attn_v", _QKV),
     Row("attn/wo", (_D, _NH), "self_attn.o_proj", "attention.wo", "attn_output", _ATTN),
     Row("ffn_norm", (_D,), "post_attention_layernorm", "ffn_norm", "ffn_norm"),
     Row("mlp/w_gate", (_F, _D), "mlp.gate_proj", "feed_forward.w1", "ffn_gate", _MLP),

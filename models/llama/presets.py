@@ -15,9 +15,11 @@ def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:
 _L3 = dict(rope_theta=500000.0, max_seq_len=8192)
 _L31 = dict(rope_theta=500000.0, max_seq_len=131072, rope_scaling=llama3_scaling(8.0))
 _L32 = _L31 | dict(rope_scaling=llama3_scaling(32.0), tie_embeddings=True)
+_QWEN = dict(norm_eps=1e-6, rope_theta=1e6, max_seq_len=32768)
+_QWEN2 = _QWEN | dict(family="qwen2")
 _SMOL = dict(rope_theta=100000.0, max_seq_len=8192, tie_embeddings=True)
 
-# Numbers of the published config.json files.
+# Numbers of the published config.json files; the context of Qwen2.5 is that of its -Instruct models.
 PRESETS: Mapping[str, ModelConfig] = {
     "llama-2-7b": _preset(32000, 4096, 32, 32, 32, 11008, max_seq_len=4096),
     "llama-2-13b": _preset(32000, 5120, 40, 40, 40, 13824, max_seq_len=4096),
@@ -29,6 +31,9 @@ PRESETS: Mapping[str, ModelConfig] = {
     "llama-3.1-405b": _preset(128256, 16384, 126, 128, 8, 53248, **_L31),
     "llama-3.2-1b": _preset(128256, 2048, 16, 32, 8, 8192, **_L32),
     "llama-3.2-3b": _preset(128256, 3072, 28, 24, 8, 8192, **_L32),
+    "qwen2.5-0.5b": _preset(151936, 896, 24, 14, 2, 4864, **_QWEN2, tie_embeddings=True),
+    "qwen2.5-1.5b": _preset(151936, 1536, 28, 12, 2, 8960, **_QWEN2, tie_embeddings=True),
+    "qwen2.5-7b": _preset(152064, 3584, 28, 28, 4, 18944, **_QWEN2),
     "smollm2-135m": _preset(49152, 576, 30, 9, 3, 1536, **_SMOL),
     "smollm2-360m": _preset(49152, 960, 32, 15, 5, 2560, **_SMOL),
     "smollm2-1.7b": _preset(49152, 2048, 24, 32, 32, 8192, **_SMOL | dict(rope_theta=130000.0)),

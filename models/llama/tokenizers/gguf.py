@@ -29,6 +29,11 @@ GGUF_PATTERNS = {
         (_GPT2,),
     ),
     **dict.fromkeys([*_WHOLE_WORDS, "smaug-bpe", "dbrx"], (LLAMA3_PATTERN,)),
+    # Llama 3's, a digit at a time.
+    **dict.fromkeys(
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open".split(),
+        (LLAMA3_PATTERN.replace("{1,3}", ""),),
+    ),
 }
 # Tokens at which llama.cpp stops, whatever the metadata says: ends of turns and texts, and of files.
 TURN_ENDS = (
