@@ -296,7 +296,9 @@ class ExportFlags(Config):
     run: str = field(help="the run's folder, its --out_dir")
     step: int | None = field(None, "the checkpoint's step; default: the newest", integer(0))
     best: bool = field(False, "the checkpoint with the lowest score in an evaluation")
-    out: str | None = field(None, "the model's folder; default: export in the run's folder")
+    out: str | None = field(
+        None, "the model's folder, default: export in the run's; an adapter goes to OUT-adapter"
+    )
     dtype: str | None = field(
         None, "dtype of the weights; default: as in the model that was trained", one_of(*DTYPES)
     )
@@ -307,15 +309,14 @@ class ExportFlags(Config):
 
 
 def export(checkpoint: ExportFlags) -> None:
-    """Writes a checkpoint of a run as a model in Hugging Face's format, adapters merged.
+    """Writes a checkpoint of a run as a model in Hugging Face's format, and its adapter in PEFT's.
 
     Example: python train.py export --run run --best
     """
     cli.Signals()
-    run = Path(checkpoint.run)
     export_run(
-        run,
-        Path(checkpoint.out or run / "export"),
+        Path(checkpoint.run),
+        checkpoint.out and Path(checkpoint.out),
         step=checkpoint.step,
         best=checkpoint.best,
         dtype=checkpoint.dtype,

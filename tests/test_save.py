@@ -283,8 +283,8 @@ def test_failure_leaves_what_was_there(tmp_path, monkeypatch, overwrite, error):
             raise error
         write(*args)
 
-    write = hf._write_shard
-    monkeypatch.setattr(hf, "_write_shard", write_then_fail)
+    write = hf.write_tensors
+    monkeypatch.setattr(hf, "write_tensors", write_then_fail)
     with pytest.raises((CheckpointError, KeyboardInterrupt)) as e:
         save_checkpoint(out, config, params, max_shard_bytes=50_000, overwrite=overwrite)
     assert not isinstance(error, OSError) or "out: No space left" in str(e.value)

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.config import ModelConfig
-from models.llama.formats import gguf, hf, meta
+from models.llama.formats import gguf, hf, meta, peft
 from models.llama.formats.safetensors import INDEX, SINGLE
 from models.llama.hub import resolve, weights_digest
 from models.llama.layout import DTYPES, Leaf, TensorSource, leaves
-from models.llama.model import Params
+from models.llama.lora import LoRAConfig, adapter_axes, attach
+from models.llama.model import Params, for_decoding
 from models.llama.stream import Progress, read_params
+from utils import sharding
 from utils.errors import ArtifactError, ConfigError, listed
 from utils.files import list_folder
 
@@ -42,6 +44,7 @@ class Checkpoint(NamedTuple):
         source: reads its tensors.
         quantize: whether `params` holds each matrix in eight bits, an `Int8` (utils/int8.py): a quarter
             of the memory. One that is kept so in the file stays so.
+        adapter: is part of what `params` reads: added to the matrices, or beside those in eight bits.
     """
 
     path: Path
@@ -49,6 +52,17 @@ class Checkpoint(NamedTuple):
     config: ModelConfig
     source: TensorSource
     quantize: bool = False
+    adapter: peft.Adapter | None = None
+
+    @property
+    def base(self) -> "Checkpoint":
+        """The same model without its adapter."""
+        return self._replace(adapter=None)
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapter's settings."""
+        return self.adapter and LoRAConfig(**self.adapter.lora)
 
     @property
     def dtype(self) -> np.dtype:
@@ -60,8 +74,14 @@ class Checkpoint(NamedTuple):
         return sizes.most_common(1)[0][0]
 
     def digest(self) -> str:
-        """sha256 of the weights' files: see `weights_digest`."""
-        return weights_digest(self.source.files)
+        """sha256 of the files of the weights, and of the adapter: see `weights_digest`."""
+        return weights_digest([*self.source.files, *(self.adapter.files if self.adapter else ())])
+
+    def adapter_params(self, dtype: Any) -> Params:
+        """Reads the adapter's tree (models/llama/lora.py), on the context mesh if there is one."""
+        tree = jax.tree.map(lambda x: jnp.asarray(x, dtype), self.adapter.tree())
+        specs = sharding.param_specs(tree, adapter_axes(self.lora), sharding.TRAINING)
+        return sharding.place(tree, specs)
 
     def params(
         self,
@@ -94,13 +114,17 @@ class Checkpoint(NamedTuple):
         parts = sorted(leaves(self.config, self.format), key=lambda leaf: -math.prod(leaf.shape))
         # From here on every parameter has its bytes in the file: no config can make us allocate more.
         _check_names(self.config, self.source, parts, _IGNORED[self.format], allow_extra)
-        target = target or self.dtype
+        target, source = target or self.dtype, self.source
+        # What an adapter adds would be lost where eight bits round.
+        beside = self.adapter is not None and self.quantize
+        if self.adapter is not None and not beside:
+            source = self.adapter.added_to(source, parts)
         params, broken = read_params(
-            self.source,
+            source,
             parts,
             target,
             quantize=self.quantize,
-            decoding=decoding,
+            decoding=decoding and not beside,
             progress=progress,
         )
         if broken:
@@ -109,6 +133,9 @@ class Checkpoint(NamedTuple):
             if check_finite:
                 raise ArtifactError(message)
             warnings.warn(message, stacklevel=3)
+        if beside:
+            params = attach(params, self.adapter_params(target), self.lora)
+            return for_decoding(params, donate=True) if decoding else params
         return params
 
 
@@ -117,6 +144,7 @@ def open_checkpoint(
     *,
     tie: bool | None = None,
     quantize: bool = False,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Finds or fetches a checkpoint, and reads its config and the headers of its weights.
@@ -129,15 +157,19 @@ def open_checkpoint(
         tie: whether the output head is the embedding. None: as the config says, and the file must
             agree. True leaves out a head that the file has, False takes it against the config.
         quantize: see `Checkpoint`.
+        adapter: a folder with a LoRA adapter in PEFT's format, see `models.llama.formats.peft`.
         progress: called with (what, bytes done, bytes in all).
 
     Raises:
-        ArtifactError: there is no such checkpoint, or its weights are broken or unsupported.
+        ArtifactError: there is no such checkpoint or adapter, or it is broken or unsupported, or one
+            does not fit the other.
         ConfigError: its config is missing, broken or unsupported.
     """
     path = resolve(path_or_name, progress)
     format, config, source = _open(path, tie)
-    return Checkpoint(path, format, config, source, quantize or hasattr(source, "read_int8"))
+    narrow = quantize or hasattr(source, "read_int8")
+    opened = None if adapter is None else peft.open_adapter(adapter, config)
+    return Checkpoint(path, format, config, source, narrow, opened)
 
 
 def compute_dtype(dtype: str) -> np.dtype:
@@ -174,6 +206,8 @@ def _open(path: Path, tie: bool | None) -> tuple[str, ModelConfig, TensorSource]
         return "gguf", *gguf.load_gguf(path / ggufs[0], tie)
     if ggufs:
         raise ArtifactError(f"{path} has {len(ggufs)} .gguf files; pass the path of one")
+    if peft.CONFIG in names:
+        raise ArtifactError(f"{path} holds an adapter: pass it as --adapter beside --ckpt_dir")
     pickled = any(name.endswith(".bin") for name in names)
     hint = "; convert .bin weights with transformers' save_pretrained" if pickled else ""
     raise ArtifactError(

@@ -1,5 +1,6 @@
 """Checkpoints in and out: Hugging Face safetensors, Meta's consolidated.*.pth, GGUF (in only)."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,10 +12,11 @@ import numpy as np
 
 from models.llama.checkpoint import Checkpoint, dtype_of, open_checkpoint
 from models.llama.config import ModelConfig
-from models.llama.formats import hf, meta
+from models.llama.formats import hf, meta, peft
 from models.llama.formats.int8 import SCALE, SUFFIX
 from models.llama.hub import DEFAULT_MODEL
 from models.llama.layout import DTYPES, Leaf, check_params, file_tensors, leaves
+from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, Params
 from models.llama.stream import Progress
 from models.llama.tokenizer import Tokenizer, check_against_model, load_tokenizer
@@ -32,19 +34,22 @@ def load_checkpoint(
     dtype: Any = None,
     tie: bool | None = None,
     quantize: bool = False,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
     **options: bool,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model: `open_checkpoint` and `Checkpoint.params`, which say what each argument means.
 
     Args:
-        path_or_name, tie, quantize, progress: see `open_checkpoint`.
+        path_or_name, tie, quantize, adapter, progress: see `open_checkpoint`.
         dtype, options: see `Checkpoint.params`.
 
     Returns:
         (config, params): params a nested dict of jax arrays, layers stacked on the first axis.
     """
-    checkpoint = open_checkpoint(path_or_name, tie=tie, quantize=quantize, progress=progress)
+    checkpoint = open_checkpoint(
+        path_or_name, tie=tie, quantize=quantize, adapter=adapter, progress=progress
+    )
     return checkpoint.config, checkpoint.params(dtype, progress=progress, **options)
 
 
@@ -58,6 +63,10 @@ class ModelFlags(Config):
     )
     tokenizer_path: str | None = field(
         None, "a tokenizer file or folder; default: the checkpoint's own"
+    )
+    adapter: str | None = field(
+        None,
+        "a folder with a LoRA adapter of the model, in PEFT's format; train.py goes on training it",
     )
     dtype: str = field(
         "auto",
@@ -119,8 +128,13 @@ def open_model(
         tie, progress: see `open_checkpoint`.
         say: called with a line about the mesh, if there is one.
     """
-    quantize = flags.quantize is not None
-    checkpoint = open_checkpoint(flags.ckpt_dir, tie=tie, quantize=quantize, progress=progress)
+    checkpoint = open_checkpoint(
+        flags.ckpt_dir,
+        tie=tie,
+        quantize=flags.quantize is not None,
+        adapter=flags.adapter,
+        progress=progress,
+    )
     tokenizer = load_tokenizer(flags.tokenizer_path or checkpoint.path)
     check_against_model(tokenizer, checkpoint.config.vocab_size)
     if flags.mesh is not None or jax.device_count() > 1:
@@ -196,29 +210,60 @@ def save_checkpoint(
     int8 = any(isinstance(array, Int8) for array in arrays.values())
     if int8 and format == "meta":
         raise ConfigError("Meta's format has no eight-bit matrices; use format='hf'")
-    path, ids = Path(path), {}
+    ids = {}
+    with _new_folder(Path(path), overwrite) as folder:
+        if tokenizer is not None:
+            # First, because what is wrong with it shows before gigabytes are written.
+            read = write_tokenizer(tokenizer, folder, template)
+            check_against_model(read, config.vocab_size)
+            # transformers takes ids that config.json does not name for Llama 2's.
+            ids = token_ids(read)
+        if format == "hf":
+            # transformers 4 reads torch_dtype, 5 reads dtype.
+            dtype = arrays["embed"].dtype.name
+            described |= {"dtype": dtype, "torch_dtype": dtype} | ids
+            if int8:
+                described["model_type"] += SUFFIX
+                described["architectures"] = [f"{config.family.capitalize()}Int8ForCausalLM"]
+            hf.write_hf(folder, described, _tensors(parts, arrays), max_shard_bytes)
+        else:
+            meta.write_meta(folder, described, file_tensors(parts, arrays))
+
+
+def save_adapter(
+    path: str | Path,
+    config: ModelConfig,
+    tree: Params,
+    lora: LoRAConfig,
+    *,
+    base: str,
+    overwrite: bool = False,
+) -> None:
+    """Writes adapters in PEFT's format, to a folder that appears whole or not at all.
+
+    Args:
+        path, overwrite: see `save_checkpoint`.
+        config: the model.
+        tree, lora: its adapters, see `models.llama.lora`.
+        base: the model's name, for adapter_config.json.
+
+    Raises:
+        CheckpointError: the folder is there already, or cannot be written.
+    """
+    with _new_folder(Path(path), overwrite) as folder:
+        peft.write_adapter(folder, config, tree, lora.rank, lora.scale * lora.rank, base)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill that appears whole. Raises CheckpointError for whatever hinders that."""
     try:
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"{path} is a file, expected a folder or a new name")
         if path.is_dir() and os.listdir(path) and not overwrite:
             raise CheckpointError(f"{path} exists already; pass overwrite=True to replace it")
         with atomic_directory(path, overwrite=overwrite) as folder:
-            if tokenizer is not None:
-                # First, because what is wrong with it shows before gigabytes are written.
-                read = write_tokenizer(tokenizer, folder, template)
-                check_against_model(read, config.vocab_size)
-                # transformers takes ids that config.json does not name for Llama 2's.
-                ids = token_ids(read)
-            if format == "hf":
-                # transformers 4 reads torch_dtype, 5 reads dtype.
-                dtype = arrays["embed"].dtype.name
-                described |= {"dtype": dtype, "torch_dtype": dtype} | ids
-                if int8:
-                    described["model_type"] += SUFFIX
-                    described["architectures"] = [f"{config.family.capitalize()}Int8ForCausalLM"]
-                hf.write_hf(folder, described, _tensors(parts, arrays), max_shard_bytes)
-            else:
-                meta.write_meta(folder, described, file_tensors(parts, arrays))
+            yield folder
     except OSError as e:
         if isinstance(e, CheckpointError):
             raise

@@ -83,7 +83,7 @@ def attach(params: Params, tree: Params, lora: LoRAConfig) -> Params:
 
 
 def merge(params: Params, tree: Params, lora: LoRAConfig) -> Params:
-    """Parameters of the same shapes with the updates added, for generation and export.
+    """Parameters of the same shapes with the updates added (others that are attached left out).
 
     Computed in float32, a matrix at a time, and rounded once to the parameters' dtype (float32 for
     those in eight bits).
@@ -91,7 +91,7 @@ def merge(params: Params, tree: Params, lora: LoRAConfig) -> Params:
     params = dequantize(params)
     layers = dict(params["layers"])
     for part, matrices in tree["layers"].items():
-        layers[part] = dict(layers[part])
+        layers[part] = {k: v for k, v in layers[part].items() if k[-2:] not in ("_a", "_b")}
         for name in TARGETS:
             if f"{name}_a" in matrices:
                 a, b = matrices[f"{name}_a"], matrices[f"{name}_b"]

@@ -17,6 +17,7 @@ from trainers.runs.checkpoint import CheckpointReader
 from trainers.runs.metrics import whole_lines
 from trainers.runs.recipes import saved_config
 from trainers.runs.saved import open_run, read_settings
+from trainers.runs.start import start
 from trainers.report.rollouts import from_record
 from trainers.optimizer import learning_rate
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
@@ -64,8 +65,8 @@ def read_run(folder: Path, step: int) -> SavedRun:
 
     _, source, trainer = open_run(folder, settings)
     dtype = trainer.config.param_dtype if trainer.lora is None else trainer.model.dtype
-    params = source.params(dtype)
-    state, frozen = trainer.init(params, jax.random.key(train["seed"]))
+    params = source.base.params(dtype)
+    state, frozen = start(trainer, source, params, jax.random.key(train["seed"]))
     if from_step:
         state = reader.restore(jax.eval_shape(lambda: state), step=from_step).state
     return SavedRun(trainer, rollout, state, frozen, records, logged[-1] if logged else {})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.llama.load import save_checkpoint
+from models.llama.load import save_adapter, save_checkpoint
 from models.llama.model import Params, init_params
 from models.llama.tokenizer import load_tokenizer
 from trainers.runs.checkpoint import CheckpointReader
@@ -45,9 +45,22 @@ def export(
     cli.say(f"exported to {folder}: python generate.py --ckpt_dir {told}{chat}", "")
 
 
+def export_adapter(folder: Path, trainer: Trainer, state: TrainState, base: str) -> None:
+    """Writes the trained adapters, if there are any, in PEFT's format; replaces older ones.
+
+    `base` names the model that they belong to.
+    """
+    if trainer.lora is None:
+        return
+    config, tree = trainer.model.config, distributed.to_first(state.params)
+    save = functools.partial(save_adapter, folder, config, tree, trainer.lora, base=base)
+    distributed.from_first(lambda: save(overwrite=True))
+    cli.say(f"adapter for peft, or --adapter: {folder}", "")
+
+
 def export_run(
     folder: Path,
-    out: Path,
+    out: Path | None,
     *,
     step: int | None = None,
     best: bool = False,
@@ -59,7 +72,8 @@ def export_run(
 
     Args:
         folder: the run's.
-        out: the model's folder; an older one is replaced.
+        out: the model's folder; an older one is replaced. Adapters go to another one, whose name has
+            "-adapter" behind it. None: "export" and "adapter" in the run's folder.
         step: which checkpoint; None: the newest.
         best: the one with the lowest score instead.
         dtype: of the weights; None: that of the model which the run started from.
@@ -82,8 +96,11 @@ def export_run(
     restored = reader.restore(like, step=step)
     with cli.progress() as report:
         lora = trainer.lora is not None
-        frozen = source.params(trainer.model.dtype, progress=report) if lora else {}
+        frozen = source.base.params(trainer.model.dtype, progress=report) if lora else {}
     cli.say(f"step {restored.step} of {folder}", "")
-    tokenizer, dtype = Path(settings["source"]["tokenizer"]), jnp.dtype(dtype or source.dtype)
-    template = settings["source"].get("template")
-    export(out, trainer, restored.state, frozen, tokenizer, dtype, template)
+    files, dtype = settings["source"], jnp.dtype(dtype or source.dtype)
+    tokenizer, template = Path(files["tokenizer"]), files.get("template")
+    model = out or folder / "export"
+    export(model, trainer, restored.state, frozen, tokenizer, dtype, template)
+    adapter = Path(f"{out}-adapter") if out else folder / "adapter"
+    export_adapter(adapter, trainer, restored.state, files.get("name", files["ckpt_dir"]))

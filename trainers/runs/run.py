@@ -20,11 +20,12 @@ from trainers.data import tokenizer_digest
 from trainers.loop import Progress, Session, fit
 from trainers.planning.estimate import check_memory
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
-from trainers.runs.export import export
+from trainers.runs.export import export, export_adapter
 from trainers.runs.folder import RunConfig, versions, write_run
 from trainers.runs.metrics import MetricsLog, earlier_records
 from trainers.runs.recipes import Recipe
 from trainers.runs.resume import check_resume, keep_first_defaults
+from trainers.runs.start import start, with_adapter, with_reference
 from trainers.trainer import Trainer, TrainState
 from utils import distributed, sharding
 from utils.console import cli
@@ -121,6 +122,7 @@ def train(
         dtype = jnp.dtype(config.export_dtype or source.checkpoint.dtype)
         tokenizer = source.tokenizer_path
         export(folder, run.trainer, state, frozen, tokenizer, dtype, _template(recipe))
+        export_adapter(config.folder / "adapter", run.trainer, state, source.name)
     cli.note(f"report: python train.py report --run {shlex.quote(config.out_dir)}")
     return 0
 
@@ -134,7 +136,7 @@ def prepare(
     recipe: Recipe, source: Source, config: RunConfig, seed: int, flags: dict[str, Any]
 ) -> Run:
     """Checks that model, recipe and machine fit, and that all processes were started alike."""
-    key = random_key(seed)
+    key, recipe = random_key(seed), with_adapter(recipe, source.checkpoint)
     model = LLaMa(source.checkpoint.config, source.dtype, config.remat)
     trainer = recipe.trainer(model)
     past = CheckpointReader(config.checkpoints)
@@ -193,13 +195,20 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
     if run.config.resumes:
         state, progress = _restore(run, checkpointer)
         frozen = load_params(run, frozen=True) if trainer.keeps_frozen else {}
+        frozen = with_reference(trainer, run.source.checkpoint, frozen)
     else:
-        params = load_params(run, frozen=trainer.lora is not None)
-        (state, frozen), progress = trainer.init(params, run.key, donate=True), Progress()
+        params, checkpoint = (
+            load_params(run, frozen=trainer.lora is not None),
+            run.source.checkpoint,
+        )
+        state, frozen = start(trainer, checkpoint, params, run.key, donate=True)
+        progress = Progress()
     if distributed.is_first():
         paths = {
             "ckpt_dir": str(run.source.checkpoint.path),
             "commit": commit_of(run.source.checkpoint.path),
+            "name": run.source.name,
+            "adapter": run.source.checkpoint.adapter and str(run.source.checkpoint.adapter.path),
             "tokenizer": str(run.source.tokenizer_path),
             "template": _template(run.recipe),
             "data_commit": run.recipe.data.commit,
@@ -240,7 +249,7 @@ def load_params(run: Run, *, frozen: bool) -> Params:
     """The model's parameters; those of a frozen model have the dtype in which it computes."""
     dtype = run.trainer.model.dtype if frozen else run.trainer.config.param_dtype
     with cli.progress() as report:
-        return run.source.checkpoint.params(dtype, progress=report)
+        return run.source.checkpoint.base.params(dtype, progress=report)
 
 
 def _fit(

@@ -47,7 +47,8 @@ def open_run(folder: Path, settings: dict[str, Any]) -> OpenedRun:
     Raises:
         ConfigError: the model's weights are not those that the run started from.
     """
-    train, source = settings["train"], open_checkpoint(settings["source"]["ckpt_dir"])
+    train, files = settings["train"], settings["source"]
+    source = open_checkpoint(files["ckpt_dir"], adapter=files.get("adapter"))
     if source.digest() != settings.get("base_weights"):
         raise ConfigError(
             f"the weights in {source.path} are not those that {folder} started from; put those back "

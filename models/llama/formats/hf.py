@@ -204,18 +204,18 @@ def write_hf(
         shards[-1][name] = array
         size, total = size + array.nbytes, total + array.nbytes
     if len(shards) == 1:
-        _write_shard(folder / SINGLE, shards[0])
+        write_tensors(folder / SINGLE, shards[0])
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard)
+        write_tensors(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_shard(path: Path, shard: dict[str, np.ndarray]) -> None:
-    # The package writes from the arrays' memory as it lies, whatever their strides.
+def write_tensors(path: Path, shard: dict[str, np.ndarray]) -> None:
+    """Writes a file of tensors; contiguous ones, as the package does not look at strides."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in shard.items()}
     path.touch()
     mode = path.stat().st_mode
