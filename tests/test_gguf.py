@@ -178,7 +178,7 @@ def test_arrays_are_fresh_and_threads_may_read(tmp_path):
 @pytest.mark.parametrize(
     "variant",
     ["mha", "gqa", "tied", "biases", "head_dim", "llama3_meta", "linear", "eps", "theta"]
-    + ["qwen2", "qwen2_tied"],
+    + ["qwen2", "qwen2_tied", "qwen3"],
 )
 def test_float32_model_equals_its_hugging_face_twin(tmp_path, variant):
     """Config and parameters to the bit, so that logits are those of the Hugging Face checkpoint."""

@@ -33,6 +33,8 @@ HF_NAMES = {
     "layers/attn/wk": "model.layers.{}.self_attn.k_proj.weight",
     "layers/attn/wv": "model.layers.{}.self_attn.v_proj.weight",
     "layers/attn/wo": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/attn/q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "layers/attn/k_norm": "model.layers.{}.self_attn.k_norm.weight",
     "layers/attn/bq": "model.layers.{}.self_attn.q_proj.bias",
     "layers/attn/bk": "model.layers.{}.self_attn.k_proj.bias",
     "layers/attn/bv": "model.layers.{}.self_attn.v_proj.bias",

@@ -18,6 +18,7 @@ from utils.sharding import check_tokens, current_mesh, default_mesh, make_mesh, 
 
 P = jax.sharding.PartitionSpec
 BIASED = dataclasses.replace(MODEL, attention_bias=True, mlp_bias=True, tie_embeddings=False)
+QWEN3 = dataclasses.replace(BIASED, mlp_bias=False, family="qwen3")
 
 
 class Sizes:
@@ -39,7 +40,7 @@ def flat(tree):
     }
 
 
-@pytest.mark.parametrize("name", ["llama-2-7b", "smollm2-135m", "qwen2.5-0.5b"])
+@pytest.mark.parametrize("name", ["llama-2-7b", "smollm2-135m", "qwen2.5-0.5b", "qwen3-0.6b"])
 def test_every_parameter_matches_one_row_and_every_row_a_parameter(name):
     config = PRESETS[name]
     specs = param_specs(shapes_of(config), param_axes(config), TRAINING, Sizes())
@@ -47,7 +48,7 @@ def test_every_parameter_matches_one_row_and_every_row_a_parameter(name):
 
 
 def test_the_whole_table_is_used():
-    assert param_axes(BIASED) == PARAM_AXES
+    assert param_axes(BIASED) | param_axes(QWEN3) == PARAM_AXES
     lora = LoRAConfig(rank=2)
     tree = jax.eval_shape(lambda: init_lora(MODEL, lora, jax.random.key(0)))
     specs = flat(param_specs(tree, adapter_axes(lora), TRAINING, Sizes()))
@@ -56,7 +57,8 @@ def test_the_whole_table_is_used():
 
 
 def test_what_lies_where():
-    specs = flat(param_specs(shapes_of(BIASED), PARAM_AXES, TRAINING, Sizes(fsdp=2, tensor=2)))
+    shapes, axes = shapes_of(BIASED), param_axes(BIASED)
+    specs = flat(param_specs(shapes, axes, TRAINING, Sizes(fsdp=2, tensor=2)))
     assert specs["embed"] == P(("tensor",), ("fsdp", "context"))
     assert specs["layers/attn/wk"] == P(None, ("tensor",), ("fsdp", "context"))
     assert specs["layers/mlp/w_down"] == P(None, ("fsdp", "context"), ("tensor",))

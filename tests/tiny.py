@@ -65,6 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "old_llama3": _llama3(8.0),
     "old_linear": _LINEAR,
     "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=24),
+    "qwen3_biases": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True)
+    | dict(attention_bias=True),
     "qwen2_tied": dict(model_type="qwen2", tie_word_embeddings=True, head_dim=24),
 }
 

@@ -45,12 +45,15 @@ _QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
 FAMILIES = {
     "llama": Family(fixed={"use_sliding_window": False, "layer_types": None}, gguf="pairs"),
     "qwen2": Family(_QWEN, _NO_BIASES, gguf="halves"),
+    "qwen3": Family(_QWEN | {"head_dim": 128}, {"mlp_bias": False}, gguf="halves"),
 }
 GGUF_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.gguf)
 
 # Sizes as products of config fields, named by the house's dimension key; and the logical axis over
 # which a matrix is sharded along each (utils/sharding.py). Vectors of size D are not sharded.
-_V, _D, _F, _NH, _KH = "vocab_size", "dim", "ffn_dim", "n_heads*head_dim", "n_kv_heads*head_dim"
+_V, _D, _F, _H, _NH, _KH = (
+    "vocab_size dim ffn_dim head_dim n_heads*head_dim n_kv_heads*head_dim".split()
+)
 _AXES = {_V: "vocab", _D: "embed", _F: "ffn", _NH: "heads", _KH: "kv_heads"}
 
 
@@ -112,6 +115,8 @@ _LAYER = (
     Row("attn/wq", (_NH, _D), "self_attn.q_proj", "attention.wq", "attn_q", _QKV),
     Row("attn/wk", (_KH, _D), "self_attn.k_proj", "attention.wk", "attn_k", _QKV),
     Row("attn/wv", (_KH, _D), "self_attn.v_proj", "attention.wv", "attn_v", _QKV),
+    Row("attn/q_norm", (_H,), "self_attn.q_norm", "", "attn_q_norm", only="qwen3"),
+    Row("attn/k_norm", (_H,), "self_attn.k_norm", "", "attn_k_norm", only="qwen3"),
     Row("attn/wo", (_D, _NH), "self_attn.o_proj", "attention.wo", "attn_output", _ATTN),
     Row("ffn_norm", (_D,), "post_attention_layernorm", "ffn_norm", "ffn_norm"),
     Row("mlp/w_gate", (_F, _D), "mlp.gate_proj", "feed_forward.w1", "ffn_gate", _MLP),

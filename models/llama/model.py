@@ -3,6 +3,7 @@
 Parameters (L layers stacked on a leading axis, matrices [out, in] as in checkpoints):
 
     embed [V, D]   layers/attn/{wq, wk, wv, wo}   layers/mlp/{w_gate, w_up, w_down}
+    layers/attn/{q_norm, k_norm} [L, H] (Qwen3)
     layers/{attn_norm, ffn_norm} [L, D]   final_norm [D]   lm_head [V, D] (absent when tied)
 
 `layers` may also be a tuple of L dicts, one per layer (`for_decoding`). The same blocks train, prefill
@@ -61,6 +62,8 @@ class Attention(nn.Module):
         by_heads = TRAINING if cache is None else cache.rules
         projected = (constrain(y, by_weights, "batch", "tokens", "heads") for y in projected)
         q_BTNH, k_BTKH, v_BTKH = (_heads(y, c.head_dim, by_heads) for y in projected)
+        if "layers/attn/q_norm" in param_axes(c):
+            q_BTNH, k_BTKH = _rms_norm(self, "q_norm", q_BTNH), _rms_norm(self, "k_norm", k_BTKH)
         rotated = (ops.apply_rope(y, rope) for y in (q_BTNH, k_BTKH))
         q_BTNH, k_BTKH = (constrain(y, by_heads, *_HEADS) for y in rotated)
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, masks, cache)
@@ -360,7 +363,7 @@ def _project_all(module: nn.Module, x_BTD: Array, fused: str, sizes: dict[str, i
     return list(map(checkpoint_name, ops.linear_all(x_BTD, layers), sizes))
 
 
-def _rms_norm(module: nn.Module, name: str, x_BTD: Array) -> Array:
-    """Declares the norm's weight and applies it."""
-    weight_D = module.param(name, nn.initializers.ones, (module.config.dim,))
-    return ops.rms_norm(x_BTD, weight_D.astype(x_BTD.dtype), module.config.norm_eps)
+def _rms_norm(module: nn.Module, name: str, x: Array) -> Array:
+    """Declares the norm's weight and applies it over x's last axis."""
+    weight = module.param(name, nn.initializers.ones, x.shape[-1:])
+    return ops.rms_norm(x, weight.astype(x.dtype), module.config.norm_eps)

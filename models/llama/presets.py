@@ -7,9 +7,10 @@ from models.llama.config import ModelConfig, llama3_scaling
 
 def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:
     fields = dict(norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, tie_embeddings=False)
-    fields |= dict(activation="silu", attention_bias=False, mlp_bias=False) | rest
+    fields |= dict(activation="silu", attention_bias=False, mlp_bias=False)
+    fields |= dict(head_dim=dim // heads) | rest
     sizes = dict(vocab_size=vocab, dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=kv_heads)
-    return ModelConfig(**sizes, ffn_dim=ffn, head_dim=dim // heads, **fields)
+    return ModelConfig(**sizes, ffn_dim=ffn, **fields)
 
 
 _L3 = dict(rope_theta=500000.0, max_seq_len=8192)
@@ -17,6 +18,7 @@ _L31 = dict(rope_theta=500000.0, max_seq_len=131072, rope_scaling=llama3_scaling
 _L32 = _L31 | dict(rope_scaling=llama3_scaling(32.0), tie_embeddings=True)
 _QWEN = dict(norm_eps=1e-6, rope_theta=1e6, max_seq_len=32768)
 _QWEN2 = _QWEN | dict(family="qwen2")
+_QWEN3 = _QWEN | dict(family="qwen3", head_dim=128, max_seq_len=40960)
 _SMOL = dict(rope_theta=100000.0, max_seq_len=8192, tie_embeddings=True)
 
 # Numbers of the published config.json files; the context of Qwen2.5 is that of its -Instruct models.
@@ -34,6 +36,10 @@ PRESETS: Mapping[str, ModelConfig] = {
     "qwen2.5-0.5b": _preset(151936, 896, 24, 14, 2, 4864, **_QWEN2, tie_embeddings=True),
     "qwen2.5-1.5b": _preset(151936, 1536, 28, 12, 2, 8960, **_QWEN2, tie_embeddings=True),
     "qwen2.5-7b": _preset(152064, 3584, 28, 28, 4, 18944, **_QWEN2),
+    "qwen3-0.6b": _preset(151936, 1024, 28, 16, 8, 3072, **_QWEN3, tie_embeddings=True),
+    "qwen3-1.7b": _preset(151936, 2048, 28, 16, 8, 6144, **_QWEN3, tie_embeddings=True),
+    "qwen3-4b": _preset(151936, 2560, 36, 32, 8, 9728, **_QWEN3, tie_embeddings=True),
+    "qwen3-8b": _preset(151936, 4096, 36, 32, 8, 12288, **_QWEN3),
     "smollm2-135m": _preset(49152, 576, 30, 9, 3, 1536, **_SMOL),
     "smollm2-360m": _preset(49152, 960, 32, 15, 5, 2560, **_SMOL),
     "smollm2-1.7b": _preset(49152, 2048, 24, 32, 32, 8192, **_SMOL | dict(rope_theta=130000.0)),
