@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharded": {},
     "old_llama3": _llama3(8.0),
     "old_linear": _LINEAR,
+    "mistral": dict(model_type="mistral", head_dim=24, sliding_window=None),
     "qwen2": dict(model_type="qwen2"),
     "qwen3": dict(model_type="qwen3", head_dim=24),
     "qwen3_biases": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True)

@@ -42,8 +42,11 @@ class Family(NamedTuple):
 _NO_BIASES = {"attention_bias": False, "mlp_bias": False}  # or not by a setting
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 _QWEN |= {"sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+_ALL_WINDOWS = {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
 FAMILIES = {
     "llama": Family(fixed={"use_sliding_window": False, "layer_types": None}, gguf="pairs"),
+    "mistral": Family(_MISTRAL, _NO_BIASES | _ALL_WINDOWS),
     "qwen2": Family(_QWEN, _NO_BIASES, gguf="halves"),
     "qwen3": Family(_QWEN | {"head_dim": 128}, {"mlp_bias": False}, gguf="halves"),
 }

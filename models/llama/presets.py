@@ -16,6 +16,7 @@ def _preset(vocab, dim, layers, heads, kv_heads, ffn, **rest) -> ModelConfig:
 _L3 = dict(rope_theta=500000.0, max_seq_len=8192)
 _L31 = dict(rope_theta=500000.0, max_seq_len=131072, rope_scaling=llama3_scaling(8.0))
 _L32 = _L31 | dict(rope_scaling=llama3_scaling(32.0), tie_embeddings=True)
+_MISTRAL = dict(family="mistral", rope_theta=1e6, max_seq_len=32768)
 _QWEN = dict(norm_eps=1e-6, rope_theta=1e6, max_seq_len=32768)
 _QWEN2 = _QWEN | dict(family="qwen2")
 _QWEN3 = _QWEN | dict(family="qwen3", head_dim=128, max_seq_len=40960)
@@ -33,6 +34,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "llama-3.1-405b": _preset(128256, 16384, 126, 128, 8, 53248, **_L31),
     "llama-3.2-1b": _preset(128256, 2048, 16, 32, 8, 8192, **_L32),
     "llama-3.2-3b": _preset(128256, 3072, 28, 24, 8, 8192, **_L32),
+    "mistral-7b-v0.3": _preset(32768, 4096, 32, 32, 8, 14336, **_MISTRAL),
     "qwen2.5-0.5b": _preset(151936, 896, 24, 14, 2, 4864, **_QWEN2, tie_embeddings=True),
     "qwen2.5-1.5b": _preset(151936, 1536, 28, 12, 2, 8960, **_QWEN2, tie_embeddings=True),
     "qwen2.5-7b": _preset(152064, 3584, 28, 28, 4, 18944, **_QWEN2),
