@@ -46,6 +46,7 @@ MODEL = dataclasses.replace(
     max_seq_len=64,
     tie_embeddings=True,
     attention_bias=True,
+    family="qwen3",
 )
 # Heads that no axis of size 2 divides, and a vocabulary of its own for the output.
 ODD = dataclasses.replace(

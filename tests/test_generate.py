@@ -58,7 +58,7 @@ class Letters:
         return ""
 
 
-@pytest.mark.parametrize("name", ["gqa", "tied", "llama3_8", "biases"])
+@pytest.mark.parametrize("name", ["gqa", "llama3_8", "biases", "qwen2_tied", "qwen3_biases"])
 def test_greedy_equals_transformers(name):
     model = tiny.hf_model(name)[1]
     done = run(PROMPTS, name=name)

@@ -209,7 +209,15 @@ def test_progress_counts_to_the_end():
 
 @pytest.mark.parametrize(
     ("format", "name"),
-    [("hf", "gqa"), ("hf", "biases"), ("hf", "bf16"), ("meta", "tied"), ("gguf", "biases")],
+    [
+        ("hf", "gqa"),
+        ("hf", "biases"),
+        ("hf", "bf16"),
+        ("hf", "qwen3_biases"),
+        ("meta", "tied"),
+        ("gguf", "biases"),
+        ("gguf", "qwen2"),
+    ],
 )
 def test_the_layout_for_decoding_is_that_of_for_decoding(tmp_path, name, format):
     folder, model = tiny.hf_model(name)

@@ -46,7 +46,7 @@ def test_logits_equal_transformers_at_all_positions(name):
 
 @pytest.mark.parametrize(
     "name, platform",
-    [(name, "cpu") for name in ("gqa", "biases", "head_dim", "llama3_32", "gelu", "tied")]
+    [(name, "cpu") for name in ("gqa", "biases", "qwen2_tied", "llama3_32", "gelu", "qwen3_biases")]
     + [("gqa", "tpu")],  # whose values lie as its keys
 )
 def test_cached_equals_uncached_in_chunks_and_steps(name, platform):
@@ -157,7 +157,7 @@ def test_bfloat16_is_near_float32():
     assert np.sqrt(np.mean((logits - high) ** 2)) < 0.05 * np.std(high)
 
 
-@pytest.mark.parametrize("name", ["biases", "tied", "gqa"])
+@pytest.mark.parametrize("name", ["biases", "qwen3_biases", "gqa"])
 def test_init_has_the_shapes_of_a_checkpoint(name):
     model, loaded = load(name)
     params = init_params(model.config, jax.random.key(0))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
 from models.llama.formats import hf
 from models.llama.layout import leaves
@@ -24,6 +24,7 @@ VARIANTS = {
     "tied": tiny.VARIANTS["mqa"]
     | tiny.VARIANTS["tied"]
     | tiny.VARIANTS["head_dim"]  # 4 · 24, not the model's 64
+    | dict(model_type="qwen3")  # norms of queries and keys
     | tiny.VARIANTS["llama3_8"],
 }
 
@@ -31,7 +32,7 @@ VARIANTS = {
 @functools.cache
 def variant(name):
     """(torch model, our config, our parameters), with the same weights."""
-    model = tiny.random_model(LlamaConfig(**(tiny.BASE | VARIANTS.get(name, {}))))
+    model = tiny.random_model(AutoConfig.for_model(**(tiny.BASE | VARIANTS.get(name, {}))))
     config = hf.to_config(model.config.to_dict())
     state, params = model.state_dict(), {}
     for leaf in leaves(config, "hf"):

@@ -33,7 +33,7 @@ def pack(batch, lengths, gap):
     return {key: np.concatenate(values)[None] for key, values in out.items()}
 
 
-@pytest.mark.parametrize("name", ["gqa", "tied", "biases"])
+@pytest.mark.parametrize("name", ["gqa", "qwen3_biases", "biases"])
 def test_loss_and_gradients_are_those_of_transformers(name):
     folder, model = tiny.hf_model(name)
     batch = batch_of([24, 17, 9], 24)
