@@ -49,9 +49,8 @@ MODEL = dataclasses.replace(
     family="qwen3",
 )
 # Heads that no axis of size 2 divides, and a vocabulary of its own for the output.
-ODD = dataclasses.replace(
-    MODEL, n_heads=9, n_kv_heads=3, dim=72, tie_embeddings=False, attention_bias=False
-)
+ODD = dataclasses.replace(MODEL, n_heads=9, n_kv_heads=3, dim=72, tie_embeddings=False)
+ODD = dataclasses.replace(ODD, attention_bias=False, family="llama")
 RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, MODEL.vocab_size, (8, 16)).astype(np.int32)
 

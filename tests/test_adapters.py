@@ -148,8 +148,8 @@ def pefts(name, folder):
     [
         ("mha", dict(rank=3, alpha=4.5)),
         ("gqa", dict(rank=4)),
-        ("tied", dict(rank=1, alpha=1, targets=("wk", "w_down"))),
-        ("biases", dict(rank=2, targets=("wo", "w_gate"))),
+        ("qwen2_tied", dict(rank=1, alpha=1, targets=("wk", "w_down"))),
+        ("qwen3_biases", dict(rank=2, targets=("wo", "w_gate"))),
     ],
 )
 def test_peft_loads_ours_and_has_the_merged_models_logits(name, lora, tmp_path):

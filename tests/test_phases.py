@@ -123,6 +123,7 @@ SLOW = [
     Case(name="llama-3.2-1b", rows=2, seq_len=512),
     Case(name="llama-3.2-1b", rows=2, seq_len=512, remat="dots", dtype="bfloat16", train=BF16),
     Case(name="tinyllama-1.1b", rows=2, seq_len=512, remat="dots"),
+    Case(name="qwen3-0.6b", rows=4, seq_len=512, remat="none", model=dict(n_layers=8)),
     *(Case(rows=16, seq_len=512, prompt_len=128, remat=name) for name in ("none", "dots", "block")),
     Case(rows=16, seq_len=512, prompt_len=384, remat="none"),
     Case(rows=16, seq_len=512, prompt_len=128, rank=16, remat="dots"),

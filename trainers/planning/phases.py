@@ -1,16 +1,14 @@
 """Bytes that a job holds on one device, phase by phase, by closed forms: nothing is traced or compiled.
 
-A training step has four phases, wherever it runs: the loss, the backward pass through the layers, the
-embedding's gradient and the update. The fullest makes the peak. Bytes of each part are terms of a back
-end, since XLA for CPU and for accelerators keep other arrays:
+A training step has four phases: the loss, the backward pass through the layers, the embedding's gradient
+and the update. The fullest makes the peak. XLA for CPU and for accelerators keep other arrays:
 
-- Accelerators: activations stay in their dtype, attention keeps no scores, and gradients appear layer by
-  layer. Compared with 25 jobs of 0.1 to 70 billion parameters compiled for TPUs,
-  arguments are the same, peaks within 6 % and a training step's temporaries within 10 %, except for a
-  job that XLA refused (10.4 %) and a model of 135 million (10.1 %), whose arrays fill no registers.
+- Accelerators: activations stay in their dtype, attention keeps no scores, gradients appear layer by layer.
+  For 25 jobs of 0.1 to 70 billion parameters compiled for TPUs, arguments are the same, peaks within 6 %
+  and a step's temporaries within 10 %, except for a job that XLA refused (10.4 %) and a model of 135
+  million (10.1 %), whose arrays fill no registers.
 - CPU: everything is computed in float32, attention keeps its scores, and gradients take memory throughout.
-  All devices share the machine's memory, so that a mesh changes nothing. Peaks are within 10 % of the
-  compiled steps of tests/test_phases.py.
+  All devices share the memory: a mesh changes nothing. Peaks are within 10 % of tests/test_phases.py.
 """
 
 import math
@@ -19,6 +17,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from models.llama.layout import rows_of
 from trainers.planning.job import Job
 from utils.attention import LARGEST_BLOCK, SMALLEST_BLOCK
 from utils.cross_entropy import chunk_size
@@ -64,24 +63,26 @@ class Sizes:
         self.matrices = self.model.n_layers * sum(a * b for a, b in self.shapes.values())
         self.head = self.model.vocab_size * self.model.dim
         self.heads = self.head * (1 if self.model.tie_embeddings else 2)
+        self.shared = self.matrices + self.heads
         self.q_dim = self.model.n_heads * self.model.head_dim
         self.kv_dim = self.model.n_kv_heads * self.model.head_dim
+        self.vectors = [r for r in rows_of(self.model) if r.stacked and len(r.size) == 1]
+        normed = sum(row.path.endswith("q_norm") for row in self.vectors)
+        self.qk_norms = normed * 2 * (self.q_dim + self.kv_dim)  # without and with the weight
 
     def held(self, dtype: str) -> int:
         """Bytes of the device's part of the model: its matrices are shared, its norms are not."""
-        shared = self.matrices + self.heads
-        numbers = shared // self.parts + self.model.n_params - shared
+        numbers = self.shared // self.parts + self.model.n_params - self.shared
         return numbers * jnp.dtype(dtype).itemsize
 
     def frozen(self) -> int:
         """Bytes of the device's part of a model that is not trained: in eight bits, if asked for."""
         if self.job.quantize is None:
             return self.held(self.job.dtype)
-        matrices = self.matrices + self.heads
         rows = self.model.n_layers * sum(out for out, _ in self.shapes.values())
         rows += self.heads // self.model.dim
-        norms = (self.model.n_params - matrices) * self.size
-        return (matrices + rows * F32) // self.parts + norms
+        norms = (self.model.n_params - self.shared) * self.size
+        return (self.shared + rows * F32) // self.parts + norms
 
 
 class Step(Sizes):
@@ -151,7 +152,7 @@ class Step(Sizes):
         model, rank = self.model, self.job.lora_rank
         stacks = [(model.n_layers, *shape) for shape in self.shapes.values()]
         stacks += [(model.vocab_size, model.dim)] * (self.heads // self.head)
-        stacks += [(model.n_layers, model.dim)] * 2  # norms
+        stacks += [(model.n_layers, *row.shape(model)) for row in self.vectors]
         if rank:
             sides = [n for name in self.job.lora_targets for n in self.shapes[name]]
             stacks = [(model.n_layers, rank, n) for n in sides]
@@ -186,7 +187,7 @@ class Step(Sizes):
             return self.tokens * (s * 2 * model.dim + shared // self.tensor)
         # The residual stream twice in float32; normed without and with the weight, and o. Of gate, up
         # and the activation five arrays in float32, and their product.
-        shared = attention + (5 * F32 + s) * model.ffn_dim
+        shared = attention + s * self.qk_norms + (5 * F32 + s) * model.ffn_dim
         return self.tokens * ((2 * F32 + 5 * s) * model.dim + shared // self.tensor)
 
     @property
@@ -275,7 +276,7 @@ class StepOnCPU(Step):
         elif remat == "none":
             # The residual stream twice, each normed without and with the weight; q, the weighted values
             # and their quotients; six arrays on the way from gate and up to down.
-            numbers = 6 * model.dim + 3 * self.q_dim + 6 * model.ffn_dim
+            numbers = 6 * model.dim + 3 * self.q_dim + self.qk_norms + 6 * model.ffn_dim
         return (self.tokens * numbers + (remat == "none") * self._scores()) * F32
 
     def _scores(self) -> int:
@@ -315,9 +316,8 @@ class StepOnCPU(Step):
     def _loss(self) -> dict[str, int]:
         """A chunk's logits in float32, and what is made of them while they are there."""
         chunk = chunk_size(self.targets, self.model.vocab_size) * self.model.vocab_size
-        narrow = (
-            chunk * self.size if self.size < F32 else 0
-        )  # their gradient in the activations' dtype
+        # Their gradient is in the activations' dtype.
+        narrow = chunk * self.size if self.size < F32 else 0
         # The product that is added to the head's gradient, else the exponentials.
         product = 0 if self.job.lora_rank else self.head
         return self._everywhere() | {"logits": (chunk + max(product, chunk)) * F32 + narrow}

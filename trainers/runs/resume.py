@@ -55,7 +55,9 @@ def check_resume(
     allowed, refused = [], {}
     old, new = _flat_json(saved), _flat_json(now)
     for path in sorted(old.keys() | new.keys()):
-        before, after = old.get(path, "absent"), new.get(path, "absent")
+        # Runs from before there were other families do not say theirs.
+        first = '"llama"' if path == "model.family" else "absent"
+        before, after = old.get(path, first), new.get(path, "absent")
         if before == after:
             continue
         known = _SETTINGS.get(path, Setting(resume=DATA if path.startswith("data.") else NEVER))
