@@ -5,8 +5,6 @@ import functools
 import json
 import re
 import resource
-import struct
-import sys
 import tempfile
 import time
 import warnings
@@ -19,14 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.interpreters.partial_eval import dce_jaxpr
-from tensorboardX.proto.event_pb2 import Event
 
 from models.llama.formats.hf import to_config
 from models.llama.model import LLaMa, init_params
 from tests import tiny
 from trainers.runs import metrics
 from trainers.runs.metrics import MetricsLog
-from utils.errors import ConfigError
 from utils.memory import peak_memory_bytes
 
 
@@ -92,7 +88,7 @@ def one_warning(*words):
         yield
     assert len(caught) == 1, [str(w.message) for w in caught]
     assert all(word in str(caught[0].message) for word in (*words, "training continues"))
-    assert caught[0].filename == __file__
+    assert Path(caught[0].filename).parent == Path(__file__).parent
 
 
 @contextlib.contextmanager
@@ -146,7 +142,7 @@ def test_a_disk_that_is_full_for_a_while_leaves_whole_lines(tmp_path, size):
 
 @pytest.mark.covers("D29")
 def test_a_full_disk_does_not_block_tensorboard(tmp_path):
-    with one_warning(), MetricsLog(tmp_path, tensorboard=True) as log:
+    with one_warning(), MetricsLog(tmp_path, track=("tensorboard",)) as log:
         with file_size_limit(4000):
             for step in range(100):
                 log.write({"step": step, "loss": 1.0})
@@ -182,37 +178,6 @@ def test_an_error_of_the_computation_is_not_taken_for_one_of_a_sink(tmp_path):
     gone.delete()
     with MetricsLog(tmp_path) as log, pytest.raises(RuntimeError, match="deleted"):
         log.write({"step": 0, "loss": gone})
-
-
-def events(folder):
-    """The events of TensorBoard's record files: length, its checksum, data, their checksum."""
-    for path in sorted((folder / "tensorboard").iterdir()):
-        data = path.read_bytes()
-        while data:
-            (size,) = struct.unpack("<Q", data[:8])
-            yield Event.FromString(data[12 : 12 + size])
-            data = data[16 + size :]
-
-
-def test_tensorboard_gets_the_numbers_and_hides_those_of_an_interrupted_run(tmp_path):
-    for start in (0, 2):
-        with MetricsLog(tmp_path, tensorboard=True, start_step=start) as log:
-            for step in range(start, 3):
-                log.write({"step": step, "loss": 0.5, "seconds": {"data": 2.0}, "text": "x"})
-                assert list(events(tmp_path))[-1].step == step  # flushed
-    found = list(events(tmp_path))
-    scalars = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
-    one = lambda step: [(step, "loss", 0.5), (step, "seconds/data", 2.0)]
-    assert scalars == one(0) + one(1) + one(2) + one(2)
-    assert [e.step for e in found if e.session_log.status == 1] == [2]
-
-
-def test_tensorboard_without_tensorboardx_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match="pip install tensorboardX"):
-        MetricsLog(tmp_path, tensorboard=True)
-    assert not list(tmp_path.iterdir())
-    MetricsLog(tmp_path).write({"step": 0})
 
 
 def dot_flops(jaxpr):

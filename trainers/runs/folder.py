@@ -18,9 +18,10 @@ import jaxlib
 from models.llama.layout import DTYPES
 from models.llama.model import REMATS
 from trainers.runs.checkpoint import CheckpointReader
+from trainers.runs import trackers
 from utils import clock, distributed
 from utils.console import cli, usage
-from utils.fields import ALWAYS, Config, Range, field, integer, one_of
+from utils.fields import ALWAYS, Config, Range, field, integer, one_of, texts
 from utils.files import atomic_file
 
 _ROOT = Path(__file__).parents[2]
@@ -49,7 +50,12 @@ class RunConfig(Config):
     export_dtype: str | None = field(
         None, "dtype of the export; default: that of the model's own files", one_of(*DTYPES)
     )
-    tensorboard: bool = field(False, "write TensorBoard's event files too")
+    track: tuple[str, ...] = field(
+        (),
+        "a tracker that gets the metrics too: tensorboard, wandb or trackio; may be repeated",
+        Range(f"some of {', '.join(trackers.NAMES)}", {*trackers.NAMES}.issuperset),
+        parse=texts,
+    )
     check_every: int = field(
         100, "steps between comparisons of the parameters' copies on a mesh; 0: none", integer(0)
     )
@@ -59,6 +65,9 @@ class RunConfig(Config):
         one_of(*REMATS),
         resume=ALWAYS,
     )
+
+    def problems(self) -> list[str]:
+        return super().problems() or trackers.not_installed(self.track)
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Run metrics: metrics.jsonl, TensorBoard, and the FLOPs and times that speed is told in.
+"""Run metrics: metrics.jsonl, trackers, and the FLOPs and times that speed is told in.
 
 Nothing here may stop a run: a sink that fails costs one warning, and training continues.
 """
@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.llama.config import ModelConfig
+from trainers.runs.trackers import open_tracker
 from trainers.trainer import Trainer, Work
 from utils import distributed
 from utils.clock import PhaseClock
-from utils.errors import ConfigError, DataError
-from utils.files import InputFile, atomic_file, flatten
+from utils.errors import DataError
+from utils.files import InputFile, atomic_file
 from utils.memory import peak_memory_bytes
 from utils.ops import precision
 from utils.sharding import current_mesh
@@ -44,7 +45,7 @@ class MetricsLog:
         folder: str | Path,
         *,
         name: str = "metrics.jsonl",
-        tensorboard: bool = False,
+        track: Sequence[str] = (),
         start_step: int = 0,
         sinks: Sequence[Sink] = (),
         watch: Callable[[str, str], None] | None = None,
@@ -53,29 +54,24 @@ class MetricsLog:
         Args:
             folder: created if it is not there.
             name: the file's name.
-            tensorboard: also write event files to `<folder>/tensorboard`.
+            track: names of trackers that get the records too (trainers/runs/trackers.py).
             start_step: the first step that this run will write. Lines from there on were written
                 after the checkpoint that the run resumes from: they are dropped, so that no step is
                 there twice and a resumed run leaves the same curve.
             sinks: called with every record, for example a `StepTable`.
             watch: called with the name and the shape of every phase that begins.
-
-        Raises:
-            ConfigError: tensorboardX is asked for and not installed.
         """
         folder = Path(folder)
         self.watch, self._warned = watch, False
         self._stack = contextlib.ExitStack()
         self._sinks: list[Sink] = []
-        if tensorboard:
-            _import_tensorboard()
         if not distributed.is_first():
             return
-        openers = {_JsonLines: folder / name}
-        openers |= {_TensorBoard: folder / "tensorboard"} if tensorboard else {}
-        for opener, path in openers.items():
+        openers = [functools.partial(_JsonLines, folder / name)]
+        openers += [functools.partial(open_tracker, tracker, folder) for tracker in track]
+        for opener in openers:
             with self._warning_once():
-                sink = opener(path, start_step)
+                sink = opener(start_step)
                 self._stack.callback(sink.close)
                 self._sinks.append(sink)
         self._sinks += sinks
@@ -111,7 +107,7 @@ class MetricsLog:
         except Exception as e:  # whatever a sink raises, training is worth more
             if not self._warned:
                 self._warned = True
-                reason = f"{type(e).__name__}: {e}"
+                reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
                 warnings.warn(
                     f"some metrics are not written, training continues: {reason}", stacklevel=4
                 )
@@ -198,44 +194,6 @@ def earlier_records(path: Path) -> list[dict]:
         for _, line in whole_lines(path):
             found.append(json.loads(line))
     return found
-
-
-class _TensorBoard:
-    """The sink to TensorBoard's event files, through tensorboardX's synchronous writer.
-
-    SummaryWriter's thread dies of a full disk (tensorboardX 2.6), and its queue then blocks for ever.
-    """
-
-    def __init__(self, folder: Path, start_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._x = _import_tensorboard()
-        # tensorboardX names files by the second: a second run within it would overwrite the first.
-        name = f".{time.time_ns()}"
-        self._writer = self._x.event_file_writer.EventsWriter(str(folder / "events"), name)
-        self.close = self._writer.close
-        if start_step:  # hides the events that an interrupted run wrote from there on
-            session = self._x.proto.event_pb2.SessionLog
-            self._event(start_step, session_log=session(status=session.START))
-
-    def __call__(self, record: dict) -> None:
-        for name, value in flatten(record).items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._event(record["step"], summary=self._x.summary.scalar(name, value))
-        self._writer.flush()
-
-    def _event(self, step: int, **what: Any) -> None:
-        event = self._x.proto.event_pb2.Event(wall_time=time.time(), step=step, **what)
-        self._writer.write_event(event)
-
-
-def _import_tensorboard():
-    try:
-        import tensorboardX
-    except ImportError as e:
-        raise ConfigError(
-            "TensorBoard needs tensorboardX, which is not installed; pip install tensorboardX"
-        ) from e
-    return tensorboardX
 
 
 def _as_json(x: Any) -> Any:

@@ -267,7 +267,7 @@ def _fit(
     data, evaluated = run.recipe.open(run.trainer, config.folder, start_step, stack, table)
     log = MetricsLog(
         config.folder,
-        tensorboard=config.tensorboard,
+        track=config.track,
         start_step=start_step,
         sinks=[table],
         watch=table.watch,

@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "model": "ckpt_dir",
     "num_generations": "group_size",
     "num_return_sequences": "n",
+    "report_to": "track",
     "save_steps": "save_every",
 }
 
