@@ -240,7 +240,8 @@ class Flag(NamedTuple):
         if not self.is_switch:
             unset = self.default in (None, "", (), dataclasses.MISSING)
             left = f"  --{self.name} {self.placeholder if unset else self.default}"
-        text = textwrap.fill(said, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
+        indents = dict(initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False)
+        text = textwrap.fill(said, width, **indents)
         return f"{left}\n{text}" if len(left) > len(_INDENT) - 2 else left + text[len(left) :]
 
     @property
