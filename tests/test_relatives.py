@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from models.llama.chat_format import chat_format_for
 from models.llama.config import ModelConfig
@@ -17,10 +17,12 @@ from models.llama.load import load_checkpoint, save_checkpoint
 from models.llama.model import LLaMa
 from models.llama.presets import PRESETS
 from models.llama.tokenizer import load_tokenizer
+from models.llama.tokenizers.gguf import gguf_form
 from tests import tiny
 from tests.oracles import tokenizer_files
 from tests.test_config import assert_reads_as
 from tests.test_messages import chat, folder, real
+from tests.test_tokenizer_save import small_metadata
 from tests.tiny_gguf import write_gguf
 from utils.errors import ConfigError
 
@@ -124,6 +126,22 @@ def test_tokens_of_a_gguf_file_are_llama_cpps(tmp_path, name):
     config, params = load_checkpoint(path)
     logits = LLaMa(config).apply({"params": params}, np.array([prompt + theirs]))[0]
     assert np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist() == theirs
+
+
+def test_qwens_tokenizer_json_is_read_as_by_transformers(tmp_path, default_model_path):
+    """Composed by NFC, split a digit at a time, and without BOS."""
+    spec, _ = gguf_form(small_metadata(default_model_path) | {"tokenizer.ggml.pre": "qwen2"})
+    spec["normalizer"] = {"type": "NFC"}
+    config = dict(tokenizer_class="Qwen2Tokenizer", bos_token=None, unk_token=None)
+    config |= dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", add_prefix_space=False)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.bos_id is None and not ours.adds_bos
+    for text in [*tokenizer_files.HOSTILE, "e\u0301 12345 We'LL \u212b<|im_start|>"]:
+        ids = ours.encode(text, allow_special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+    assert ours.encode("e\u0301") == ours.encode("é")
 
 
 @pytest.mark.parametrize("thinks", [True, False])

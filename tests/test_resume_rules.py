@@ -116,6 +116,15 @@ def test_allowed_ones_are_returned_but_do_not_excuse_others():
     assert "--lr" in str(error.value) and "max_steps" not in str(error.value)
 
 
+def test_a_run_from_before_there_were_families_is_a_llamas():
+    now = copy.deepcopy(SAVED)
+    now["model"]["family"] = "llama"
+    assert check_resume(SAVED, now) == []
+    now["model"]["family"] = "qwen2"
+    with pytest.raises(ConfigError, match='model.family "llama" → "qwen2" .never'):
+        check_resume(SAVED, now)
+
+
 @pytest.mark.covers("D22")
 @pytest.mark.parametrize("field", ["train.new_field", "new", "model.new", "dataset"])
 def test_what_the_table_does_not_know_is_refused(field):
