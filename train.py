@@ -16,15 +16,18 @@ import math
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import ClassVar
 
 from models.llama.layout import DTYPES
 from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
+from trainers.dpo_trainer import DPOConfig
 from trainers.grpo_trainer import GRPOConfig
+from trainers.pairs import PairConfig, PairFlags, load_pairs
 from trainers.planning.job import rows_at_once
-from trainers.runs.recipes import GRPORecipe, SFTRecipe
+from trainers.runs.recipes import DPORecipe, GRPORecipe, SFTRecipe
 from trainers.report.replay import read_run, replay_step, verdict
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags, task_names
@@ -49,9 +52,10 @@ class TrainingDataFlags(DataFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTFlags(SFTConfig):
-    """SFTConfig, where the run's length may be told in epochs."""
+class EpochFlags(Config):
+    """The run's length, which may be told in epochs."""
 
+    made: ClassVar[type[SFTConfig]]
     max_steps: int | None = again(
         SFTConfig, "max_steps", None, help="optimizer steps of the whole run; default: 100"
     )
@@ -65,12 +69,26 @@ class SFTFlags(SFTConfig):
 
     def config(self, epoch: float) -> SFTConfig:
         """The config of a run whose epochs have that many steps."""
-        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(SFTConfig)}
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self.made)}
         if self.max_steps is None:
             del known["max_steps"]
         if self.epochs is not None:
             known["max_steps"] = math.ceil(self.epochs * epoch)
-        return SFTConfig(**known)
+        return self.made(**known)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTFlags(EpochFlags, SFTConfig):
+    """SFTConfig, where the run's length may be told in epochs."""
+
+    made = SFTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOFlags(EpochFlags, DPOConfig):
+    """DPOConfig, where the run's length may be told in epochs."""
+
+    made = DPOConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,10 +151,31 @@ def sft(
 
     Example: python train.py sft --data chats.jsonl --out_dir run --lora_rank 16
     """
+    return _supervised(SFTRecipe, load_dataset, data, model, rows, training, lora, run)
+
+
+def dpo(
+    data: PairFlags,
+    model: ModelFlags,
+    rows: PairConfig,
+    training: DPOFlags,
+    lora: LoRAFlags,
+    run: RunConfig,
+    processes: cli.ProcessFlags,
+) -> int:
+    """Trains on preferences: chosen answers made more likely than rejected ones, without sampling.
+
+    Example: python train.py dpo --data pairs.jsonl --out_dir run --lora_rank 16
+    """
+    return _supervised(DPORecipe, load_pairs, data, model, rows, training, lora, run)
+
+
+def _supervised(recipe, load, data, model, rows, training, lora, run) -> int:
+    """Trains on a file of rows."""
     stop = _start()
     source = load_source(model)
     moment = run.moment()
-    read = functools.partial(load_dataset, tokenizer=source.tokenizer, config=rows, moment=moment)
+    read = functools.partial(load, tokenizer=source.tokenizer, config=rows, moment=moment)
     dataset = read(data.data, skip_bad=data.skip_bad)
     dataset.check_full_batch()
     _say_counts("data", data.data, dataset)
@@ -145,9 +184,9 @@ def sft(
         evaluated = read(data.eval_data)
         _say_counts("eval", data.eval_data, evaluated)
     config = training.config(len(dataset) / rows.batch_size)
-    recipe = SFTRecipe(config=config, lora=lora.config, dataset=dataset, evaluated=evaluated)
+    made = recipe(config=config, lora=lora.config, dataset=dataset, evaluated=evaluated)
     flags = as_flags(data, model, rows, training, lora, run)
-    return train(recipe, source, run, rows.seed, stop, flags)
+    return train(made, source, run, rows.seed, stop, flags)
 
 
 def grpo(
@@ -328,7 +367,14 @@ def list_tasks() -> None:
     cli.write("".join(f"{name}\n" for name in task_names()))
 
 
-COMMANDS = {"sft": sft, "grpo": grpo, "export": export, "replay": replay, "report": report}
+COMMANDS = {
+    "sft": sft,
+    "dpo": dpo,
+    "grpo": grpo,
+    "export": export,
+    "replay": replay,
+    "report": report,
+}
 
 if __name__ == "__main__":
     if {"--task=list", ("--task", "list")} & {*sys.argv, *itertools.pairwise(sys.argv)}:

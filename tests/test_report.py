@@ -55,7 +55,7 @@ def metrics(step: int, **changes) -> dict:
     )
     names += " length_mean length_max truncated unscorable grad_norm lr tokens_per_s mfu ratio_max"
     record = {"step": step, **{name: rng.random() for name in names.split()}}
-    record |= dict(accuracy=rng.random())
+    record |= dict(accuracy=rng.random(), margin=rng.random())
     record |= dict(rewards={"exact": rng.random(), "format": rng.random()}, memory=2 * 10**9 + step)
     record |= dict(rollout_tokens_per_s=400.0, updated=True, skipped=0)
     record |= dict(seconds={"rollout": 3.0, "step": 1 + rng.random()}, compilations=[["f", 0.5]])

@@ -34,6 +34,11 @@ def variant(name):
     """(torch model, our config, our parameters), with the same weights."""
     model = tiny.random_model(AutoConfig.for_model(**(tiny.BASE | VARIANTS.get(name, {}))))
     config = hf.to_config(model.config.to_dict())
+    return model, config, params_of(model, config)
+
+
+def params_of(model, config):
+    """The weights of a torch model as our parameters."""
     state, params = model.state_dict(), {}
     for leaf in leaves(config, "hf"):
         arrays = [state[key].numpy() for key in leaf.names]
@@ -42,7 +47,7 @@ def variant(name):
         for part in parents:
             inside = inside.setdefault(part, {})
         inside[last] = jnp.asarray(np.stack(arrays) if leaf.stacked else arrays[0])
-    return model, config, params
+    return params
 
 
 def fast(function, **options):

@@ -34,6 +34,7 @@ KINDS = {
     "completion": ("prompt", "completion"),
     "text": ("text",),
     "prompt": ("prompt",),
+    "preference": ("chosen", "rejected"),
 }
 SUPERVISED = ("messages", "completion", "text")
 
@@ -116,6 +117,7 @@ class Records:
     def ignored(self) -> list[str]:
         """Names of the columns that their rows' kinds do not have, which only rewards would read."""
         read = {kind: {*names, "tools"} for kind, names in KINDS.items()}
+        read["preference"].add("prompt")
         columns = [(row, *column) for row in self.rows for column in row.fields.items()]
         unread = {k for row, k, v in columns if v is not None and k not in read[row.kind]}
         return sorted(unread)
@@ -127,8 +129,8 @@ def read_records(
     """Reads the rows of a dataset.
 
     A row is one line with a JSON object: `{"messages": [...]}`, `{"prompt", "completion"}` (both
-    strings or both lists of messages) or `{"text"}`; rows of several kinds may be mixed. A field
-    that is null counts as absent.
+    strings or both lists of messages) or `{"text"}`; rows of several kinds may be mixed. A pair is
+    `{"prompt", "chosen", "rejected"}`, see `_check_pair`. A field that is null counts as absent.
 
     Args:
         path: a `.jsonl` file, also gzipped, or a `.parquet` file; `hf://datasets/OWNER/NAME/FILE`;
@@ -264,6 +266,8 @@ def _record(line: bytes, where: str, kinds: Sequence[str]) -> Record:
 
 def _check(kind: str, fields: dict[str, Any]) -> None:
     """Checks a row's fields, and brings its messages and tools into one shape."""
+    if kind == "preference":
+        return _check_pair(fields)
     names = KINDS[kind]
     values = [fields[name] for name in names]
     if kind != "messages" and all(isinstance(value, str) for value in values):
@@ -283,6 +287,43 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
             f"got {types}, expected "
             f"{wanted.get(kind, 'strings, or lists of messages with at least one message')}"
         )
+
+
+def _check_pair(fields: dict[str, Any]) -> None:
+    """Checks a pair, and brings it into one shape: a prompt, and what both sides have behind it.
+
+    The prompt of messages may be a field, or the messages at the start of both sides, or both. Of two
+    texts without a prompt, it is None.
+    """
+    asked, sides = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
+    if all(isinstance(x, str) for x in ("" if asked is None else asked, *sides)):
+        for name in ("prompt", "chosen", "rejected"):
+            check_text(fields.get(name) or "", name)
+        if read_tools(fields.get("tools")):
+            raise DataError("tools need messages, and the row is plain text")
+        fields["prompt"] = asked
+        return
+    if not all(isinstance(side, list) for side in sides) or not isinstance(
+        asked, (str, list, type(None))
+    ):
+        given = [k for k in ("prompt", "chosen", "rejected") if fields.get(k) is not None]
+        types = ", ".join(f"{k} {type(fields[k]).__name__}" for k in given)
+        raise DataError(f"got {types}, expected strings, or lists of messages")
+    asked = asked if isinstance(asked, list) else []
+    whole = all(side[: len(asked)] == asked for side in sides)
+    chosen, rejected = (read_messages(side if whole else asked + side) for side in sides)
+    at = len(asked)
+    if whole:
+        last = min(len(chosen), len(rejected)) - 1
+        at = next((i for i in range(last) if chosen[i] != rejected[i]), last)
+    if not at:
+        raise DataError(
+            "chosen and rejected do not begin with the same message; expected the prompt as the first "
+            "messages of both, or as a list of messages in the field prompt"
+        )
+    read_messages(chosen[:at], add_generation_prompt=True)
+    fields |= {"tools": read_tools(fields.get("tools"))} if "tools" in fields else {}
+    fields |= {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
 
 
 # Files ------------------------------------------------------------------------------------------

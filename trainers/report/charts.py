@@ -84,6 +84,8 @@ _SPEED = "Tokens trained on and tokens sampled, each by its own time."
 _MFU = "Model FLOPs of training next to the best matrix product measured."
 _TIME = "Seconds per step. The first step, which compiles, may reach beyond the axis."
 _NATS, _BOTH = "nats per token", "{0}:training eval_{0}:held-out"
+_RIGHT = "Targets guessed right, or pairs of which the chosen answer has the higher reward."
+_MARGINS = "margin eval_margin:held-out reward_chosen:chosen reward_rejected:rejected"
 _LENGTHS = "length_mean:mean length_max:longest eval_length_mean:held-out_mean"
 _SPEEDS = "tokens_per_s:training rollout_tokens_per_s:sampling"
 
@@ -92,11 +94,12 @@ CHARTS = {
         Chart("reward", "reward", "reward", "Reward", _MEAN, kind="mean"),
         Chart("loss", _BOTH.format("loss"), _NATS, "Loss", "Of a step's batch."),
         Chart("evaluation", "eval_*", "share, or reward", "Held-out reward", _HELD_OUT),
-        Chart("accuracy", _BOTH.format("accuracy"), "share", "Accuracy", "Targets guessed right."),
+        Chart("accuracy", _BOTH.format("accuracy"), "share", "Accuracy", _RIGHT),
+        Chart("margin", _MARGINS, "reward", "Preference", "Rewards of answers, see docs/dpo.md."),
         Chart(
             "rewards", "rewards/*", "reward", "Reward by function", "Means before their weights."
         ),
-        Chart("kl", "kl", _NATS, "KL divergence", "Distance of the policy from the reference."),
+        Chart("kl", "kl", "nats", "KL divergence", "Distance of the policy from the reference."),
         Chart("entropy", _BOTH.format("entropy"), _NATS, "Entropy", _SURE),
         Chart("grad_norm", "grad_norm", "L2 norm", "Gradient norm", "Before clipping.", log=True),
         Chart("lr", "lr", "per step", "Learning rate", "As scheduled."),
@@ -121,7 +124,8 @@ CHARTS = {
 }
 
 # Numbers that say nothing to a reader, or nothing that another number does not.
-_INTERNAL = {"eval_score", "eval_weight", "eval_perplexity"}
+_INTERNAL = {"eval_score", "eval_weight", "eval_perplexity", "eval_kl"}
+_INTERNAL |= {f"eval_{x}_{side}" for x in ("logp", "reward") for side in ("chosen", "rejected")}
 _KEYS = [key for charts in CHARTS.values() for chart in charts for key in chart.keys.split()]
 _NAMED = {key.partition(":")[0] for key in _KEYS}
 

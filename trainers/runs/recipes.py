@@ -11,10 +11,12 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, Dataset
+from trainers.dpo_trainer import DPOConfig, DPOTrainer
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
 from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData
+from trainers.pairs import PairConfig, PairDataset, ReferencedPairs
 from trainers.planning.estimate import grpo_bytes, sft_bytes
 from trainers.planning.job import rows_at_once
 from trainers.report.rollouts import recorder
@@ -119,11 +121,43 @@ class SFTRecipe(Recipe):
         names = ("batch_size", "seq_len", "packing", "seed")
         return {
             "data": {"digest": self.dataset.digest, "shuffle": config["shuffle"]} | self._moment,
-            "train": {name: config[name] for name in names},
+            "train": {name: config[name] for name in names if name in config},
         }
 
     def open(self, trainer, folder, start_step, stack, table):
         return self.dataset, self.evaluated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPORecipe(SFTRecipe):
+    """Training on preferences; `evaluated` is the pairs of its evaluations."""
+
+    configs = (DPOConfig, PairConfig)
+    config: DPOConfig
+    dataset: PairDataset
+    evaluated: PairDataset | None
+
+    @classmethod
+    def reopened(cls, model, train, lora) -> DPOTrainer:
+        return DPOTrainer(model, saved_config(DPOConfig, train), lora)
+
+    def trainer(self, model: LLaMa) -> DPOTrainer:
+        known = super().trainer(model)
+        return DPOTrainer(model, known.config, self.lora)
+
+    def memory(self, trainer: DPOTrainer, quantize: str | None) -> dict[str, int]:
+        """As of twice as many rows, each a prompt with one answer."""
+        at_once = trainer.config.micro_batch_size
+        config = dataclasses.replace(trainer.config, micro_batch_size=at_once and 2 * at_once)
+        twice = dataclasses.replace(trainer, config=config)
+        rows, longest = self.dataset.config.batch_size, self.dataset.buckets[-1]
+        return sft_bytes(twice, 2 * rows, longest, quantize)
+
+    def open(self, trainer, folder, start_step, stack, table):
+        if not trainer.config.precompute_reference:
+            return self.dataset, self.evaluated
+        path = folder / "reference.json"
+        return ReferencedPairs(trainer, self.dataset, self.evaluated, path), self.evaluated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +255,11 @@ def _in_whole_rounds(config: TrainConfig) -> TrainConfig:
 
 
 # By a setting that only runs of that kind have.
-RECIPES: dict[str, type[Recipe]] = {"group_size": GRPORecipe, "packing": SFTRecipe}
+RECIPES: dict[str, type[Recipe]] = {
+    "group_size": GRPORecipe,
+    "label_smoothing": DPORecipe,
+    "packing": SFTRecipe,
+}
 
 
 def saved_config(cls: type, train: dict[str, Any]) -> Any:

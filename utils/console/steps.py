@@ -30,6 +30,8 @@ _COLUMNS = (
     ("reward", "reward", "{:.3f}"),
     ("loss", "loss", "{:.4f}"),
     ("eval", "eval", "{:.4f}"),
+    ("margin", "margin", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
     ("kl", "kl", "{:.4f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("length_mean", "length", "{:.1f}"),
@@ -134,6 +136,7 @@ class StepTable:
         # A policy's loss hovers around 0: its reward is what one watches, and KL or else entropy.
         known -= {"loss"} if "reward" in row else {"entropy"}
         known -= {"entropy"} if "kl" in row else set()
+        known -= {"kl"} if "margin" in row else {"accuracy"}  # of pairs; and not of tokens
         return [column for column in _COLUMNS if column[0] in known]
 
     def wants_sample(self, step: int) -> bool:
