@@ -21,10 +21,11 @@ from models.llama.tokenizers.gguf import gguf_form
 from tests import tiny
 from tests.oracles import tokenizer_files
 from tests.test_config import assert_reads_as
-from tests.test_messages import chat, folder, real
+from tests.test_messages import chat, folder, jsonl, real
 from tests.test_tokenizer_save import small_metadata
 from tests.tiny_gguf import write_gguf
-from utils.errors import ConfigError
+from trainers.data import DataConfig, load_dataset
+from utils.errors import ConfigError, DataError
 
 SIZES = dict(vocab_size=64, hidden_size=256, intermediate_size=96)
 SIZES |= dict(num_hidden_layers=2, num_attention_heads=32)
@@ -155,3 +156,15 @@ def test_enable_thinking_is_an_argument_of_qwen3s_template(tmp_path, thinks):
     )["input_ids"]
     assert form.encode_chat(chat("Hello")) == theirs
     assert (form.tokenizer.special_tokens["</think>"] in theirs) is not thinks
+
+
+def test_of_a_conversation_that_qwen3_rewrites_the_last_answer_is_learnt(tmp_path):
+    """Its template leaves the thinking of earlier answers out."""
+    tokenizer = load_tokenizer(folder(tmp_path / "m", real("qwen3")))
+    rows = jsonl(tmp_path / "rows.jsonl", {"messages": chat("a", "b", "c", "d")})
+    shape = dict(seq_len=128, batch_size=1)
+    with pytest.raises(DataError, match="rewrites history.*--mask last"):
+        load_dataset(rows, tokenizer, DataConfig(**shape))
+    batch = next(load_dataset(rows, tokenizer, DataConfig(mask="last", **shape)).epoch_batches())
+    learnt = tokenizer.decode(batch["tokens"][batch["target_mask"]].tolist())
+    assert learnt == "<think>\n\n</think>\n\nd<|im_end|>"

@@ -148,7 +148,7 @@ class ChatFormat:
             raise DataError(
                 f"{where}: the chat template rewrites history: it writes this answer, or the text "
                 "before it, differently once the conversation continues; train on the last answer "
-                "alone"
+                "alone (--mask last)"
             )
         return start, end
 
