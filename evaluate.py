@@ -1,4 +1,4 @@
-"""Measures a model from the command line: `python evaluate.py ppl --data …`, `… task --task …`."""
+"""Measures a model from the command line: `evaluate.py ppl --data …`, `task --task …`, `lm_eval --tasks …`."""
 
 import signal
 
@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from models.llama.chat_format import TemplateFlags
 from models.llama.checkpoint import compute_dtype
-from models.llama.load import ModelFlags, open_model
+from models.llama.decoding import GenerationConfig
+from models.llama.load import DecodingModelFlags, ModelFlags, load_model, open_model
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
@@ -27,8 +29,8 @@ from trainers.trainer import Batch
 from utils.clock import moment
 from utils.console import cli
 from utils.distributed import from_first, is_first
-from utils.errors import is_int
-from utils.fields import Config, again, field, integer, integers, one_of
+from utils.errors import ConfigError, is_int
+from utils.fields import Config, again, field, integer, integers, number, one_of
 from utils.files import atomic_file
 
 
@@ -231,7 +233,90 @@ def _cell(measure: dict[str, Any] | int | str) -> str:
     return f"{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]"
 
 
-COMMANDS = {"ppl": ppl, "task": task}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessFlags(Config):
+    """What lm-eval measures, and how."""
+
+    tasks: str = field(
+        help="names with commas between, as lm-eval has them (arc_easy,hellaswag), patterns (mmlu_*) "
+        "or .yaml files; `list`: only names them all"
+    )
+    include_path: str | None = field(None, "a folder of tasks of one's own, as lm-eval's YAML")
+    num_fewshot: int | None = field(
+        None, "examples before each question; default: the task's own", integer(0)
+    )
+    limit: float | None = field(
+        None, "only the first so many questions per task, or a share below 1", number(above=0)
+    )
+    batch_size: int = field(16, "texts at once; fewer where they are long", integer(1, 1 << 16))
+    apply_chat_template: bool = field(
+        False, "questions are a user's messages, written in the checkpoint's chat template"
+    )
+    fewshot_as_multiturn: bool = field(
+        True, "in a chat, examples are turns of their own, and not one message with the question"
+    )
+    system_instruction: str | None = field(None, "a system message, or a text before each question")
+    chat_format: str | None = again(TemplateFlags, "chat_format", None)
+    template_args: str | None = again(TemplateFlags, "template_args", None)
+    max_seq_len: int | None = again(GenerationConfig, "max_seq_len", None)
+    confirm_run_unsafe_code: bool = field(
+        False, "allow tasks that run code which the model writes, unprotected"
+    )
+    output: str | None = field(None, "a file for lm-eval's results as JSON")
+
+    def problems(self) -> list[str]:
+        alone = not self.apply_chat_template and (self.chat_format or self.template_args)
+        message = "--chat_format and --template_args need --apply_chat_template"
+        return super().problems() + [message] * bool(alone)
+
+    def load(self) -> tuple[Any, Any]:
+        """(the module that needs lm-eval, the tasks that it has). Raises ConfigError without lm-eval."""
+        try:  # slow to import, and optional
+            from trainers.evaluation import harness
+        except ModuleNotFoundError as e:
+            text = f"lm_eval needs the package {e.name}: pip install 'altiplano[eval]'"
+            raise ConfigError(text) from e
+        return harness, harness.Tasks(self.include_path, self.confirm_run_unsafe_code)
+
+
+def lm_eval(*, tasks: HarnessFlags, model: DecodingModelFlags, processes: cli.ProcessFlags) -> None:
+    """Standard evaluations by EleutherAI's Language Model Evaluation Harness (lm-eval).
+
+    Example: python evaluate.py lm_eval --tasks arc_easy,hellaswag --limit 100
+    """
+    from_first(lambda: cli.check_writable(tasks.output, "--output"))
+    harness, known = tasks.load()
+    if tasks.tasks == "list":
+        cli.write("".join(f"{name}\n" for name in known.all_tasks))
+        return
+    cli.Signals()
+    cli.keep_compilations()
+    with cli.progress() as report:
+        loaded = load_model(model, progress=report, say=cli.note)
+    lm = harness.AltiplanoLM(
+        loaded,
+        batch_size=tasks.batch_size,
+        max_length=tasks.max_seq_len,
+        chat_format=tasks.chat_format,
+        template_args=tasks.template_args,
+    )
+    passed = "num_fewshot limit batch_size apply_chat_template fewshot_as_multiturn".split()
+    results = harness.evaluate_tasks(
+        lm,
+        tasks.tasks.split(","),
+        known,
+        model_args={"pretrained": model.ckpt_dir},
+        log_samples=False,
+        system_instruction=tasks.system_instruction,
+        **{name: getattr(tasks, name) for name in passed},
+    )
+    cli.write(harness.as_table(results))
+    if tasks.output is not None and is_first():
+        with atomic_file(tasks.output) as file:
+            file.write(harness.as_json(results).encode())
+
+
+COMMANDS = {"ppl": ppl, "task": task, "lm_eval": lm_eval}
 
 if __name__ == "__main__":
     cli.run_one_of(COMMANDS)

@@ -36,8 +36,8 @@ EVERY = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 CASES = {
     "mha": ("mha", dict(r=3, lora_alpha=5, target_modules=EVERY)),
     "gqa": ("gqa", dict(r=4, lora_alpha=16, use_rslora=True, target_modules="all-linear")),
-    "tied": ("qwen2_tied", dict(r=2, target_modules=["q_proj", "layers.1.mlp.down_proj"])),
-    "biases": ("qwen3_biases", dict(target_modules=r".*\.(1|2)\.self_attn\.(q|k|o)_proj")),
+    "tied": ("tied", dict(r=2, target_modules=["q_proj", "layers.1.mlp.down_proj"])),
+    "biases": ("biases", dict(target_modules=r".*\.(1|2)\.self_attn\.(q|k|o)_proj")),
     "patterns": (
         "gqa",
         dict(

@@ -132,8 +132,8 @@ def test_importing_has_no_side_effect_and_parsers_need_no_jax():
     light = "config formats.gguf formats.hf formats.meta hub tokenizer chat_format".split()
     code = "import sys\n" + "".join(f"import models.llama.{name}\n" for name in light)
     code += "assert 'jax' not in sys.modules and 'torch' not in sys.modules\n"
-    code += "import generate, chat, jax\n"
-    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    code += "import generate, chat, evaluate, jax\n"
+    code += "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)\n"
     code += "assert jax.config.jax_compilation_cache_dir is None and not jax.config.jax_enable_x64"
     env = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     command = [sys.executable, "-c", code]

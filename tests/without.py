@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"torch", "transformers", "trl", "llama_models", "xllamacpp", "nbclient", "nbformat"}
+PACKAGES = set("torch transformers trl llama_models xllamacpp nbclient nbformat lm_eval".split())
 
 
 def names(path: Path) -> set[str]:

@@ -110,9 +110,11 @@ def _settle_libraries() -> None:
         os.environ.update(NO_TPU | dict(os.environ))
     # All is float32 by design; JAX's own attention kernels do not compile with 64 bits.
     jax.config.update("jax_enable_x64", False)
-    # Its retries: the error that ends them has a line of ours. By name if it is imported, else later.
+    # The hub's retries: the error that ends them has a line of ours. By name if it is imported, else
+    # later. lm-eval repeats flags and what a task leaves to it.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in ("huggingface_hub", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:
@@ -302,11 +304,11 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def check_writable(out: str | None) -> None:
-    """Before anything is computed, raises ConfigError if the file of --out could not be written."""
+def check_writable(out: str | None, flag: str = "--out") -> None:
+    """Before anything is computed, raises ConfigError if a flag's file could not be written."""
     folder = Path(os.path.abspath(out or "")).parent
     if out is not None and not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot write into the folder {folder}; make it first")
+        raise ConfigError(f"{flag} {out}: cannot write into the folder {folder}; make it first")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str] | None], title: str = "") -> str:
