@@ -13,9 +13,15 @@ from utils.errors import ArtifactError, is_int
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-# Names of Llama 3's pattern with which a word of the vocabulary is taken whole, and BOS comes first.
-_WHOLE_WORDS = (
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split()
+# Names of Llama 3's pattern, and Mistral's, with which a word of the vocabulary is taken whole, and BOS
+# comes first.
+_LLAMA3 = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split()
+_WHOLE_WORDS = [*_LLAMA3, "tekken"]
+# Mistral's, as llama.cpp writes it: capitals then small letters, and letters without case in both.
+_CAPITALS, _SMALL = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_CAPITALS}+{_SMALL}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The patterns by which llama.cpp splits a text, one after the other, by the name in the file.
 GGUF_PATTERNS = {
@@ -28,7 +34,8 @@ GGUF_PATTERNS = {
         "jina-v1-en jina-v2-code roberta-bpe exaone4 mpt olmo jais trillion".split(),
         (_GPT2,),
     ),
-    **dict.fromkeys([*_WHOLE_WORDS, "smaug-bpe", "dbrx"], (LLAMA3_PATTERN,)),
+    **dict.fromkeys([*_LLAMA3, "smaug-bpe", "dbrx"], (LLAMA3_PATTERN,)),
+    "tekken": (_TEKKEN,),
     # Llama 3's, a digit at a time.
     **dict.fromkeys(
         "qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open".split(),
