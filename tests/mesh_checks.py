@@ -23,6 +23,7 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from models.llama.load import save_checkpoint
 from tests import small_runs
+from trainers.evaluation.lm import _score
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils import sharding
@@ -115,6 +116,14 @@ def logits(model: ModelConfig) -> list[np.ndarray]:
     return [np.asarray(LLaMa(model).apply({"params": params_of(model)}, TOKENS)[0])]
 
 
+def continuations() -> list[np.ndarray]:
+    """lm-eval's log-likelihoods and greedy tokens, of four answers to each of two questions."""
+    params, lengths = for_decoding(params_of(MODEL)), np.asarray([16, 9], np.int32)
+    counts = np.asarray([[1, 2, 3, 8], [8, 1, 1, 0]], np.int32)
+    arrays = TOKENS[:2], lengths, TOKENS[:4].reshape(2, 4, 8), counts
+    return list(map(np.asarray, _score(LLaMa(MODEL), params, arrays)))
+
+
 def logits_int8(folder: Path) -> list[np.ndarray]:
     """Of a checkpoint that is quantised while it is read, in both layouts."""
     found = []
@@ -161,6 +170,7 @@ def checks(folder: Path) -> dict[str, Any]:
     return {
         "logits": lambda: logits(MODEL),
         "logits, odd heads": lambda: logits(ODD),
+        "continuations": continuations,
         "sft": sft,
         "sft, micro-batches": lambda: sft(micro_batch_size=4),
         "sft, odd heads": lambda: sft(ODD),

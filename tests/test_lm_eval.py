@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import evaluate
+from models.llama.chat_format import ChatFormat
 from models.llama.load import DecodingModelFlags, Model
 from tests import cli
 from trainers.evaluation import harness
@@ -155,7 +156,7 @@ def test_settings_and_weights_that_cannot_be_right(ours):
     assert error.value.exit_code == 5
 
 
-def test_texts_and_conversations_have_the_same_tokens(ours, theirs):
+def test_texts_and_conversations_have_the_same_tokens(ours, theirs, monkeypatch):
     for string in ("hello", "<s>x", "", "a<|im_end|>\n"):
         for special in (None, True, False):
             assert ours.tok_encode(string, special) == theirs.tok_encode(string, special)
@@ -165,6 +166,13 @@ def test_texts_and_conversations_have_the_same_tokens(ours, theirs):
         opened = [*asked, {"role": "assistant", "content": answer}]
         assert ours.apply_chat_template(opened, False) == theirs.apply_chat_template(opened, False)
     assert ours.chat_template(True) == theirs.chat_template(True)
+    # A template that refuses a system message gets none.
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    source = refuses + ours.tokenizer.chat_template
+    monkeypatch.setattr(theirs.tokenizer, "chat_template", source)
+    monkeypatch.setitem(vars(ours), "chat", ChatFormat(ours.tokenizer, source))
+    with pytest.warns(UserWarning, match="refuses a system message: it is left out"):
+        assert ours.apply_chat_template(asked) == theirs.apply_chat_template(asked)
     names = "eot_token_id", "prefix_token_id", "max_length", "max_gen_toks"
     assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
 

@@ -13,6 +13,7 @@ from tests.mesh_checks import MESHES
 CHECKS = (
     "logits",
     "logits, odd heads",
+    "continuations",
     "sft",
     "sft, micro-batches",
     "sft, odd heads",

@@ -37,7 +37,7 @@ from utils import sharding
 from utils.clock import moment
 from utils.cross_entropy import chunk_size, cross_entropy
 from utils.distributed import is_first
-from utils.errors import ConfigError, DataError, SamplingError, listed, plural
+from utils.errors import ArtifactError, ConfigError, DataError, SamplingError, listed, plural
 
 # Continuations that share one computation of their context; of more, it is computed again. A task has
 # rows of this many or of one: two programs.
@@ -152,10 +152,23 @@ class AltiplanoLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text; without a generation prompt its last message is left open."""
+        """A conversation as text; without a generation prompt its last message is left open.
+
+        A template that refuses a system message gets none, with a warning.
+        """
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except (ArtifactError, DataError):
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            warnings.warn("the chat template refuses a system message: it is left out")
+            return self._rendered(others, add_generation_prompt)
+
+    def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if add_generation_prompt:
-            return self.chat.render(chat_history)
-        *before, last = chat_history
+            return self.chat.render(messages)
+        *before, last = messages
         opened = [*before, last | {"content": last["content"] + _OPEN_END}]
         text = self.chat.render(opened, add_generation_prompt=False)
         at = text.rindex(_OPEN_END.strip())
