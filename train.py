@@ -18,24 +18,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
-from models.llama.layout import DTYPES
 from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
+from trainers.distill_trainer import DistillConfig, SamplesConfig
+from trainers.distill_trainer import SoftTeacherFlags, Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig
 from trainers.grpo_trainer import GRPOConfig
 from trainers.pairs import PairConfig, PairFlags, load_pairs
 from trainers.planning.job import rows_at_once
-from trainers.runs.recipes import DPORecipe, GRPORecipe, SFTRecipe
-from trainers.report.replay import read_run, replay_step, verdict
+from trainers.runs.recipes import DistillRecipe, DPORecipe, GRPORecipe, SFTRecipe, SoftRecipe
+from trainers.report.replay import LossFlags, StepFlags, read_run, replay_step, verdict
 from trainers.report.report import write_report
 from trainers.rewards.tasks import Task, TaskFlags, task_names
 from trainers.rollout import RolloutConfig
-from trainers.runs.export import export_run
+from trainers.runs.export import ExportFlags, export_run
 from trainers.runs.folder import RunConfig
-from trainers.runs.run import load_source, train
+from trainers.runs.run import Source, load_source, train
 from trainers.sft_trainer import SFTConfig
+from trainers.trainer import TrainConfig
 from utils.console import cli
 from utils.errors import plural
 from utils.fields import Config, again, as_flags, field, integer, number, one_of, texts
@@ -146,12 +148,13 @@ def sft(
     lora: LoRAFlags,
     run: RunConfig,
     processes: cli.ProcessFlags,
+    teacher: SoftTeacherFlags,
 ) -> int:
     """Fine-tunes on conversations, prompts with completions, or texts.
 
     Example: python train.py sft --data chats.jsonl --out_dir run --lora_rank 16
     """
-    return _supervised(SFTRecipe, load_dataset, data, model, rows, training, lora, run)
+    return _supervised(SFTRecipe, data, model, rows, training, lora, run, teacher)
 
 
 def dpo(
@@ -167,12 +170,12 @@ def dpo(
 
     Example: python train.py dpo --data pairs.jsonl --out_dir run --lora_rank 16
     """
-    return _supervised(DPORecipe, load_pairs, data, model, rows, training, lora, run)
+    return _supervised(DPORecipe, data, model, rows, training, lora, run, SoftTeacherFlags())
 
 
-def _supervised(recipe, load, data, model, rows, training, lora, run) -> int:
+def _supervised(recipe, data, model, rows, training, lora, run, teacher) -> int:
     """Trains on a file of rows."""
-    stop = _start()
+    stop, load = _start(), load_pairs if recipe is DPORecipe else load_dataset
     source = load_source(model)
     moment = run.moment()
     read = functools.partial(load, tokenizer=source.tokenizer, config=rows, moment=moment)
@@ -184,9 +187,11 @@ def _supervised(recipe, load, data, model, rows, training, lora, run) -> int:
         evaluated = read(data.eval_data)
         _say_counts("eval", data.eval_data, evaluated)
     config = training.config(len(dataset) / rows.batch_size)
-    made = recipe(config=config, lora=lora.config, dataset=dataset, evaluated=evaluated)
-    flags = as_flags(data, model, rows, training, lora, run)
-    return train(made, source, run, rows.seed, stop, flags)
+    known = dict(config=config, lora=lora.config, dataset=dataset, evaluated=evaluated)
+    if teacher.teacher is not None:
+        recipe, known["teacher"] = SoftRecipe, _open_teacher(teacher, source)
+    flags = as_flags(data, model, rows, training, lora, run, teacher)
+    return train(recipe(**known), source, run, rows.seed, stop, flags)
 
 
 def grpo(
@@ -202,14 +207,47 @@ def grpo(
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
-    stop = _start()
+    return _on_policy(GRPORecipe, task, model, rollout, training, lora, run)
+
+
+def distill(
+    task: GRPOTaskFlags,
+    model: ModelFlags,
+    teacher: TeacherFlags,
+    rollout: SamplesConfig,
+    training: DistillConfig,
+    lora: LoRAFlags,
+    run: RunConfig,
+    processes: cli.ProcessFlags,
+) -> int:
+    """Trains on a teacher's distributions of the model's own completions; rewards are only measured.
+
+    Example: python train.py distill --teacher big --task reasoning_gym:chain_sum --out_dir run
+    """
+    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, teacher)
+
+
+def _on_policy(
+    kind: type[GRPORecipe],
+    task: GRPOTaskFlags,
+    model: ModelFlags,
+    rollout: RolloutConfig,
+    training: TrainConfig,
+    lora: LoRAFlags,
+    run: RunConfig,
+    teacher: TeacherFlags | None = None,
+) -> int:
+    stop, flags = _start(), as_flags(task, model, rollout, training, lora, run)
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
     source = load_source(model, task.max_seq_len)
+    if teacher is not None:
+        flags |= as_flags(teacher)
+        kind = functools.partial(kind, teacher=_open_teacher(teacher, source))
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed, run.moment())
     first = source.tokenizer.decode(prompts.prompts[0].ids)
     cli.note(f"data: {prompts.name} · {prompts.counted}")
     cli.note(f"the first, as the model reads it: {first!r:.600}")
-    recipe = GRPORecipe(
+    recipe = kind(
         config=dataclasses.replace(training, micro_batch_size=at_once),
         rollout=dataclasses.replace(rollout, branches=branches),
         lora=lora.config,
@@ -222,8 +260,12 @@ def grpo(
         rollouts=task.rollouts,
         completions_at_once=training.micro_batch_size,
     )
-    flags = as_flags(task, model, rollout, training, lora, run)
     return train(recipe, source, run, rollout.seed, stop, flags)
+
+
+def _open_teacher(flags: TeacherFlags, source: Source) -> Teacher:
+    with cli.progress() as report:
+        return Teacher(flags, source.tokenizer, report)
 
 
 def _start() -> cli.Signals:
@@ -248,30 +290,6 @@ def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     parts += [f"{number:,} {what.replace('_', ' ')}" for what, number in count.items() if number]
     parts += [f"columns that are ignored: {ignored:.300}"] * bool(ignored)
     cli.note(" · ".join(parts))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepFlags(Config):
-    """The step that is computed again."""
-
-    run: str = field(help="the run's folder, its --out_dir")
-    step: int = field(help="optimizer step, from 1", allowed=integer(1))
-    json: bool = field(False, "one JSON object instead of a table")
-
-
-# Flags of the loss that replace the run's; None keeps its value.
-LossFlags = dataclasses.make_dataclass(
-    "LossFlags",
-    [
-        (f.name, f.type | None, again(GRPOConfig, f.name, None))
-        for f in dataclasses.fields(GRPOConfig)
-        if f.name in ("loss", "beta", "kl", "ratio_level", "tis_cap", "dual_clip")
-        or f.name.startswith("epsilon")
-    ],
-    bases=(Config,),
-    frozen=True,
-    kw_only=True,
-)
 
 
 def replay(step: StepFlags, different_loss: LossFlags) -> None:
@@ -328,25 +346,6 @@ def report(page: PageFlags) -> None:
     cli.write(f"{write_report(page.run, page.out, pngs=page.pngs)}\n")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportFlags(Config):
-    """The checkpoint of a run that becomes a model, and where."""
-
-    run: str = field(help="the run's folder, its --out_dir")
-    step: int | None = field(None, "the checkpoint's step; default: the newest", integer(0))
-    best: bool = field(False, "the checkpoint with the lowest score in an evaluation")
-    out: str | None = field(
-        None, "the model's folder, default: export in the run's; an adapter goes to OUT-adapter"
-    )
-    dtype: str | None = field(
-        None, "dtype of the weights; default: as in the model that was trained", one_of(*DTYPES)
-    )
-
-    def problems(self) -> list[str]:
-        both = ["pass either step=N or best=true"] if self.best and self.step is not None else []
-        return super().problems() + both
-
-
 def export(checkpoint: ExportFlags) -> None:
     """Writes a checkpoint of a run as a model in Hugging Face's format, and its adapter in PEFT's.
 
@@ -371,6 +370,7 @@ COMMANDS = {
     "sft": sft,
     "dpo": dpo,
     "grpo": grpo,
+    "distill": distill,
     "export": export,
     "replay": replay,
     "report": report,

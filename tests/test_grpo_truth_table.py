@@ -12,6 +12,7 @@ import functools
 import itertools
 import re
 import sys
+from collections.abc import Callable
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -225,14 +226,14 @@ def wanted(on_policy: bool, stops: bool) -> dict[str, np.ndarray]:
     return {name: differences(f, p.new).ravel() for name, f in functions.items()}
 
 
-def compare(found: np.ndarray, target: np.ndarray) -> str:
+def compare(found: np.ndarray, target: np.ndarray, precision: float = 1e-7) -> str:
     """A table's cell: whether found is a multiple of the target, or the cosine between them."""
     size = np.linalg.norm(found)
-    if size < 1e-8:
+    if size < precision / 10:
         return "0"
     factor = found @ target / (target @ target)
-    if np.linalg.norm(found - factor * target) < 1e-7 * size:
-        return "**exact**" if abs(factor - 1) < 1e-6 else f"**exact** × {factor:.3f}"
+    if np.linalg.norm(found - factor * target) < precision * size:
+        return "**exact**" if abs(factor - 1) < 10 * precision else f"**exact** × {factor:.3f}"
     return f"{found @ target / (size * np.linalg.norm(target)):.3f}"
 
 
@@ -329,9 +330,9 @@ def markdown(head: tuple, rows: dict[tuple, list[str]]) -> list[str]:
 TABLES = {"surrogate": surrogate_table, "kl": kl_table, "advantages": advantage_table}
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, tables: dict[str, Callable[[], list[str]]] = TABLES) -> str:
     """The document with its tables computed again."""
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         assert text.count(start) == text.count(end) == 1
         block = start + "\n" + "\n".join(table()) + "\n\n" + end

@@ -175,7 +175,7 @@ class RolloutData:
             rewards=numbers,
             advantages=numbers.astype(np.float32),
             old_logprobs=by_token if self.config.updates > 1 else None,
-            ref_logprobs=by_token if self.trainer.config.beta > 0 else None,
+            ref_logprobs=by_token if self.trainer.config.needs_reference else None,
         )
         batches = (empty.batch(layout) for layout in reversed(self._layouts))
         return [parts(batch, self.config.mini_batches)[0] for batch in batches]
@@ -255,7 +255,7 @@ class RolloutBatches(Batches):
 
         if data.config.updates > 1:
             more["old_logprobs"] = logprobs(False)
-        if data.trainer.config.beta > 0:
+        if data.trainer.config.needs_reference:
             more["ref_logprobs"] = logprobs(True)
         return dataclasses.replace(rollout, **more)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.llama.model import Params, head_matrix
+from models.llama.model import LLaMa, Params, head_matrix
 from trainers.trainer import Batch, Loss, TrainConfig, Trainer, Work
 from utils.cross_entropy import cross_entropy
 from utils.fields import again
@@ -49,13 +49,7 @@ class SFTTrainer(Trainer):
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
         """Sums over a micro-batch's targets; also `entropy` (nats) and `accuracy`."""
         targets_BT, weights_BT = next_tokens(batch)
-        hidden_BTD, _ = self.model.apply(
-            {"params": params},
-            batch["tokens"],
-            positions_BT=batch.get("positions"),
-            segment_ids_BT=batch.get("segment_ids"),
-            hidden=True,
-        )
+        hidden_BTD = hidden_states(self.model, params, batch)
         sums = cross_entropy(hidden_BTD, head_matrix(params), targets_BT, weights_BT)
         return Loss(
             total=sums.nll,
@@ -76,6 +70,12 @@ class SFTTrainer(Trainer):
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """Adds `perplexity`."""
         return means | {"perplexity": math.exp(min(means["loss"], 700.0))}
+
+
+def hidden_states(model: LLaMa, params: Params, batch: Batch) -> Array:
+    """The head's input at each token, [B, T, D]."""
+    places = dict(positions_BT=batch.get("positions"), segment_ids_BT=batch.get("segment_ids"))
+    return model.apply({"params": params}, batch["tokens"], **places, hidden=True)[0]
 
 
 def next_tokens(batch: Batch) -> tuple[Array, Array]:

@@ -92,7 +92,7 @@ def chunk_size(n_tokens: int, vocab_size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Mesh axes over which tokens and vocabulary are sharded; all empty without a mesh.
 
     Attributes:
@@ -104,7 +104,7 @@ class _Parts:
     vocab: tuple[str, ...]
 
     @classmethod
-    def of(cls, targets_T: Array, head_VD: Array) -> "_Parts":
+    def of(cls, targets_T: Array, head_VD: Array) -> "Parts":
         if sharding.current_mesh() is None:
             return cls(((),) * targets_T.ndim, ())
         axes = zip((sharding.TRAINING.batch, sharding.TRAINING.tokens), targets_T.shape)
@@ -121,19 +121,22 @@ class _Parts:
         """Mesh axes over which both are sharded: a device's tokens need other devices' vocabulary."""
         return tuple(axis for axis in self.tokens if axis in self.vocab)
 
-    def run(self, function: Callable, arguments: tuple, out_names: tuple) -> tuple:
-        """function(x, head, …) on each device's part, whose tokens are one axis.
+    def run(self, function: Callable, arguments: tuple, names: tuple, out_names: tuple) -> tuple:
+        """The function on each device's part of the arguments, whose tokens are one axis.
 
-        `out_names` say how each result is sharded: like "tokens", like "head", or whole on "all".
+        Names say how each argument and result is sharded: like "tokens", like "head", or whole on
+        "all". The last argument has one number per token.
         """
         spec = {"tokens": PartitionSpec(*(axes or None for axes in self.lead))}
         spec |= {"all": PartitionSpec(), "head": PartitionSpec(self.vocab or None)}
-        names = ("tokens", "head", *["tokens"] * (len(arguments) - 2))
 
-        def local(x, head, *others):
-            lead = others[0].shape
-            x, *others = (y.reshape(-1, *y.shape[len(lead) :]) for y in (x, *others))
-            results = function(x, head, *others)
+        def local(*parts):
+            lead = parts[-1].shape
+            flat = (
+                y.reshape(-1, *y.shape[len(lead) :]) if name == "tokens" else y
+                for name, y in zip(names, parts, strict=True)
+            )
+            results = function(*flat)
             return tuple(
                 y.reshape(*lead, *y.shape[1:]) if name == "tokens" else y
                 for name, y in zip(out_names, results, strict=True)
@@ -177,10 +180,10 @@ def _over(reduce: Callable, x: Array, axes) -> Array:
     return reduce(x, axes) if axes else x
 
 
-class _Chunks:
+class Chunks:
     """The tokens that count, a chunk at a time; the loop ends with the last of them."""
 
-    def __init__(self, counts_T: Array, head_VD: Array, parts: _Parts):
+    def __init__(self, counts_T: Array, head_VD: Array, parts: Parts):
         n_tokens, sharers = counts_T.shape[0], 1
         if parts.gathered:
             sharers = jax.lax.axis_size(parts.gathered)
@@ -212,7 +215,7 @@ class _Softmax:
     """Softmax of a chunk's logits [C, V], with everything that the losses need, in float32."""
 
     def __init__(
-        self, x_CD: Array, head_VD: Array, targets_C: Array, parts: _Parts, scale: float = 1.0
+        self, x_CD: Array, head_VD: Array, targets_C: Array, parts: Parts, scale: float = 1.0
     ):
         logits_CV = matmul(x_CD, head_VD, 1, 1) * np.float32(scale)
         total = functools.partial(parts.over_vocab, jax.lax.psum)
@@ -293,7 +296,7 @@ def _perturbed(x_TD, head_VD) -> set[str]:
     return {name for name, x in (("dx", x_TD), ("dhead", head_VD)) if x.perturbed}
 
 
-# How each result is sharded, see _Parts.run.
+# How each result is sharded, see Parts.run.
 _RESULTS = {
     "sums": "all",
     "logprobs": "tokens",
@@ -309,17 +312,17 @@ def _walk(wanted: set[str], scale: float, x_TD, head_VD, targets_T, weights_T) -
     "sums" are TokenSums, "dx" and "dhead" the gradients of Σ weight · nll; the logits of all are
     multiplied by `scale`.
     """
-    parts = _Parts.of(targets_T, head_VD)
+    parts = Parts.of(targets_T, head_VD)
     names = tuple(name for name in _RESULTS if name in wanted)
     local = functools.partial(_local_walk, parts, names, scale)
-    values = (x_TD, head_VD, targets_T, weights_T)
-    results = parts.run(local, values, tuple(_RESULTS[name] for name in names))
+    values, given = (x_TD, head_VD, targets_T, weights_T), ("tokens", "head", "tokens", "tokens")
+    results = parts.run(local, values, given, tuple(_RESULTS[name] for name in names))
     return dict(zip(names, results, strict=True))
 
 
 def _local_walk(parts, names, scale, x_TD, head_VD, targets_T, weights_T):
     head, counts_T = head_VD.astype(x_TD.dtype), weights_T != 0
-    chunks = _Chunks(counts_T, head, parts)
+    chunks = Chunks(counts_T, head, parts)
 
     def chunk(take, put, found):
         x_CD, targets_C = parts.gather(take(x_TD)), parts.gather(take(targets_T))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from models.llama.model import Params
-from trainers.grpo_trainer import GRPOTrainer
+from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.runs.checkpoint import CheckpointReader
 from trainers.runs.metrics import whole_lines
 from trainers.runs.recipes import saved_config
@@ -23,7 +23,32 @@ from trainers.optimizer import learning_rate
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from trainers.trainer import Batch, TrainState
 from utils.errors import ConfigError, DataError
+from utils.fields import Config, again, field, integer
 from utils.files import flatten, parse_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFlags(Config):
+    """The step that is computed again."""
+
+    run: str = field(help="the run's folder, its --out_dir")
+    step: int = field(help="optimizer step, from 1", allowed=integer(1))
+    json: bool = field(False, "one JSON object instead of a table")
+
+
+# Flags of the loss that replace the run's; None keeps its value.
+LossFlags = dataclasses.make_dataclass(
+    "LossFlags",
+    [
+        (f.name, f.type | None, again(GRPOConfig, f.name, None))
+        for f in dataclasses.fields(GRPOConfig)
+        if f.name in ("loss", "beta", "kl", "ratio_level", "tis_cap", "dual_clip")
+        or f.name.startswith("epsilon")
+    ],
+    bases=(Config,),
+    frozen=True,
+    kw_only=True,
+)
 
 
 class SavedRun(NamedTuple):

@@ -1,5 +1,6 @@
 """Exporting: from a run's state to a model's folder."""
 
+import dataclasses
 import functools
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.llama.layout import DTYPES
 from models.llama.load import save_adapter, save_checkpoint
 from models.llama.model import Params, init_params
 from models.llama.tokenizer import load_tokenizer
@@ -17,7 +19,27 @@ from trainers.trainer import Trainer, TrainState
 from utils import distributed, sharding
 from utils.console import cli
 from utils.errors import ConfigError
+from utils.fields import Config, field, integer, one_of
 from utils.sharding import default_mesh, make_mesh
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportFlags(Config):
+    """The checkpoint of a run that becomes a model, and where."""
+
+    run: str = field(help="the run's folder, its --out_dir")
+    step: int | None = field(None, "the checkpoint's step; default: the newest", integer(0))
+    best: bool = field(False, "the checkpoint with the lowest score in an evaluation")
+    out: str | None = field(
+        None, "the model's folder, default: export in the run's; an adapter goes to OUT-adapter"
+    )
+    dtype: str | None = field(
+        None, "dtype of the weights; default: as in the model that was trained", one_of(*DTYPES)
+    )
+
+    def problems(self) -> list[str]:
+        both = ["pass either step=N or best=true"] if self.best and self.step is not None else []
+        return super().problems() + both
 
 
 def export(

@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 
 from models.llama.chat_format import ChatFormat
 from models.llama.lora import LoRAConfig
-from models.llama.model import LLaMa
+from models.llama.model import LLaMa, Params
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, Dataset
+from trainers.distill_trainer import DistillConfig, DistillTrainer, SamplesConfig, SoftTrainer
+from trainers.distill_trainer import Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig, DPOTrainer
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
 from trainers.runs.metrics import MetricsLog
 from trainers.on_policy import RolloutData
 from trainers.pairs import PairConfig, PairDataset, ReferencedPairs
-from trainers.planning.estimate import grpo_bytes, sft_bytes
+from trainers.planning.estimate import grpo_bytes, sft_bytes, teacher_bytes
 from trainers.planning.job import rows_at_once
 from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
@@ -65,6 +67,10 @@ class Recipe(abc.ABC):
     @abc.abstractmethod
     def trainer(self, model: LLaMa) -> Trainer:
         """The trainer of a model. Raises ConfigError if they do not fit."""
+
+    def frozen(self, trainer: Trainer, frozen: Params) -> Params:
+        """The frozen parameters, with those of other models added."""
+        return frozen
 
     @abc.abstractmethod
     def memory(self, trainer: Trainer, quantize: str | None) -> dict[str, int]:
@@ -248,6 +254,52 @@ class GRPORecipe(Recipe):
         return data, evaluation
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Taught(Recipe):
+    """A kind of training with a teacher next to the student."""
+
+    teacher: Teacher
+
+    def frozen(self, trainer: Trainer, frozen: Params) -> Params:
+        return {**frozen, "teacher": self.teacher.checkpoint.params(trainer.model.dtype)}
+
+    def memory(self, trainer: Trainer, quantize: str | None) -> dict[str, int]:
+        known = super().memory(trainer, quantize)
+        return known | teacher_bytes(trainer, self.teacher.settings["teacher_quantize"])
+
+    def meta(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        known = super().meta(trainer)
+        return known | {"train": known["train"] | self.teacher.settings}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillRecipe(Taught, GRPORecipe):
+    """On-policy distillation on the prompts of a task; its rewards are only measured."""
+
+    configs = (DistillConfig, SamplesConfig, TeacherFlags)
+    config: DistillConfig
+
+    def trainer(self, model: LLaMa) -> DistillTrainer:
+        known, teacher = super().trainer(model), self.teacher.model(model)
+        check_context(self.task.prompts, self.config.max_completion_len, teacher.config.max_seq_len)
+        limit = self.teacher.vocab_limit(known.vocab_limit or model.config.vocab_size)
+        limit = known.vocab_limit if limit is None else limit
+        return DistillTrainer(model, known.config, self.lora, limit, teacher)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftRecipe(Taught, SFTRecipe):
+    """Supervised training on the distributions of a teacher."""
+
+    configs = (*SFTRecipe.configs, TeacherFlags)
+
+    def trainer(self, model: LLaMa) -> SoftTrainer:
+        known, teacher = super().trainer(model), self.teacher.model(model)
+        self.dataset.check_context(teacher.config.max_seq_len)
+        limit = self.teacher.vocab_limit(model.config.vocab_size)
+        return SoftTrainer(model, known.config, self.lora, limit, teacher)
+
+
 def _in_whole_rounds(config: TrainConfig) -> TrainConfig:
     """A trainer's config whose micro-batches have a row per device of the mesh at least."""
     rows = sharding.whole_rounds(config.micro_batch_size)
@@ -256,6 +308,7 @@ def _in_whole_rounds(config: TrainConfig) -> TrainConfig:
 
 # By a setting that only runs of that kind have.
 RECIPES: dict[str, type[Recipe]] = {
+    "divergence": DistillRecipe,
     "group_size": GRPORecipe,
     "label_smoothing": DPORecipe,
     "packing": SFTRecipe,

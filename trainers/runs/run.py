@@ -215,7 +215,7 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
             "eval_commit": run.recipe.evaluated and run.recipe.evaluated.commit,
         }
         write_run(run.config, run.meta | {"source": paths}, run.flags)
-    return state, frozen, progress
+    return state, run.recipe.frozen(trainer, frozen), progress
 
 
 def _restore(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, Progress]:
