@@ -63,7 +63,8 @@ def test_unknown_names_say_what_is_possible(name):
 @pytest.mark.covers("R20")
 def test_whatever_a_reader_may_open_is_fetched():
     """The names of files in the readers' source, against those that are fetched of a repository."""
-    readers = ["tokenizer", "tokenizers/save", "formats/hf", "formats/meta", "hub"]
+    readers = ["tokenizer", "tokenizers/save", "formats/hf", "formats/safetensors"]
+    readers += ["formats/meta", "hub"]
     named = re.compile(r"(original/)?[\w.-]+\.(json|jinja|model|safetensors|pth)")
     opened = set()
     for reader in readers:
