@@ -24,7 +24,7 @@ utils.cross_entropy utils.sharding models.llama.lora
 trainers.trainer trainers.optimizer trainers.sft_trainer trainers.grpo_trainer
 trainers.rollout trainers.on_policy trainers.loop
 """.split()
-CORE_LINES = 4985
+CORE_LINES = 5005
 # Modules that the core may import beside itself; a reader needs only their names.
 LEAVES = """
 utils.errors utils.fields utils.kernels utils.detours utils.int8 utils.memory models.llama.layout
