@@ -309,6 +309,12 @@ def test_data_that_cannot_be_had(command, tasks, tmp_path):
         command(str(tmp_path / "far.yaml"))
 
 
+@pytest.mark.covers("C16")
+def test_more_examples_than_a_task_has(command):
+    with pytest.raises(DataError, match="fails on 'sums': ValueError: Sample larger than pop"):
+        command("sums", num_fewshot=100)
+
+
 @pytest.mark.covers("C17")
 def test_without_lm_eval_the_extra_is_named(command, monkeypatch):
     for name in ("trainers.evaluation.harness", "trainers.evaluation.lm"):

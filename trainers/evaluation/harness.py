@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from trainers.evaluation.lm import AltiplanoLM
-from utils.errors import ConfigError, DataError, listed, reason
+from utils.errors import AltiplanoError, ConfigError, DataError, listed, reason
 
 
 class Tasks(TaskManager):
@@ -65,10 +65,20 @@ class Tasks(TaskManager):
 def evaluate_tasks(
     lm: AltiplanoLM, names: list[str], tasks: Tasks, **options: Any
 ) -> dict[str, Any]:
-    """lm-eval's results for tasks of these names; the options are those of its `simple_evaluate`."""
+    """lm-eval's results for tasks of these names; the options are those of its `simple_evaluate`.
+
+    Raises DataError for what a task makes of its rows, or of more examples than it has.
+    """
     unsafe = {"confirm_run_unsafe_code": tasks.unsafe_code}
-    with _metrics_of_the_hub():
-        return simple_evaluate(model=lm, tasks=names, task_manager=tasks, **unsafe, **options)
+    try:
+        with _metrics_of_the_hub():
+            return simple_evaluate(model=lm, tasks=names, task_manager=tasks, **unsafe, **options)
+    except AltiplanoError:
+        raise
+    except (ValueError, LookupError, AssertionError) as e:
+        raise DataError(
+            f"lm-eval fails on {listed(names)}: {type(e).__name__}: {reason(e)}; --debug shows where"
+        ) from e
 
 
 def as_table(results: dict[str, Any]) -> str:
