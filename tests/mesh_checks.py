@@ -23,6 +23,7 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from models.llama.load import save_checkpoint
 from tests import small_runs
+from trainers.dpo_trainer import DPOConfig, DPOTrainer
 from trainers.evaluation.lm import _score
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -98,6 +99,27 @@ def grpo(**config: Any) -> list[np.ndarray]:
     state, metrics = trainer.train_step(state, frozen, batch)
     found = [metrics[name] for name in sorted(metrics)]
     return [np.asarray(x) for x in [scores, *found, *jax.tree.leaves(state.params)]]
+
+
+def dpo(**config: Any) -> list[np.ndarray]:
+    """Metrics and parameters of a step on ragged pairs, with a copy as the reference."""
+    rng = np.random.default_rng(2)
+    B, P, C = 8, 8, 8
+    batch = {
+        "prompts": rng.integers(0, 128, (B, P)).astype(np.int32),
+        "prompt_lengths": rng.integers(1, P + 1, B).astype(np.int32),
+        "tokens": rng.integers(0, 128, (B, 2, C)).astype(np.int32),
+        "target_mask": np.arange(C) < rng.integers(1, C + 1, (B, 2, 1)),
+    }
+    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", warmup_steps=0)
+    known |= dict(micro_batch_size=None)
+    trainer = DPOTrainer(LLaMa(MODEL, jnp.float32, "block"), DPOConfig(**known | config))
+    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
+    batch, found = sharding.place_batch(batch), []
+    for _ in range(2):  # of the second, the reference is another model
+        state, metrics = trainer.train_step(state, frozen, batch)
+        found += [metrics[name] for name in sorted(metrics)]
+    return [np.asarray(x) for x in [*found, *jax.tree.leaves(state.params)]]
 
 
 def sample(model: ModelConfig, n: int, sampler, repeat: int = 1) -> list[np.ndarray]:
@@ -178,6 +200,7 @@ def checks(folder: Path) -> dict[str, Any]:
         # Its steps are normed: what rounds differently shows as a share of the learning rate.
         "sft, adafactor": lambda: sft(optimizer="adafactor", learning_rate=1e-3),
         "grpo": grpo,
+        "dpo": dpo,
         "greedy": lambda: sample(MODEL, 1, sampling.Greedy()),
         "greedy, odd heads": lambda: sample(ODD, 1, sampling.Greedy()),
         "two samples a prompt": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9)),

@@ -18,7 +18,7 @@ from utils.console import cli
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", "CLAUDE.md")
-DOCS = (*GUIDES, *(f"docs/{name}.md" for name in "evaluate grpo scale speed training".split()))
+DOCS = (*GUIDES, *(f"docs/{name}.md" for name in "dpo evaluate grpo scale speed training".split()))
 
 
 def code_blocks(name, language):

@@ -26,8 +26,11 @@ from trainers.data import Examples
 from trainers.dpo_trainer import LOSSES, DPOConfig, DPOTrainer, preference_loss, preference_scores
 from trainers.loop import Progress, Session, fit
 from trainers.pairs import PairConfig, PairDataset, ReferencedPairs
+from trainers.planning.estimate import sft_bytes
 from trainers.runs.checkpoint import Checkpointer
 from trainers.runs.metrics import MetricsLog
+from trainers.runs.recipes import DPORecipe
+from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils.errors import CheckpointError, ConfigError
 
 P, C = 9, 7
@@ -381,3 +384,18 @@ def test_a_reference_that_is_lost_is_not_made_up(tmp_path):
         path.unlink() if text is None else path.write_text(text)
         with pytest.raises(CheckpointError, match=said):
             go_on(tmp_path / "run", precompute_reference=True)
+
+
+def test_memory_is_that_of_two_rows_per_pair_and_of_the_copy():
+    data, model = fresh(pairs()), LLaMa(MODEL, jnp.float32)
+
+    def memory(**options):
+        known = dict(config=DPOConfig(micro_batch_size=1, **options), lora=None)
+        recipe = DPORecipe(dataset=data, evaluated=None, **known)
+        return recipe.memory(recipe.trainer(model), None)
+
+    longest = data.buckets[-1]
+    assert longest == sum(data.shapes[-1]) >= 27
+    wanted = sft_bytes(SFTTrainer(model, SFTConfig(micro_batch_size=2)), 4, longest)
+    assert memory(loss="simpo") == memory(precompute_reference=True) == wanted
+    assert memory() == {"reference": 4 * MODEL.n_params} | wanted

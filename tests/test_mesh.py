@@ -20,6 +20,7 @@ CHECKS = (
     "sft, lora",
     "sft, adafactor",
     "grpo",
+    "dpo",
     "greedy",
     "greedy, odd heads",
     "two samples a prompt",

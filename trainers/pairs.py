@@ -257,7 +257,7 @@ class ReferencedPairs:
     """Pairs whose reference's log-probs are computed before the first step, and kept in a file.
 
     The data that `fit` trains on with `precompute_reference`. The reference is the model that
-    training starts from: later, without adapters, only the file knows it.
+    training starts from: later only the file knows it.
     """
 
     def __init__(
@@ -288,8 +288,8 @@ class ReferencedPairs:
             CheckpointError: the file is missing, broken or of other data, and the reference is gone.
         """
         of = [pairs.digest for pairs in self._sets]
-        model = state.params if self._trainer.lora is None else frozen
         if int(state.step) == 0:
+            model = self._trainer.model_params(state.params, frozen)
             with phase("reference"):
                 sums = [self._sums(pairs, model) for pairs in self._sets]
             distributed.from_first(lambda: self._write(of, sums))
