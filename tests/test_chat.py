@@ -144,6 +144,7 @@ def test_a_saved_conversation_keeps_its_moment(tmp_path):
     assert json.loads(file.read_text()) == {"messages": []}
 
 
+@pytest.mark.slow
 @pytest.mark.covers("R6")
 def test_a_penalty_is_over_the_whole_context_whatever_the_cache_holds():
     def talk(fresh):
@@ -167,6 +168,7 @@ def test_a_penalty_is_over_the_whole_context_whatever_the_cache_holds():
     assert not set(said[1]) & set("abcdef" + said[0])
 
 
+@pytest.mark.slow
 def test_the_cache_starts_with_room_and_doubles():
     chat = conversation(context=250)
     ask(chat, "one")
@@ -415,6 +417,7 @@ class TerminalOf:
 STATUS = r"(\d+) tokens?, [\d.]+ tok/s; (\d+) of (\d+) tokens used"
 
 
+@pytest.mark.slow
 @pytest.mark.covers("C11", "R40", "N6", "N7")
 def test_a_conversation_in_a_terminal(tmp_path):
     home = {"XDG_STATE_HOME": str(tmp_path)}
@@ -513,6 +516,7 @@ def test_an_answer_breaks_its_lines_between_words(monkeypatch):
     assert shown[7:] == ["世界 land ", "far away."]
 
 
+@pytest.mark.slow
 def test_three_turns_with_the_default_model(default_model_path):
     cli.share_default_model(default_model_path)
     # A cache of as many slots as generate.py takes for the first question: one compilation less.

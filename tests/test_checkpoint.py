@@ -627,6 +627,7 @@ def test_the_lock_ends_with_the_writer(tmp_path):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D26")
 def test_a_reader_beside_a_writer(tmp_path):
     stop, seen, errors = threading.Event(), set(), []

@@ -86,6 +86,7 @@ def test_config_is_that_of_the_preset(ours):
     assert ours[0] == PRESETS["smollm2-135m"]
 
 
+@pytest.mark.slow
 def test_40_greedy_tokens_equal_transformers_on_11_prompts(ours, prompts, from_gguf):
     for i, row in enumerate(greedy(ours, prompts)):
         assert len(row) == NEW
@@ -102,6 +103,7 @@ def test_logits_at_far_positions_equal_transformers(ours, from_gguf):
     np.testing.assert_allclose(run(params), theirs, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_export_is_what_transformers_and_we_load(ours, prompts, from_gguf, tmp_path):
     config, params = ours
     save_checkpoint(tmp_path / "export", config, params, format="hf")

@@ -65,6 +65,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_completions_in_the_file(programs, tmp_path):
     out = tmp_path / "completions.jsonl"
     done = programs.run("evaluate.py", "task", **gym(json=True, out=out, k="1,2,3"))
@@ -102,6 +103,7 @@ def test_the_table_shows_each_reward_with_intervals(programs):
     assert re.search(said + r"\d+ tok/s\n$", done.stdout)
 
 
+@pytest.mark.slow
 def test_greedy_takes_one_sample(programs, files):
     asked = own(files, reward="number", samples=None, temperature=0, json=True)
     done = programs.run("evaluate.py", "task", **asked)
@@ -132,6 +134,7 @@ def test_ones_own_data_and_rewards_and_what_cannot_be_scored(programs, files, tm
     assert done.stderr == f"warning: {failure}; 3 of 6 completions unscorable\n"
 
 
+@pytest.mark.slow
 @pytest.mark.covers("N1")
 def test_many_failures_of_a_kind_are_counted(programs, files, tmp_path):
     data = tmp_path / "bad.jsonl"

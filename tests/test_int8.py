@@ -144,6 +144,7 @@ def test_broken_files_are_refused_by_name(tmp_path, fault):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_adapters_over_an_int8_base_train_and_sample_alike():
     lora = LoRAConfig(rank=2)
     of = small_grpo.trainer(lora=lora, dtype=jnp.float32)
@@ -165,6 +166,7 @@ def test_adapters_over_an_int8_base_train_and_sample_alike():
     assert abs(of.model.apply({"params": exported}, ids)[0] - trained).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_step_over_an_int8_base_is_that_over_the_matrices_it_stands_for():
     model, config = LLaMa(small_grpo.MODEL), SFTConfig(learning_rate=0.01, max_steps=2)
     base = quantize_params(init_params(small_grpo.MODEL, jax.random.key(0)))

@@ -172,6 +172,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_loads_what_one_device_does(tmp_path):
     """From all formats: the rows of wq and wk are in another order in Meta's and in GGUF's."""
     path, model = tiny.hf_model("gqa")
@@ -389,6 +390,7 @@ def large_model():
     return tiny.random_model(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "dtype"), [("hf", "float32"), ("hf", "bfloat16"), ("meta", "bfloat16")]
 )

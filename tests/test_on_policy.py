@@ -527,6 +527,7 @@ def test_a_rollout_is_read_back_as_it_was(tmp_path):
             from_record(broken, "here")
 
 
+@pytest.mark.slow
 def test_the_docs_list_the_keys_of_metrics(tmp_path):
     """Of GRPO and of SFT, as a run writes them; nothing else is listed but failures."""
     of, sft = trainer(max_steps=8, beta=0.1, save_every=1), small_runs.trainer(max_steps=1)

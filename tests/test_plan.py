@@ -252,6 +252,7 @@ def cli(*args):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_fits_and_exits_by_it():
     flags = "--model llama-3.2-1b --seq 1024 --remat block --json".split()
     code, out, err = cli(*flags, "--topology", "v5e:2x2")

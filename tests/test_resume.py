@@ -58,13 +58,8 @@ def go_on(of, data, folder, stop_at=STEPS):
 
 
 @pytest.mark.covers("D24")
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if i == 0 else pytest.param(name, marks=pytest.mark.slow)
-        for i, name in enumerate(CASES)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_interrupted_at_every_step(tmp_path, name):
     config, rows = CASES[name]
     of, data = trainer(**config), dataset(**rows)

@@ -338,6 +338,7 @@ def test_the_digest_is_of_names_ids_and_columns():
     assert made(columns=columns).digest == made(columns=columns[::-1]).digest
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_in_every_process(tokenizer):
     code = "import sys\nfrom models.llama.tokenizer import load_tokenizer\n"
     code += "from trainers.rewards.tasks import PromptEncoder, load_task\n"

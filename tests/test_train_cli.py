@@ -239,6 +239,7 @@ def test_resume_auto_starts_where_there_is_nothing(files, whole, tmp_path):
             writer.steps
 
 
+@pytest.mark.slow
 @pytest.mark.covers("R16", "R34", "N14")
 def test_the_same_command_trains_longer_and_a_finished_run_says_so(programs, files, tmp_path):
     options = training(files, tmp_path / "my run", max_steps=40, save_every=40, resume="auto")
@@ -260,6 +261,7 @@ def test_the_same_command_trains_longer_and_a_finished_run_says_so(programs, fil
     check_error(done, 2, r"--warmup_steps 1 → 5 \(change back, or pass --allow_config_change")
 
 
+@pytest.mark.slow
 @pytest.mark.covers("R39", "N14")
 def test_any_checkpoint_becomes_a_model(programs, files, whole, tmp_path):
     """The best and the newest, as the run's own export would be; a wrong choice is one line."""
@@ -665,6 +667,7 @@ def perplexity(data: Path) -> tuple[float, int]:
     return math.exp(total / count), count
 
 
+@pytest.mark.slow
 @pytest.mark.covers("R33")
 def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, files):
     expected, count = perplexity(files / "train.jsonl")
