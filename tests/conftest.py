@@ -13,17 +13,33 @@ LONGEST = """
 mesh train_default tpu_compile wrong_forms numerics distributed examples grpo_cli benchmarks
 default_model generate chat train_cli on_policy resume gguf load cli tasks evaluate_task model
 """.split()
+# Files whose slow tests are about what a run does, whatever its tiny programs are compiled to.
+PLAIN = "on_policy resume branches adapters dpo_trainer distill_trainer evaluate_task".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fast tests run programs that XLA has not optimised; slow ones those that users run."""
-    os.environ |= compiling.environment(optimized=config.option.markexpr != "not slow")
+    os.environ |= compiling.environment(optimized=_optimized(config))
+
+
+def _optimized(config: pytest.Config) -> bool:
+    return config.option.markexpr != "not slow"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take minutes come first, so that no process is left alone with one at the end."""
     rank = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_in_haste(request: pytest.FixtureRequest) -> None:
+    """XLA optimises nothing in a file of PLAIN."""
+    import jax  # here: it reads the environment that pytest_configure makes
+
+    plain = request.path.stem.removeprefix("test_") in PLAIN
+    optimized = _optimized(request.config) and not plain
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture(scope="session")
