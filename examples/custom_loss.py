@@ -1,9 +1,13 @@
-"""Your own loss on `Trainer`: return sums and a weight; micro-batches and devices add up alone.
+"""Your own loss on `Trainer`, and your own loop around it.
 
     python examples/custom_loss.py
 
-The loss is cross-entropy with a z-loss, which keeps the logarithm of the softmax's denominator near
-0 (PaLM, 2204.02311, section 5). `fit`, LoRA, checkpoints and meshes work with it unchanged.
+A loss returns sums and a weight; micro-batches and devices add up alone. This one is cross-entropy with
+a z-loss, which keeps the logarithm of the softmax's denominator near 0 (PaLM, 2204.02311, section 5).
+`fit`, LoRA, checkpoints and meshes work with it unchanged.
+
+The loop is `fit` without data, records and checkpoints. `train_step` is one call for `gradients` and
+`apply`, which leave room for something in between.
 """
 
 import sys
@@ -45,8 +49,11 @@ def run(steps: int = 20) -> list[float]:
     trainer = ZLossTrainer(LLaMa(MODEL), SFTConfig(learning_rate=1e-2, max_steps=steps))
     state, frozen = trainer.init(init_params(MODEL, jax.random.key(0)), jax.random.key(1))
     losses = []
-    for _ in range(steps):
-        state, metrics = trainer.train_step(state, frozen, batch)
+    gradients = jax.jit(trainer.gradients)
+    for step in range(steps):
+        grads, loss = gradients(state.params, frozen, batch, jax.random.key(step))
+        # Here: look at the gradients, change them, or add those of another batch.
+        state, metrics = trainer.apply(state, grads, loss)
         losses.append(float(metrics["loss"]))
         print(f"step {int(state.step):2}  loss {losses[-1]:.3f}  log Z {metrics['log_z']:+.3f}")
     return losses

@@ -161,6 +161,24 @@ def test_micro_batches_share_one_denominator(size):
     assert float(loss.weight) == total
 
 
+def test_a_loop_of_ones_own_is_train_step():
+    """`gradients` and `apply` in two calls; a batch of nothing changes nothing."""
+    of = toy(clip_norm=0.1)
+    state, frozen = start(of), {}
+    key = jax.random.split(state.key)[1]
+    grads, loss = of.gradients(state.params, frozen, batch(), key)
+    own, metrics = of.apply(start(of), grads, loss)
+    stepped, wanted = of.train_step(state, frozen, batch())
+    assert int(own.step) == 1 and bool(metrics["updated"])
+    for name in wanted:
+        np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-6, err_msg=name)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(same, own.params, stepped.params)
+    before = bits(own.params)
+    own, metrics = of.apply(own, grads, loss.replace(weight=jnp.zeros(())))
+    assert not metrics["updated"] and bits(own.params) == before
+
+
 @pytest.mark.covers("D9")
 def test_a_trajectory_does_not_depend_on_the_micro_batches():
     runs = []

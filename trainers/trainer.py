@@ -238,12 +238,27 @@ class Trainer(abc.ABC):
             (state, metrics): scalars; `loss` and others by name, `weight`, `grad_norm` (before
             clipping), `lr`, and `updated`, whether the update was done.
         """
-        specs = self.specs(state)
         key, loss_key = jax.random.split(state.key)
         sums, loss = _gradient_sums(self, state.params, frozen, batch, loss_key)
+        scale = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
+        return self._updated(state.replace(key=key), sums, scale, loss)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def apply(
+        self, state: TrainState, gradients: Params, loss: Loss
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step by what `gradients` gave, or a loop of one's own made of it.
+
+        `state` is donated, and its key stays; the rest is as in `train_step`.
+        """
+        return self._updated(state, gradients, jnp.ones((), jnp.float32), loss)
+
+    def _updated(
+        self, state: TrainState, sums: Params, scale: Array, loss: Loss
+    ) -> tuple[TrainState, dict[str, Array]]:
+        specs = self.specs(state)
         sums = sharding.constrain_tree(sums, specs.params)
         # The norm is taken of the sums: of their quotients, XLA would keep a copy for it alone.
-        scale = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
         norm = optax.tree.norm(cast_floats(sums, jnp.float32)) * scale
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
@@ -261,7 +276,10 @@ class Trainer(abc.ABC):
             "finite": finite,
         }
         state = TrainState(
-            step=state.step + updated.astype(jnp.int32), params=params, opt_state=moments, key=key
+            step=state.step + updated.astype(jnp.int32),
+            params=params,
+            opt_state=moments,
+            key=state.key,
         )
         return sharding.constrain_tree(state, specs), metrics
 
