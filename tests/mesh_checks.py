@@ -23,6 +23,7 @@ from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
 from models.llama.load import save_checkpoint
 from tests import small_runs
+from trainers.distill_trainer import DistillConfig, DistillTrainer
 from trainers.dpo_trainer import DPOConfig, DPOTrainer
 from trainers.evaluation.lm import _score
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
@@ -57,12 +58,14 @@ RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(0, MODEL.vocab_size, (8, 16)).astype(np.int32)
 
 
+# SGD-like: Adam would turn a gradient of about 0 into a step of either sign.
+KNOWN = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", micro_batch_size=None)
+C = 6  # tokens of a completion
+
+
 def sft(model: ModelConfig = MODEL, lora=None, **config: Any) -> list[np.ndarray]:
     """Losses, gradient norms and parameters of three steps with masks of unequal lengths."""
-    # SGD-like: Adam would turn a gradient of about 0 into a step of either sign.
-    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant")
-    known |= dict(micro_batch_size=None)
-    trainer = SFTTrainer(LLaMa(model, jnp.float32, "block"), SFTConfig(**known | config), lora)
+    trainer = SFTTrainer(LLaMa(model, jnp.float32, "block"), SFTConfig(**KNOWN | config), lora)
     state, frozen = trainer.init(params_of(model), jax.random.key(1))
     mask = np.arange(16) < np.arange(3, 11)[:, None]
     batch = sharding.place_batch({"tokens": TOKENS, "target_mask": mask})
@@ -73,11 +76,42 @@ def sft(model: ModelConfig = MODEL, lora=None, **config: Any) -> list[np.ndarray
     return [np.asarray(x) for x in [*found, *jax.tree.leaves(state.params)]]
 
 
-def grpo(**config: Any) -> list[np.ndarray]:
+def grpo() -> list[np.ndarray]:
     """Metrics, parameters and scores of a step on ragged completions."""
+    config = GRPOConfig(max_completion_len=C, beta=0.1, **KNOWN)
+    trainer = GRPOTrainer(LLaMa(MODEL, jnp.float32, "block"), config)
+    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
+    batch = sharding.place_batch(completions(4))
+    scores = trainer.score(state.params, frozen, batch)
+    return [np.asarray(scores), *steps(1, trainer, state, frozen, batch)]
+
+
+def distill(folder: Path) -> list[np.ndarray]:
+    """Metrics and parameters of a step on ragged completions; the teacher is of other sizes."""
+    config, teacher = load_checkpoint(folder, dtype="float32")
+    trainer = DistillTrainer(
+        LLaMa(MODEL, jnp.float32, "block"),
+        DistillConfig(max_completion_len=C, **KNOWN),
+        teacher=LLaMa(config, jnp.float32),
+    )
+    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
+    batch = sharding.place_batch(completions(4))
+    return steps(1, trainer, state, frozen | {"teacher": teacher}, batch)
+
+
+def dpo() -> list[np.ndarray]:
+    """Metrics and parameters of two steps on ragged pairs, with a copy as the reference."""
+    trainer = DPOTrainer(LLaMa(MODEL, jnp.float32, "block"), DPOConfig(warmup_steps=0, **KNOWN))
+    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
+    # Of the second, the reference is another model.
+    return steps(2, trainer, state, frozen, sharding.place_batch(completions(2)))
+
+
+def completions(group_size: int) -> dict[str, np.ndarray]:
+    """Ragged completions of ragged prompts."""
     rng = np.random.default_rng(1)
-    B, G, P, C = 8, 4, 8, 6
-    batch = {
+    B, G, P = 8, group_size, 8
+    return {
         "prompts": rng.integers(0, 128, (B, P)).astype(np.int32),
         "prompt_lengths": rng.integers(1, P + 1, B).astype(np.int32),
         "tokens": rng.integers(0, 128, (B, G, C)).astype(np.int32),
@@ -88,35 +122,12 @@ def grpo(**config: Any) -> list[np.ndarray]:
         "old_logprobs": np.full((B, G, C), -5.0, np.float32),
         "ref_logprobs": np.full((B, G, C), -5.0, np.float32),
     }
-    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", beta=0.1)
-    known |= dict(micro_batch_size=None)
-    trainer = GRPOTrainer(
-        LLaMa(MODEL, jnp.float32, "block"), GRPOConfig(max_completion_len=C, **known | config)
-    )
-    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
-    batch = sharding.place_batch(batch)
-    scores = trainer.score(state.params, frozen, batch)
-    state, metrics = trainer.train_step(state, frozen, batch)
-    found = [metrics[name] for name in sorted(metrics)]
-    return [np.asarray(x) for x in [scores, *found, *jax.tree.leaves(state.params)]]
 
 
-def dpo(**config: Any) -> list[np.ndarray]:
-    """Metrics and parameters of a step on ragged pairs, with a copy as the reference."""
-    rng = np.random.default_rng(2)
-    B, P, C = 8, 8, 8
-    batch = {
-        "prompts": rng.integers(0, 128, (B, P)).astype(np.int32),
-        "prompt_lengths": rng.integers(1, P + 1, B).astype(np.int32),
-        "tokens": rng.integers(0, 128, (B, 2, C)).astype(np.int32),
-        "target_mask": np.arange(C) < rng.integers(1, C + 1, (B, 2, 1)),
-    }
-    known = dict(learning_rate=1e-2, max_steps=9, eps=1e-2, schedule="constant", warmup_steps=0)
-    known |= dict(micro_batch_size=None)
-    trainer = DPOTrainer(LLaMa(MODEL, jnp.float32, "block"), DPOConfig(**known | config))
-    state, frozen = trainer.init(params_of(MODEL), jax.random.key(1))
-    batch, found = sharding.place_batch(batch), []
-    for _ in range(2):  # of the second, the reference is another model
+def steps(count: int, trainer, state, frozen, batch) -> list[np.ndarray]:
+    """Each step's metrics, and the last parameters."""
+    found = []
+    for _ in range(count):
         state, metrics = trainer.train_step(state, frozen, batch)
         found += [metrics[name] for name in sorted(metrics)]
     return [np.asarray(x) for x in [*found, *jax.tree.leaves(state.params)]]
@@ -201,6 +212,7 @@ def checks(folder: Path) -> dict[str, Any]:
         "sft, adafactor": lambda: sft(optimizer="adafactor", learning_rate=1e-3),
         "grpo": grpo,
         "dpo": dpo,
+        "distill": lambda: distill(folder / "meta"),
         "greedy": lambda: sample(MODEL, 1, sampling.Greedy()),
         "greedy, odd heads": lambda: sample(ODD, 1, sampling.Greedy()),
         "two samples a prompt": lambda: sample(MODEL, 2, sampling.TopP(1.0, 0.9)),

@@ -21,6 +21,7 @@ CHECKS = (
     "sft, adafactor",
     "grpo",
     "dpo",
+    "distill",
     "greedy",
     "greedy, odd heads",
     "two samples a prompt",
