@@ -94,6 +94,25 @@ def dot_of_many_rows(dot: Dot, a: Array, b: Array) -> Array:
     return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=dot)
 
 
+def sum_of_squares(x: Array) -> Array:
+    """The sum of x² over the last axis, which stays as 1; on a CPU, of a single row as x · x.
+
+    XLA for CPU makes three kernels of a sum over more than 32 numbers, one after the other, and one of
+    a product: in an int8 decode step of the default model the norms' were 5 % of the time.
+    """
+
+    def by_product(x):
+        row = x.reshape(-1)
+        return jnp.dot(row, row, precision=jax.lax.Precision.HIGHEST).reshape(*x.shape[:-1], 1)
+
+    def by_sum(x):
+        return jnp.sum(x * x, axis=-1, keepdims=True)
+
+    if x.size > x.shape[-1]:
+        return by_sum(x)
+    return jax.lax.platform_dependent(x, cpu=by_product, default=by_sum)
+
+
 def update_in_place(
     update: Callable[..., tuple[Any, Any]],
     gradients: Any,

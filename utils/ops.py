@@ -144,7 +144,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
         [..., D], of x's dtype.
     """
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale = jax.lax.rsqrt(detours.sum_of_squares(x32) / x.shape[-1] + eps)
     return _times((x32 * scale).astype(x.dtype), weight)
 
 
