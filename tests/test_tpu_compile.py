@@ -1,5 +1,6 @@
 """Real steps compiled for TPUs, on a machine without one (libtpu from PyPI has the compiler)."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.llama.formats import hf
 from models.llama.presets import PRESETS
 
 ATTENTION = """
@@ -79,6 +81,7 @@ def test_training_on_a_mesh_runs_the_kernel_and_has_no_score_matrix(head_dim):
 
 
 STEPS = """
+import dataclasses
 import json
 import sys
 
@@ -171,11 +174,14 @@ def test_rows_of_32k_tokens_that_no_device_holds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model, topology",
-    [("llama-3.1-8b", "v5e:2x4"), ("llama-3.2-1b", "v5e:2x2")],  # heads of 128, and of 64
+    "model, n_layers, topology",
+    # Heads of 128, where some layers tell as much as 32; and heads of 64.
+    [("llama-3.1-8b", 4, "v5e:2x4"), ("llama-3.2-1b", 16, "v5e:2x2")],
 )
-def test_a_decode_step_moves_the_weights_and_the_cache_once(model, topology):
-    flags = dict(model=model, topology=topology, job="generate", batch=32, seq=4096)
+def test_a_decode_step_moves_the_weights_and_the_cache_once(tmp_path, model, n_layers, topology):
+    config = dataclasses.replace(PRESETS[model], n_layers=n_layers)
+    (tmp_path / "config.json").write_text(json.dumps(hf.from_config(config)))
+    flags = dict(model=str(tmp_path), topology=topology, job="generate", batch=32, seq=4096)
     found, _ = compiled(**flags, prompt_len=128)
     decode = found["programs"][-1]
     held = decode["parts"]["parameters"] + decode["parts"]["KV cache"]
