@@ -41,16 +41,22 @@ MESHES = (
 MIXED = MESHES[-2:]
 # Checks that need not run on each mesh, and where they do.
 SELECTED = {
+    "continuations": ("fsdp=8", *MIXED),
     "sft, micro-batches": ("fsdp=8", *MIXED),
     "sft, odd heads": ("tensor=8", *MIXED),
     "sft, lora": MIXED,
     "sft, adafactor": MIXED,
-    "greedy, odd heads": ("tensor=8", *MIXED),
+    "grpo": ("data=8", "context=8", *MIXED),
+    "dpo": ("fsdp=8", MIXED[1]),
+    "distill": ("tensor=8", *MIXED),
+    "greedy": ("tensor=8", "context=8", MIXED[0]),
+    "greedy, odd heads": ("tensor=8", MIXED[1]),
     "two samples a prompt": ("data=8", MIXED[0]),
-    "as many prompts": ("data=8", "tensor=8", *MIXED),
-    "as many prompts, odd heads": ("tensor=8", MIXED[0]),
+    "as many prompts": ("data=8", "tensor=8", MIXED[0]),
+    "as many prompts, odd heads": MIXED[:1],
     "eight samples a prompt": ("tensor=8", *MIXED),
-    "eight samples a prompt, odd heads": ("tensor=8", MIXED[0]),
+    "eight samples a prompt, odd heads": MIXED[:1],
+    "load, meta": ("tensor=8", *MIXED),
     "logits, int8": ("tensor=8", MIXED[0]),
 }
 MODEL = dataclasses.replace(
