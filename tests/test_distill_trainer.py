@@ -248,7 +248,7 @@ def test_adapters_and_a_teacher_in_eight_bits():
     """Only adapters have gradients, and the exported student is the base with them merged."""
     of, base = trainer(lora=LoRAConfig(rank=4)), variant("biases")[2]
     state, frozen = of.init(base, jax.random.key(0))
-    frozen |= {"teacher": quantize_params(variant("tied")[2])}
+    frozen = frozen | {"teacher": quantize_params(variant("tied")[2])}
     first = of.eval_step(state.params, frozen, rollout()).means()["loss"]
     for _ in range(3):
         state, metrics = of.train_step(state, frozen, rollout())
