@@ -1,7 +1,6 @@
 """From a JSON Lines file to a default model that answers as trained, by the commands of the README."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,23 +28,22 @@ def answers(prompts: Path, *flags: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.covers("D31")
 def test_the_export_answers_as_trained(tmp_path):
-    rows, held_out = conversations(80, 8)
+    rows, held_out = conversations(400, 40)
     data, prompts, out = tmp_path / "data.jsonl", tmp_path / "prompts.txt", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts.write_text("".join(row["messages"][0]["content"] + "\n" for row in held_out))
+    wanted = [row["messages"][1]["content"] for row in held_out]
     greedy = ("--temperature", "0", "--max_gen_len", "40")
-    before = answers(prompts, *greedy)
+    exact = lambda texts: sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)
+    assert exact(answers(prompts, *greedy)) < 0.1
 
-    settings = "--lora_rank 16 --lr 1e-3 --warmup_steps 2 --max_steps 12 --save_every 4".split()
+    settings = "--lora_rank 16 --lr 5e-4 --max_steps 30 --seq_len 128 --save_every 10".split()
     run("train.py", "sft", "--data", str(data), "--out_dir", str(out), *settings)
     export = str(out / "export")
     ours = answers(prompts, *greedy, "--ckpt_dir", export)
-    # How far it gets in more steps: tests/test_examples.py.
-    form = re.compile(r'\{"who": ".*", "count": \d+, "what": ".*", "where": ".*"\}')
-    formed = [sum(map(bool, map(form.fullmatch, texts))) for texts in (before, ours)]
-    assert formed[0] == 0 and formed[1] >= 6, ours
+    assert exact(ours) > 0.9
     losses = [json.loads(x)["loss"] for x in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 30 and losses[-1] < 0.1 * losses[0]
 
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export)
