@@ -93,6 +93,7 @@ def test_40_greedy_tokens_equal_transformers_on_11_prompts(ours, prompts, from_g
         assert row == their_greedy(from_gguf, prompts[i], row), f"prompt {i}"
 
 
+@pytest.mark.slow
 def test_logits_at_far_positions_equal_transformers(ours, from_gguf):
     # A forgotten permutation of wq and wk still reads well for twenty tokens.
     config, params = ours

@@ -344,12 +344,9 @@ def fresh(data):
 
 
 @pytest.mark.covers("D24", "P6")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        dict(precompute_reference=True),
-        pytest.param(dict(lora=True, precompute_reference=True), marks=pytest.mark.slow),
-    ],
+    "options", [dict(precompute_reference=True), dict(lora=True, precompute_reference=True)]
 )
 def test_interrupted_at_every_step(tmp_path, options):
     whole = go_on(tmp_path / "whole", **options)

@@ -79,6 +79,7 @@ def test_interrupted_at_every_step(tmp_path, name):
         assert curve(folder) == lines, f"interrupted behind step {k}"
 
 
+@pytest.mark.slow
 @pytest.mark.covers("D24")
 def test_an_older_checkpoint_gives_the_same_end_and_the_same_curve(tmp_path):
     """As after a kill: the lines and checkpoints behind the one that is gone on from are redone."""
