@@ -235,7 +235,7 @@ def _cell(measure: dict[str, Any] | int | str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HarnessFlags(Config):
-    """What lm-eval measures, and how."""
+    """Tasks of lm-eval, and how it measures them."""
 
     tasks: str = field(
         help="names with commas between, as lm-eval has them (arc_easy,hellaswag), patterns (mmlu_*) "

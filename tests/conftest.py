@@ -14,7 +14,9 @@ mesh train_default tpu_compile wrong_forms numerics distributed examples grpo_cl
 default_model generate chat train_cli on_policy resume gguf load cli tasks evaluate_task model
 """.split()
 # Files whose slow tests are about what a run does, whatever its tiny programs are compiled to.
-PLAIN = "on_policy resume branches adapters dpo_trainer distill_trainer distill_learns evaluate_task".split()
+PLAIN = """
+on_policy resume branches adapters dpo_trainer distill_trainer distill_learns evaluate_task
+""".split()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -291,6 +291,10 @@ class Taught(Trainer):
         kl, entropy = divergence(kind, x_BTD, head, y_BTE, teacher, mask, temperature)
         return Loss(total=kl, weight=jnp.sum(mask), sums={"entropy": entropy})
 
+    def derive(self, means: dict[str, float]) -> dict[str, float]:
+        """Returns the means per token as they are: exp of a divergence is no perplexity."""
+        return means
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillTrainer(Taught, GRPOTrainer):
@@ -322,10 +326,6 @@ class DistillTrainer(Taught, GRPOTrainer):
         sums = {"kl": jnp.sum(gap), "entropy": jnp.sum(entropy)}
         return Loss(total=total, weight=jnp.sum(mask), sums=sums)
 
-    def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """As they are: all are means per token."""
-        return means
-
 
 @dataclasses.dataclass(frozen=True)
 class SoftTrainer(Taught, SFTTrainer):
@@ -341,7 +341,3 @@ class SoftTrainer(Taught, SFTTrainer):
         states = hidden_states(self.model, params, batch)
         theirs = hidden_states(self.teacher, params["teacher"], batch)
         return self.compare("forward", states, theirs, params, mask_BT, 1.0)
-
-    def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """As they are: the exponential of a divergence is no perplexity."""
-        return means

@@ -80,7 +80,7 @@ class DPOConfig(SFTConfig):
 
 
 def preference_scores(logps: Array, reference: Array, lengths: Array, kind: str) -> Array:
-    """What a loss compares of each completion: log π/ref, per token for "ipo"; log π per token for "simpo".
+    """Scores that a loss compares: log π/ref, per token for "ipo"; log π per token for "simpo".
 
     TRL averages "ipo" over tokens too: its maintainers have it from the paper's authors, whose
     equation is of whole answers.
@@ -199,5 +199,5 @@ class DPOTrainer(SFTTrainer):
         return self._group.work(batch)
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """As they are."""
+        """Returns the means per pair as they are."""
         return means

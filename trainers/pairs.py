@@ -71,9 +71,9 @@ def as_supervised(record: Record) -> list[Record]:
 
 
 def encode_pair(
-    record: Record, tokenizer: Tokenizer, chat: ChatFormat | None, markup: bool = False
+    pair: Sequence[Record], tokenizer: Tokenizer, chat: ChatFormat | None, markup: bool = False
 ) -> tuple[int, list[list[int]], list[list[bool]]]:
-    """A pair as (tokens of the prompt, ids of both sides, which of these are targets).
+    """A pair of `as_supervised` as (tokens of the prompt, ids of both sides, which are targets).
 
     Both sides are tokenised whole, as in supervised training, and end with their last target. The
     prompt is the tokens that they share before their first target; of two texts without a prompt,
@@ -82,11 +82,11 @@ def encode_pair(
     Raises:
         DataError: nothing is shared; or as `encode_record`.
     """
-    rows = [encode_record(row, tokenizer, chat, "auto", markup) for row in as_supervised(record)]
+    rows = [encode_record(row, tokenizer, chat, "auto", markup) for row in pair]
     ids, masks = [row[0] for row in rows], [row[1] for row in rows]
     same = [a == b for a, b in zip(*ids)]
     shared = same.index(False) if False in same else len(same)
-    if record.fields["prompt"] is None:
+    if pair[0].kind == "text":
         if shared <= len(tokenizer.encode("", bos=tokenizer.adds_bos)):
             raise DataError(
                 "chosen and rejected do not begin alike, and there is no prompt; name the field that "
@@ -224,7 +224,7 @@ def load_pairs(
             dropped["dropped_empty"] += 1
             continue
         try:
-            shared, ids, masks = encode_pair(record, tokenizer, chat, config.markup)
+            shared, ids, masks = encode_pair(pair, tokenizer, chat, config.markup)
         except DataError as e:
             records.bad.add(DataError(f"{record.where}: {e}"))
             continue

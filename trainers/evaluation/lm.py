@@ -126,7 +126,7 @@ class AltiplanoLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text without a context."""
         bos = self.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
@@ -176,7 +176,7 @@ class AltiplanoLM(TemplateLM):
         return text[:at] if text.startswith(_OPEN_END, at) else text[:at].rstrip()
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's results say of the model."""
+        """Facts of the model for lm-eval's results."""
         sizes = [x.size for x in jax.tree.leaves(self.model.params)]
         dtype = self.model.params["final_norm"].dtype
         return {"model_num_parameters": sum(sizes), "model_dtype": str(dtype)}

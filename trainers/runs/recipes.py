@@ -152,7 +152,7 @@ class DPORecipe(SFTRecipe):
         return DPOTrainer(model, known.config, self.lora)
 
     def memory(self, trainer: DPOTrainer, quantize: str | None) -> dict[str, int]:
-        """As of twice as many rows, each a prompt with one answer."""
+        """Bytes of twice as many rows, each a prompt with one answer."""
         at_once = trainer.config.micro_batch_size
         config = dataclasses.replace(trainer.config, micro_batch_size=at_once and 2 * at_once)
         twice = dataclasses.replace(trainer, config=config)

@@ -197,11 +197,8 @@ def restore_or_init(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, P
         frozen = load_params(run, frozen=True) if trainer.keeps_frozen else {}
         frozen = with_reference(trainer, run.source.checkpoint, frozen)
     else:
-        params, checkpoint = (
-            load_params(run, frozen=trainer.lora is not None),
-            run.source.checkpoint,
-        )
-        state, frozen = start(trainer, checkpoint, params, run.key, donate=True)
+        params = load_params(run, frozen=trainer.lora is not None)
+        state, frozen = start(trainer, run.source.checkpoint, params, run.key, donate=True)
         progress = Progress()
     if distributed.is_first():
         paths = {

@@ -43,7 +43,7 @@ def open_tracker(name: str, folder: Path, start_step: int) -> Tracker:
 
 
 def not_installed(names: tuple[str, ...]) -> list[str]:
-    """What to do about trackers whose packages are not here, one text each."""
+    """Advice about trackers whose packages are not here, one text each."""
 
     def absent(package: str) -> bool:
         found = importlib.util.find_spec(package)

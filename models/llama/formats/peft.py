@@ -93,7 +93,7 @@ class Adapter(NamedTuple):
 
     @property
     def files(self) -> list[Path]:
-        """All that decides what it computes."""
+        """Its files, which decide what it computes."""
         return [self.path / CONFIG, self.path / WEIGHTS]
 
     @property
@@ -310,10 +310,8 @@ def _check_tensors(
     for leaf in adapted:
         for module in filter(ranks.__contains__, map(_module, leaf.names)):
             a, b = _tensors(module)
-            expected[a], expected[b] = (ranks[module], leaf.shape[1]), (
-                leaf.shape[0],
-                ranks[module],
-            )
+            out_dim, in_dim = leaf.shape
+            expected |= {a: (ranks[module], in_dim), b: (out_dim, ranks[module])}
     missing = [name for name in expected if name not in source.shapes]
     extra = [name for name in source.shapes if name not in expected]
     wrong = [
