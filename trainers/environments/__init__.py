@@ -21,9 +21,11 @@ class Environment:
         tools: functions that the model may call, with type hints and docstrings, and methods too.
             An assistant's message that calls some is answered by their results, and `step` is not
             asked about it.
+        answers_calls: `step` gets the messages with `tool_calls` too, and answers them itself.
     """
 
     tools: Sequence[Callable[..., Any]] = ()
+    answers_calls: bool = False
 
     def examples(self, size: int, seed: int) -> Sequence[Example]:
         """The tasks of a run that has no `--data`: `size` JSON objects, the same for the same seed."""
