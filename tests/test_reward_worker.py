@@ -209,7 +209,7 @@ def test_the_first_failure_of_each_kind_is_warned_of_and_all_are_counted():
         with pool_of(lengths, picky) as pool:
             ask(pool)
             # A prompt with "bb", then one with "bad" and "dddd", which fails on the first of the two.
-            kinds = list(pool.kinds.values())
+            kinds = list(pool.failed.kinds.values())
             (report,) = pool.report().values()
             assert pool.report() == {}
             ask(pool, ["bbb", "bbb", "cc", "cc", "xxxx", "yyyy"])

@@ -4,19 +4,16 @@ A crash, an exception or a hang costs the prompt that it happens on, and is repo
 type, a wrong length or an infinity is a bug in the function and stops the run.
 """
 
-import collections
 import dataclasses
 import inspect
 import json
 import math
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
@@ -26,6 +23,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from trainers.rewards.failures import Failure, FailureLog
 from trainers.rewards.functions import Reward
 from trainers.rollout import Prompt
 from utils import distributed
@@ -181,8 +179,7 @@ class RewardPool:
     Attributes:
         names: of the rewards, in the order of their scores.
         failures: one line per failure in the last call: "reward 'f' on prompt 3 ('What is …'): timed out …".
-        kinds: failures since the last `report`, {"first": its line, "completions": number lost} each;
-            those of one reward with the same type of exception from the same place are of one kind.
+        failed: tells, counts and reports them by kind.
     """
 
     def __init__(
@@ -209,10 +206,8 @@ class RewardPool:
             problems.append(f"on_failure is {on_failure!r}, expected 'unscorable' or 'stop'")
         raise_all("rewards", problems)
         self.names = tuple(names)
-        self.kinds: dict[str, dict[str, Any]] = {}
-        self._failures: list[tuple[str, str, int]] = []  # of the last call: kind, line, rows lost
-        self._said: dict[str, int] = {}  # rows lost by kind: when it was warned of, and in all
-        self._lost: collections.Counter[str] = collections.Counter()
+        self.failed = FailureLog()
+        self._failures: list[Failure] = []  # of the last call
         self._weights = [reward.weight for reward in rewards]
         self._stop = on_failure == "stop"
         self._processes = [
@@ -224,13 +219,11 @@ class RewardPool:
 
     def __exit__(self, *_) -> None:
         self.close()
-        for kind, lost in self._lost.items():
-            if lost > self._said[kind]:
-                warnings.warn(f"{kind}: {lost} completions unscorable in all", stacklevel=2)
+        self.failed.close()
 
     @property
     def failures(self) -> list[str]:
-        return [line for _, line, _ in self._failures]
+        return [failure.line for failure in self._failures]
 
     def close(self) -> None:
         """Ends all workers; the next call would start new ones."""
@@ -250,9 +243,8 @@ class RewardPool:
         return scores.values.T, scores.total(self._weights)
 
     def report(self) -> dict[str, Any]:
-        """The `failures` since the last report, one of `kinds` each; {} if there are none."""
-        kinds, self.kinds = self.kinds, {}
-        return {"failures": [*kinds.values()]} if kinds else {}
+        """The `failures` since the last report, see FailureLog."""
+        return self.failed.report()
 
     def __call__(
         self,
@@ -284,8 +276,9 @@ class RewardPool:
             scores = self._call(rows, columns, group_size)
             return scores.values.tolist(), scores.failed.tolist(), self._failures
 
-        values, failed, self._failures = distributed.from_first(score)
-        self._count(len(completions))
+        values, failed, failures = distributed.from_first(score)
+        self._failures = [Failure(*failure) for failure in failures]
+        self.failed.count(self._failures, len(completions), stacklevel=3)
         return Scores(values=np.asarray(values, np.float64), failed=np.asarray(failed, bool))
 
     def _call(self, batch: dict[str, list], columns: dict[str, list], group_size: int) -> Scores:
@@ -309,26 +302,10 @@ class RewardPool:
             raise
         return scores
 
-    def _count(self, rows: int) -> None:
-        """Counts the last call's failures, and warns of those of a new kind."""
-        found: dict[str, dict[str, Any]] = {}
-        for kind, line, lost in self._failures:
-            found.setdefault(kind, {"first": line, "completions": 0})["completions"] += lost
-        for kind, entry in found.items():
-            lost = entry["completions"]
-            if kind not in self._said:
-                self._said[kind] = lost
-                text = f"{entry['first']}; {lost} of {rows} completions unscorable"
-                warnings.warn(text, stacklevel=4)
-            self._lost[kind] += lost
-            self.kinds.setdefault(kind, entry | {"completions": 0})["completions"] += lost
-
     def _fail(self, process: RewardProcess, where: str, what: str, lost: int) -> str:
         """Notes a failure; returns its line."""
-        kind = re.sub(r": .*(?= \([^()]*:\d+\)$)", "", what)  # without the exception's text
-        line = f"{process.title} {where}: {what}"
-        self._failures.append((f"{process.title}: {kind}", line, lost))
-        return line
+        self._failures.append(Failure(process.title, where, what, lost))
+        return self._failures[-1].line
 
     def _score(
         self,

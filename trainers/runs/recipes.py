@@ -229,7 +229,7 @@ class GRPORecipe(Recipe):
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
             line = stack.enter_context(log).write
-            record = recorder(line, self.tokenizer, lambda: [*pool.kinds.values()])
+            record = recorder(line, self.tokenizer, lambda: [*pool.failed.kinds.values()])
 
         def write(step: int, rollout: Rollout, layout: Layout) -> None:
             return_freed_memory()  # the policy's, in pieces too small for malloc to give back
