@@ -8,6 +8,7 @@ from typing import Any
 
 Message = Mapping[str, Any]
 Example = Mapping[str, Any]
+Answer = tuple[Sequence[Message], float | None, bool]
 
 
 class Environment:
@@ -41,7 +42,7 @@ class Environment:
         """
         raise NotImplementedError
 
-    def step(self, message: Message) -> tuple[Sequence[Message], float | None, bool]:
+    def step(self, message: Message) -> Answer:
         """Answers the assistant's message.
 
         Args:
