@@ -21,8 +21,9 @@ from models.llama.load import DecodingModelFlags, ModelFlags, load_model, open_m
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
+from trainers.rewards.flags import TaskFlags
 from trainers.rewards.pool import RewardPool
-from trainers.rewards.tasks import TaskFlags, task_names
+from trainers.rewards.tasks import task_names
 from trainers.runs.run import load_source
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from trainers.trainer import Batch

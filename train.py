@@ -31,7 +31,8 @@ from trainers.planning.job import rows_at_once
 from trainers.runs.recipes import DistillRecipe, DPORecipe, GRPORecipe, SFTRecipe, SoftRecipe
 from trainers.report.replay import LossFlags, StepFlags, read_run, replay_step, verdict
 from trainers.report.report import write_report
-from trainers.rewards.tasks import Task, TaskFlags, task_names
+from trainers.rewards.flags import TaskFlags
+from trainers.rewards.tasks import Task, task_names
 from trainers.rollout import RolloutConfig
 from trainers.runs.export import ExportFlags, export_run
 from trainers.runs.folder import RunConfig

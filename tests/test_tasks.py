@@ -12,7 +12,8 @@ from models.llama.tokenizer import load_tokenizer
 from tests import cli
 from trainers.rewards.functions import Reward, load_reward
 from trainers.rewards.pool import reward_rows
-from trainers.rewards.tasks import PromptEncoder, Task, TaskFlags, load_prompts, load_task
+from trainers.rewards.flags import TaskFlags
+from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task
 from trainers.rewards.tasks import task_names
 from trainers.rollout import Prompt
 from utils.errors import ArtifactError, ConfigError, DataError
