@@ -20,7 +20,7 @@ def parse_ranges(text: str) -> set[str]:
 def matrix() -> tuple[set[str], set[str], set[str]]:
     """(ids of all rows, those due, those due later)."""
     text = (TESTS / "faults.md").read_text()
-    rows = re.findall(r"^\|([A-EGNPRT]\d+)\|", text, re.MULTILINE)
+    rows = re.findall(r"^\|([A-Z]\d+)\|", text, re.MULTILINE)
     assert len(rows) == len(set(rows))
     due, later = (parse_ranges(re.search(rf"^{k}: (.*)$", text, re.M)[1]) for k in ("Due", "Later"))
     return set(rows), due, later
@@ -40,7 +40,7 @@ def covered() -> dict[str, list[str]]:
 
 def test_every_row_is_due_now_or_later():
     rows, due, later = matrix()
-    assert len(rows) == 37 + 18 + 20 + 31 + 8 + 47 + 14 + 7 + 5 + 4
+    assert len(rows) == 37 + 18 + 20 + 31 + 8 + 47 + 14 + 7 + 5 + 4 + 3
     assert due | later == rows and not due & later
 
 
