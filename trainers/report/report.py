@@ -4,10 +4,7 @@ A run's files may be hostile, since a completion is what a model wrote: page.htm
 """
 
 import base64
-import bisect
 import dataclasses
-import itertools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,20 +15,17 @@ import jinja2
 
 from models.llama.config import ModelConfig
 from trainers.runs.metrics import whole_lines
+from trainers.report.completions import (
+    best_and_worst,
+    number,
+    plain,
+    shown,
+    shown_rollout,
+    swatches,
+)
 from trainers.report.charts import Columns, draw_charts, is_hidden, moving_ends
-from utils.errors import ConfigError, DataError, is_int, is_number, printable
+from utils.errors import ConfigError, DataError, is_int, is_number
 from utils.files import atomic_file, flatten, parse_json, read_json
-
-# Limits of what is shown of a step's rollout: beyond them a page would have tens of megabytes.
-_PROMPTS, _COMPLETIONS, _TOKENS = 3, 4, 300
-
-# Bounds between the classes s0, s1, … of a token's surprise, −log-prob in nats.
-_SURPRISE = (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
-
-# A number beyond it counts as none: it is far above float32, and sums of such numbers are finite.
-_LARGEST = 1e100
-
-_KINDS = {str: "a string", list: "a list", dict: "an object"}
 
 
 def write_report(
@@ -67,7 +61,7 @@ def write_report(
         title=" against ".join(names) if several else runs[0]["title"],
         hero=next((chart for chart in charts if chart.wide), None),
         groups=groups,
-        swatches=_swatches(),
+        swatches=swatches(),
         settings=_compared([run["settings"] for run in runs]),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +81,7 @@ def _read_run(name: str, folder: Path, several: bool) -> dict[str, Any]:
     if (folder / "run.json").exists():  # a notebook's run may have none
         settings = flatten(read_json(folder / "run.json", error=DataError))
     n, rollouts = _read_some(folder / "rollouts.jsonl", last=several)
-    rollouts = [_rollout(*line) for line in rollouts]
+    rollouts = [shown_rollout(*line) for line in rollouts]
     written = (folder / "metrics.jsonl").stat().st_mtime
     return {
         "name": name,
@@ -99,7 +93,7 @@ def _read_run(name: str, folder: Path, several: bool) -> dict[str, Any]:
         "evaluations": _evaluations(columns),
         "rollouts": rollouts,
         "n_rollouts": n,
-        "shown": _best_and_worst(rollouts),
+        "shown": best_and_worst(rollouts),
     }
 
 
@@ -111,26 +105,8 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "base64": lambda data: base64.b64encode(data).decode()}
+    environment.filters |= {"shown": shown, "base64": lambda data: base64.b64encode(data).decode()}
     return environment.get_template("page.html.jinja")
-
-
-def _shown(value: Any, limit: int | None = None) -> str:
-    """Any value as text of at most `limit` characters, without controls and half surrogates."""
-    text = str(value)
-    if limit is not None and len(text) > limit:
-        text = f"{text[:limit]}…"
-    return printable(text).encode(errors="replace").decode()
-
-
-def _number(value: Any) -> float:
-    """A float; NaN for anything else, and beyond the largest."""
-    return float(value) if is_number(value) and abs(value) < _LARGEST else math.nan
-
-
-def _plain(value: Any) -> str:
-    """A text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -149,7 +125,7 @@ def read_metrics(path: Path) -> Columns:
         for name, value in flatten(record).items():
             value = int(value) if isinstance(value, bool) else value
             if value is None or is_number(value):
-                columns.setdefault(name, []).append((step, _number(value)))
+                columns.setdefault(name, []).append((step, number(value)))
     if not columns:
         raise DataError(f"{path} holds no step; wait until the run's first is done")
     return columns
@@ -273,114 +249,6 @@ def _compared(settings: list[dict]) -> list[tuple[str, ...]]:
     """All settings of a run; of several runs those that differ, a column each."""
     names = dict.fromkeys(name for one in settings for name in one)
     rows = [
-        (name, *(_plain(one[name]) if name in one else "" for one in settings)) for name in names
+        (name, *(plain(one[name]) if name in one else "" for one in settings)) for name in names
     ]
     return rows if len(settings) == 1 else [row for row in rows if len({*row[1:]}) > 1]
-
-
-# Completions ------------------------------------------------------------------------------------
-
-
-def _swatches() -> list[str]:
-    """The legend of the classes s0, s1, … of a token's probability."""
-    bounds = [math.exp(-bound) for bound in _SURPRISE]
-    return [f"above {bounds[0]:.0%}", *(f"to {bound:.2g}" for bound in bounds[1:]), "less"]
-
-
-def _rollout(where: str, rollout: dict) -> dict[str, Any]:
-    """A few prompts of a line of rollouts.jsonl, as the template shows them.
-
-    Raises DataError if a field has a type or a length that it cannot have.
-    """
-    prompts = _get(rollout, "prompts", list, where)
-    shown = [_prompt(prompt, where) for prompt in prompts[:_PROMPTS]]
-    return {"step": rollout.get("step"), "prompts": shown, "n": len(prompts)}
-
-
-def _prompt(prompt: Any, where: str) -> dict[str, Any]:
-    """A prompt, with its completions of the highest and lowest advantages: best, worst, second best …"""
-    text = _get(prompt, "text", str, where)
-    answer = _get(prompt, "columns", dict, where).get("answer")
-    group = [(_advantage(c, where), c) for c in _get(prompt, "completions", list, where)]
-    group.sort(key=lambda pair: pair[0], reverse=True)
-    largest = max((abs(advantage) for advantage, _ in group), default=0) or 1.0
-    from_both_ends = [group[i // 2 if i % 2 == 0 else -1 - i // 2] for i in range(len(group))]
-    some = from_both_ends[:_COMPLETIONS]
-    shown = [_completion(c, advantage / largest, where) for advantage, c in some]
-    answer = "" if answer is None else _plain(answer)
-    return {"text": text, "answer": answer, "completions": shown, "n": len(group)}
-
-
-def _best_and_worst(rollouts: list[dict]) -> dict[str, Any] | None:
-    """The last rollout's first prompt that has a better and a worse completion; None without one."""
-    for prompt in rollouts[-1]["prompts"] if rollouts else []:
-        if len({c["advantage"] for c in prompt["completions"][:2]}) > 1:
-            return prompt | {"step": rollouts[-1]["step"], "completions": prompt["completions"][:2]}
-    return None
-
-
-def _advantage(completion: Any, where: str) -> float:
-    _get(completion, "text", str, where)
-    advantage = _number(completion.get("advantage"))
-    return 0.0 if math.isnan(advantage) else advantage
-
-
-def _completion(completion: dict, strength: float, where: str) -> dict[str, Any]:
-    """Rewards and tokens of a completion; `strength` in [-1, 1] colours them by advantage."""
-    tokens = _tokens(completion, where)
-    rewards = _get(completion, "rewards", dict, where).items()
-    return {
-        "text": completion.get("text") or "",
-        "reward": _score(completion.get("reward")),
-        "rewards": [(name, _score(value)) for name, value in rewards],
-        "advantage": _score(completion.get("advantage"), "+"),
-        "finish": completion.get("finish"),
-        "side": "up" if strength > 0 else "down" if strength < 0 else "even",
-        "strength": f"{abs(strength) * 0.6:.2f}",
-        "tokens": [_token(*row) for row in itertools.islice(tokens, _TOKENS)],
-        "more": max(len(tokens) - _TOKENS, 0),
-    }
-
-
-def _score(value: Any, sign: str = "") -> str:
-    score = _number(value)
-    return "none" if math.isnan(score) else f"{score:{sign if score else ''}.4g}"
-
-
-def _tokens(completion: dict, where: str) -> list[tuple]:
-    """(text, id, log-prob, mask) of each token, None where a list is empty."""
-    names = ("tokens", "ids", "logprobs", "mask")
-    tokens, *others = (_get(completion, name, list, where) for name in names)
-    for name, values in zip(names[1:], others):
-        if tokens and values and len(values) != len(tokens):
-            raise DataError(
-                f"{where}: a completion has {len(tokens)} tokens and {len(values)} {name}"
-            )
-    return list(zip(tokens, *(values or [None] * len(tokens) for values in others)))
-
-
-def _token(token: Any, token_id: Any, logprob: Any, mask: Any) -> dict[str, str]:
-    """A token's class, and its id, text and log-prob for whoever points at it."""
-    logprob = _number(logprob)
-    told = [f"id {_shown(token_id, 40)}", _shown(json.dumps(token, ensure_ascii=False), 200)]
-    kind = "none"
-    if not math.isnan(logprob):
-        kind = f"s{bisect.bisect(_SURPRISE, -logprob)}"
-        told.append(f"log-prob {logprob:.3g}")
-    if mask == 0:
-        kind, told = "masked", [*told, "masked"]
-    return {
-        "kind": kind,
-        "title": " · ".join(told),
-        "text": _shown(token, 200).replace("\n", "↵\n"),
-    }
-
-
-def _get(fields: Any, name: str, kind: type, where: str) -> Any:
-    """A field's value, or an empty one where it is absent or null."""
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: got {fields!r:.60}, expected an object with {name!r}")
-    value = fields.get(name)
-    if value is not None and not isinstance(value, kind):
-        raise DataError(f"{where}: {name} is {value!r:.60}, expected {_KINDS[kind]}")
-    return kind() if value is None else value
