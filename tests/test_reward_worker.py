@@ -103,7 +103,7 @@ def test_a_worker_ends_with_its_parent_but_not_for_a_closed_descriptor(error, ki
 
     calls = []
     monkeypatch.setattr(os, "killpg", lambda *args: calls.append(args))
-    worker._receive(types.SimpleNamespace(recv_bytes=raise_error), queue.SimpleQueue())
+    worker.receive(types.SimpleNamespace(recv_bytes=raise_error), queue.SimpleQueue())
     assert calls == [(os.getpid(), signal.SIGKILL)] * killed
 
 

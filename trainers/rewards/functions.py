@@ -360,19 +360,25 @@ def load_reward(spec: str) -> Reward:
         raise ConfigError(f"{text}, for example {name}=0.5") from error
     if name in READY_MADE:
         return Reward(name=name, function=READY_MADE[name], weight=weight)
+    function = import_attribute(
+        name, f"reward {name!r}", f"module:function, or one of {', '.join(READY_MADE)}"
+    )
+    return Reward(name=name.replace(":", "."), function=function, weight=weight)
+
+
+def import_attribute(name: str, what: str, expected: str) -> Any:
+    """The object that "module:attribute" names. Raises ConfigError, whose text begins with `what`."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        known = ", ".join(READY_MADE)
-        raise ConfigError(f"reward {name!r}: expected module:function, or one of {known}")
+        raise ConfigError(f"{what}: expected {expected}")
     try:
         loaded = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ModuleNotFoundError):
             text += "; is its folder on PYTHONPATH?"
-        raise ConfigError(f"reward {name!r}: importing {module} fails: {text}") from error
+        raise ConfigError(f"{what}: importing {module} fails: {text}") from error
     try:
-        function = operator.attrgetter(attribute)(loaded)
+        return operator.attrgetter(attribute)(loaded)
     except AttributeError as error:
-        raise ConfigError(f"reward {name!r}: {module} has no {attribute}") from error
-    return Reward(name=f"{module}.{attribute}", function=function, weight=weight)
+        raise ConfigError(f"{what}: {module} has no {attribute}") from error

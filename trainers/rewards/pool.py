@@ -5,29 +5,21 @@ type, a wrong length or an infinity is a bug in the function and stops the run.
 """
 
 import dataclasses
-import inspect
-import json
 import math
-import os
-import pickle
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
 from trainers.rewards.failures import Failure, FailureLog
 from trainers.rewards.functions import Reward
+from trainers.rewards.process import RewardProcess
 from trainers.rollout import Prompt
 from utils import distributed
-from utils.errors import ConfigError, DataError, TrainError, is_number, raise_all
+from utils.errors import DataError, TrainError, is_number, raise_all
 
 # After this many time-outs in a row, a function is not asked about the rest of the batch.
 MAX_TIMEOUTS = 3
@@ -65,100 +57,6 @@ class Scores:
             row = overflow[0]
             raise TrainError(f"the rewards of row {row} add up to {total[row]}; scale them down")
         return np.where(unscorable, np.nan, total)
-
-
-class RewardProcess:
-    """The process of one reward, seen from outside: started by the first `ask`, ended by `kill`.
-
-    Inside it runs `trainers.rewards.worker`.
-
-    Attributes:
-        title: names the reward in messages.
-        connection: becomes readable when the answer is there, or the process has ended.
-        deadline: latest time of the answer (time.monotonic).
-    """
-
-    def __init__(self, name: str, function: Callable, timeout: float):
-        """
-        Args:
-            name: the reward's.
-            function: see `Reward`; sent with cloudpickle, so that a notebook's functions can be too.
-            timeout: seconds per answer.
-
-        Raises:
-            ConfigError: the function cannot be sent.
-        """
-        self.title = f"reward {name!r}"
-        self.connection: connection.Connection | None = None
-        self.deadline = 0.0
-        self._timeout = timeout
-        self._process: subprocess.Popen | None = None
-        self._function = function
-        try:
-            self._code = cloudpickle.dumps(function)
-        except Exception as error:  # whatever the function drags along raises what it likes
-            text = f"{self.title} cannot be sent to a process of its own: {error}"
-            raise ConfigError(f"{text}; define it in a module") from error
-
-    def check_takes(self, batch: dict[str, list]) -> None:
-        """Raises ConfigError if the function cannot be called with these arguments."""
-        try:
-            inspect.signature(self._function).bind(**batch)
-        except TypeError as error:
-            text = f"{self.title} is called with {', '.join(batch)}: {error}"
-            raise ConfigError(f"{text}; take what it does not use as **_") from error
-        except ValueError:  # a builtin without a signature
-            pass
-
-    def ask(self, batch: dict[str, list], start: int, stop: int) -> "RewardProcess":
-        """Sends some rows of the batch; returns itself."""
-        part = {name: list(values)[start:stop] for name, values in batch.items()}
-        frames = [pickle.dumps(part)]
-        if self._process is None:
-            self._start()
-            frames = [pickle.dumps(sys.path), self._code, *frames]
-        with suppress(OSError):  # it has died: `answer` will say so
-            for frame in frames:
-                self.connection.send_bytes(frame)
-        self.deadline = time.monotonic() + self._timeout
-        return self
-
-    def answer(self) -> dict[str, Any]:
-        """The function's "values"; "invalid" and "row"; or "failed", and whether by "timeout"."""
-        try:
-            if self.connection.poll():
-                return {"timeout": False} | json.loads(self.connection.recv_bytes())
-            self.kill()
-            return {"failed": f"timed out after {self._timeout:g} s", "timeout": True}
-        except (EOFError, OSError):
-            # A process that has closed its connection may be about to exit: its code says why.
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(1.0)
-            code = self.kill()
-            how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
-            return {"failed": f"its process ended ({how})", "timeout": False}
-
-    def _start(self) -> None:
-        self.connection, theirs = connection.Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("worker.py")],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us; and one signal ends all that it forks
-            )
-
-    def kill(self) -> int:
-        """Ends the process, if there is one, with its group. Returns its exit code."""
-        if self._process is None:
-            return 0
-        # The group outlives its leader as long as a forked child does. macOS refuses where all have ended.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        self.connection.close()
-        self._process = None
-        return code
 
 
 def reward_rows(prompts: Sequence[Prompt], group_size: int) -> tuple[list[str], dict[str, list]]:

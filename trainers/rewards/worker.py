@@ -1,6 +1,6 @@
 """The process that one reward function runs in: calls arrive pickled, answers go back as JSON.
 
-`trainers.rewards.pool.RewardProcess` starts this file by its path, so it imports nothing of this
+`trainers.rewards.process.RewardProcess` starts this file by its path, so it imports nothing of this
 package and is up in some 50 ms. Whatever the function does to its process, the pool sees an answer, a
 closed socket or silence.
 """
@@ -23,15 +23,8 @@ from typing import Any
 
 def main() -> None:
     """Serves the socket on standard input, which carries sys.path, then the function, then calls."""
-    connection = Connection(os.dup(0))
-    # A child that the function forks must not answer, take calls or hold the socket open.
-    os.register_at_fork(after_in_child=connection.close)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout = sys.stderr
-    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, frames), daemon=True).start()
-    # A parent that ignores SIGINT passes that on.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    connection = open_socket()
+    frames = serve_alone(connection)
     # The function runs in the main thread, which functions with signals (SIGALRM) need.
     sys.path[:] = pickle.loads(frames.get())
     code = frames.get()
@@ -51,7 +44,26 @@ def main() -> None:
         connection.send_bytes(json.dumps(answer).encode())
 
 
-def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
+def open_socket() -> Connection:
+    """Takes the socket from standard input, which becomes empty; prints go to standard error."""
+    connection = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout = sys.stderr
+    # A parent that ignores SIGINT passes that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return connection
+
+
+def serve_alone(connection: Connection) -> queue.SimpleQueue[bytes]:
+    """What arrives on a connection that this process has for itself, and that it ends with."""
+    # A child that the user's code forks must not answer, take calls or hold the socket open.
+    os.register_at_fork(after_in_child=connection.close)
+    frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=receive, args=(connection, frames), daemon=True).start()
+    return frames
+
+
+def receive(connection: Connection, frames: queue.SimpleQueue, once: bool = False) -> None:
     """Reads at all times, so that even a hanging function ends when the run's process does.
 
     Native code that holds the interpreter's lock keeps running until the pool's timeout.
@@ -59,6 +71,8 @@ def _receive(connection: Connection, frames: queue.SimpleQueue) -> None:
     try:
         while True:
             frames.put(connection.recv_bytes())
+            if once:
+                return
     except (EOFError, OSError) as error:
         if getattr(error, "errno", None) == errno.EBADF:
             return  # the function closed the socket; the pool notices, and the exit code says more
@@ -72,9 +86,9 @@ def describe(error: BaseException) -> str:
         text = " ".join(str(error).split())[:200]
     except Exception:  # some exceptions cannot even be printed
         text = ""
-    # The frame after this file's is the function; deeper ones may be a library's.
+    # The frame after the worker's is the function's; deeper ones may be a library's.
     places = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
-    own = places[:2][-1][0]
+    own = next((file for file, _ in places if file != places[0][0]), places[0][0])
     file, line = next(place for place in reversed(places) if place[0] == own)
     place = f"{Path(file).name}:{line}"
     return f"{type(error).__name__}{text and ': '}{text} ({place})"
@@ -94,20 +108,20 @@ def check(result: Any, rows: int) -> dict[str, Any]:
     if getattr(result, "ndim", 0) == 1 and hasattr(result, "tolist"):
         result = result.tolist()
     if not isinstance(result, (list, tuple)):
-        return {"invalid": f"returned {_show(result)}, not a list of {rows} numbers", "row": None}
+        return {"invalid": f"returned {show(result)}, not a list of {rows} numbers", "row": None}
     if len(result) != rows:
         text = f"returned {len(result)} values for {rows} completions"
         return {"invalid": text, "row": None}
-    values = [_number(value) for value in result]
+    values = [number(value) for value in result]
     for row, (given, value) in enumerate(zip(result, values)):
         if isinstance(value, str):
-            text = f"returned {_show(given)}, {value}; expected a finite number, or None or NaN"
+            text = f"returned {show(given)}, {value}; expected a finite number, or None or NaN"
             return {"invalid": text + " for a completion that it cannot score", "row": row}
     return {"values": values}
 
 
-def _number(value: Any) -> float | str | None:
-    """The value as a float, None if it is missing, or what is wrong with it."""
+def number(value: Any) -> float | str | None:
+    """The value as a float, None if it is missing or NaN, or what is wrong with it."""
     if getattr(value, "shape", None) == ():  # a scalar of numpy, torch or jax
         value = value.item()
     if value is None:
@@ -123,7 +137,8 @@ def _number(value: Any) -> float | str | None:
     return None if math.isnan(value) else value
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value's beginning and its type, on one line."""
     text = " ".join(repr(value).split())
     return f"{text[:60]}{'…' * (len(text) > 60)} ({type(value).__name__})"
 
