@@ -180,7 +180,13 @@ class EnvironmentServer:
 
     def _fork(self, seed: int, timeout: float) -> "Episode":
         key = next(self._keys)
-        ours, theirs = connection.Pipe()
+        try:
+            ours, theirs = connection.Pipe()
+        except OSError as error:
+            text = f"{self.title}: cannot open a socket for another episode: {error.strerror}"
+            raise ConfigError(
+                f"{text}; raise `ulimit -n`, or sample fewer rows at a time"
+            ) from error
         with theirs:
             for _ in range(2):  # a server that somebody has killed is started again
                 if not self._worker.running:
@@ -194,11 +200,14 @@ class EnvironmentServer:
         return Episode(self, key, ours, timeout)
 
     def _start(self) -> None:
-        self._worker.send()
-        answer = self._worker.wait()
-        if "failed" in answer:
+        try:
+            self._worker.send()
+            answer = self._worker.wait()
+            if "failed" in answer:
+                raise ConfigError(f"{self.title} cannot be made: {answer['failed']}")
+        except BaseException:  # Ctrl-C too: its answer must not be taken for another
             self.close()
-            raise ConfigError(f"{self.title} cannot be made: {answer['failed']}")
+            raise
 
     def _tell(self, **order: Any) -> None:
         self._worker.connection.send_bytes(json.dumps(order).encode())
@@ -207,7 +216,10 @@ class EnvironmentServer:
         """Ends an episode's process with its group. Returns its exit code."""
         try:
             self._tell(end=key, patience=patience)
-            return json.loads(self._worker.connection.recv_bytes())
+            ended = None
+            while ended != key:  # a reply that Ctrl-C has left behind is not for this one
+                ended, code = json.loads(self._worker.connection.recv_bytes())
+            return code
         except (EOFError, OSError):  # the server has ended, and so do its children
             return self._close()
 

@@ -42,6 +42,7 @@ def main() -> None:
     control.send_bytes(json.dumps(answer).encode())
     command = frames.get()
     first.join()
+    getattr(sys.modules.get("numpy"), "random", None)  # imports it, once and not in every child
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Python 3.12 warns of threads, and numpy's products have some.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -57,7 +58,7 @@ def _fork_children(control: Connection, command: bytes) -> tuple[Connection, int
         if "end" in order:
             pid = children.pop(order["end"], None)
             code = _end(pid, order["patience"]) if pid else -signal.SIGKILL
-            control.send_bytes(json.dumps(code).encode())
+            control.send_bytes(json.dumps([order["end"], code]).encode())
         else:
             connection = Connection(reduction.recv_handle(control))
             os.set_inheritable(connection.fileno(), False)

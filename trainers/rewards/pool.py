@@ -7,7 +7,7 @@ type, a wrong length or an infinity is a bug in the function and stops the run.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing import connection
 from typing import Any
