@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.reward_faults import FAULTS, HARMLESS, hang_in_native_code
+from tests.reward_faults import FAULTS, HARMLESS
 
 USER = {"role": "user", "content": "go on"}
 

@@ -284,7 +284,8 @@ def test_a_server_that_is_killed_is_started_again(server):
 @pytest.mark.covers("V5")
 def test_all_processes_end_with_a_run_that_is_killed(tmp_path):
     code = f"""if True:
-        from tests.environment_faults import hang_in_native_code, note_pids, spin
+        from tests.environment_faults import note_pids, spin
+        from tests.reward_faults import hang_in_native_code
         from trainers.environments.process import EnvironmentServer, EnvironmentSpec
         class OfANotebook:
             def __init__(self, hangs):
