@@ -1,13 +1,16 @@
 """Environments that work, misbehave or return nonsense, for processes of their own."""
 
+import contextlib
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 
 from tests.reward_faults import FAULTS, HARMLESS
+from utils.errors import ConfigError
 
 USER = {"role": "user", "content": "go on"}
 
@@ -18,7 +21,19 @@ def spin():
         pass
 
 
-ACTIONS = {name: action for name, (action, _) in FAULTS.items()} | {"spin": spin}
+def refuse():
+    """Raises an error that is meant for people."""
+    raise ConfigError("x is 0, expected 1")
+
+
+def leave_and_hang():
+    """Hangs in its parent's process group."""
+    os.setpgid(0, os.getsid(0))
+    time.sleep(1000)
+
+
+ACTIONS = {name: action for name, (action, _) in FAULTS.items()}
+ACTIONS |= {"spin": spin, "leave": leave_and_hang, "for people": refuse}
 ACTIONS |= {action.__name__: action for action in HARMLESS}
 # What `step` may not return, and how that is put.
 NONSENSE = {
@@ -53,6 +68,7 @@ class Faulty:
         self.prefix = prefix
         self.turns = 0
         self.tools = (self.double,)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # then nobody can wait for children
 
     def double(self, x: int) -> int:
         """Doubles a number.
@@ -87,6 +103,12 @@ class Faulty:
             return None, float("nan"), True
         if text == "random":
             return [USER | {"content": f"{random.random()} {np.random.random()}"}], None, False
+        if text == "inherited":
+            found = []
+            for fd in range(3, 100):
+                with contextlib.suppress(OSError):
+                    found += [fd] * os.get_inheritable(fd)
+            return [USER | {"content": f"{found}"}], None, False
         if text == "ids":
             ids = f"{os.getpid()} {os.getppid()} {os.getpgid(0)} {os.getsid(0)}"
             return [USER | {"content": ids}], None, False

@@ -1,5 +1,7 @@
 """Environments that crash, hang and misbehave, in real processes: what is lost, and what is not."""
 
+import errno
+import json
 import os
 import re
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import connection, reduction
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import pytest
 from tests.environment_faults import NONSENSE, Faulty, Unmade
 from tests.reward_faults import FAULTS, HARMLESS
 from tests.test_reward_worker import ROOT, is_running, wait_for
-from trainers.environments import Environment
+from trainers.environments import Environment, worker
 from trainers.environments.process import EnvironmentServer, EnvironmentSpec, load_environment
 from utils.errors import ConfigError, DataError, TrainError
 
@@ -111,27 +114,30 @@ def test_an_environment_may_answer_calls_itself():
             server.examples(1, 0)
 
 
+HANGS = ("hang", "hang in C", "stop", "spin", "leave")
+
+
 @pytest.fixture(scope="module")
 def answers(server):
     """Answers by fault, of episodes that are there at the same time; "2" is the last one's."""
-    episodes = {name: start(server) for name in [*FAULTS, "spin", "2"]}
+    episodes = {name: start(server) for name in [*FAULTS, "spin", "leave", "2"]}
     for name, episode in episodes.items():
         episode.ask(say(name))
-        if name in ("hang", "hang in C", "stop", "spin"):
+        if name in HANGS:
             episode.deadline = time.monotonic() + 0.5
     return {name: episode.wait() for name, episode in episodes.items()}
 
 
 @pytest.mark.covers("V1")
-@pytest.mark.parametrize("name", [*FAULTS, "spin", "2"])
+@pytest.mark.parametrize("name", [*FAULTS, "spin", "leave", "2"])
 def test_a_fault_costs_its_episode_and_no_other(answers, name):
     if name == "2":
         assert len(answers[name]["messages"]) == 2
         return
-    text = FAULTS["hang" if name == "spin" else name][1].replace("3 s", "30 s")
+    text = FAULTS["hang" if name in HANGS else name][1].replace("3 s", "30 s")
     pattern = text.replace("reward_faults", "environment_faults")
     assert re.fullmatch(pattern, answers[name]["failed"]), answers[name]
-    assert answers[name]["timeout"] == ("timed out" in pattern)
+    assert answers[name]["timeout"] == (name in HANGS)
 
 
 @pytest.mark.covers("V1")
@@ -184,7 +190,7 @@ def test_load_environment():
 
 
 @pytest.mark.covers("V3")
-@pytest.mark.parametrize("fault", ["raise", "exit 3", "close all", "hang"])
+@pytest.mark.parametrize("fault", ["raise", "exit 3", "close all", "hang", "for people"])
 def test_an_environment_that_cannot_be_made(fault):
     with server_of(Unmade, fault=fault) as server:
         if fault == "hang":
@@ -192,6 +198,7 @@ def test_an_environment_that_cannot_be_made(fault):
         with pytest.raises(ConfigError) as error:
             server.start(EXAMPLE, 0)
     texts = {"raise": "ValueError: two lines", "hang": "timed out after 1 s"}
+    texts["for people"] = "x is 0, expected 1"
     text = texts.get(fault, "its process ended (exit code ")
     assert str(error.value).startswith(f"environment 'm:E' cannot be made: {text}")
 
@@ -257,6 +264,7 @@ def test_nothing_stays_of_an_episode(server, many):
     episode = start(server)
     child, parent, group, session = map(int, talk(episode, "ids")["messages"][0]["content"].split())
     assert child == group != parent == session  # Ctrl-C does not reach it
+    assert talk(episode, "inherited")["messages"][0]["content"] == "[]"
     episode.close()
     before = open_files(os.getpid()), open_files(parent), children(parent)
     for _ in range(many // 4):
@@ -279,6 +287,41 @@ def test_a_server_that_is_killed_is_started_again(server):
     assert is_running(child) and talk(episode, "1")["reward"] == 1
     episode.close(), again.close()
     wait_for(lambda: not is_running(child))
+
+
+@pytest.mark.covers("V5")
+def test_what_the_machine_has_no_more_of_is_told(server, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    (control, far), (ours, theirs) = connection.Pipe(), connection.Pipe()
+    reduction.send_handle(control, theirs.fileno(), 0)
+    control.close()
+    with monkeypatch.context() as patch, ours, theirs, far:
+        patch.setattr(os, "fork", refuse)
+        assert worker._fork_children(far, json.dumps({"start": 0, "seed": 0}).encode()) is None
+        failed = json.loads(ours.recv_bytes())["failed"]
+        assert failed == "cannot start a process: Too many open files"
+    monkeypatch.setattr(connection, "Pipe", refuse)
+    text = "environment 'm:E': cannot open a socket for another episode: Too many open files; raise"
+    with pytest.raises(ConfigError, match=text):
+        server.start(EXAMPLE, 0)
+
+
+@pytest.mark.covers("V5")
+def test_after_ctrl_c_no_answer_is_taken_for_another(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with server_of() as server:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(server._worker, "wait", interrupt)
+            server.start(EXAMPLE, 0)
+        one, two = start(server), start(server)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(server._worker.connection, "recv_bytes", interrupt)
+            one.close()
+        assert talk(two, "exit 3")["failed"] == "its process ended (exit code 3)"
 
 
 @pytest.mark.covers("V5")

@@ -21,6 +21,7 @@ from typing import Any
 
 from models.llama.chat.tools import function_schema, run_call
 from trainers.rewards.worker import describe, number, open_socket, receive, serve_alone, show
+from utils.errors import AltiplanoError, reason
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         make, args = pickle.loads(code)
         environment = make(**args)
     except BaseException as error:
-        answer = {"failed": describe(error)}
+        answer = {"failed": _why(error)}
     control.send_bytes(json.dumps(answer).encode())
     command = frames.get()
     first.join()
@@ -109,24 +110,30 @@ def _serve(environment: Any, connection: Connection, seed: int) -> None:
             answer = _encode(_call(environment, method, arguments))
         # SystemExit too: nothing that an environment raises ends its process.
         except BaseException as error:
-            answer = _encode({"failed": describe(error)})
+            answer = _encode({"failed": _why(error)})
         if connection.closed:  # this is a child that the environment forked and did not end
             return
         connection.send_bytes(answer)
+
+
+def _why(error: BaseException) -> str:
+    """An error in one line; an error for people without its type and place."""
+    return reason(error) if isinstance(error, AltiplanoError) else describe(error)
 
 
 def _encode(answer: dict[str, Any]) -> bytes:
     try:
         return json.dumps(answer, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        text = " ".join(str(error).split())
-        return json.dumps({"invalid": f"returned what JSON cannot hold: {text}"}).encode()
+        text = f"returned what JSON cannot hold: {reason(error)}"
+        return json.dumps({"invalid": text}).encode()
 
 
 def _call(environment: Any, method: str, arguments: list) -> dict[str, Any]:
     tools = getattr(environment, "tools", ())
     if method == "tools":
-        return {"schemas": [function_schema(tool) for tool in tools]}
+        schemas = [tool if isinstance(tool, dict) else function_schema(tool) for tool in tools]
+        return {"schemas": schemas}
     if method == "examples":
         return {"examples": list(environment.examples(*arguments))}
     if method == "reset":
