@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = set("torch transformers trl llama_models xllamacpp nbclient nbformat lm_eval".split())
+PACKAGES = set(
+    "torch transformers trl llama_models xllamacpp nbclient nbformat lm_eval verifiers".split()
+)
 
 
 def names(path: Path) -> set[str]:

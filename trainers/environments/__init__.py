@@ -22,10 +22,11 @@ class Environment:
         tools: functions that the model may call, with type hints and docstrings, and methods too.
             An assistant's message that calls some is answered by their results, and `step` is not
             asked about it.
-        answers_calls: `step` gets the messages with `tool_calls` too, and answers them itself.
+        answers_calls: `step` gets the messages with `tool_calls` too, and answers them itself;
+            `tools` may then be JSON schemas of functions.
     """
 
-    tools: Sequence[Callable[..., Any]] = ()
+    tools: Sequence[Callable[..., Any] | Mapping[str, Any]] = ()
     answers_calls: bool = False
 
     def examples(self, size: int, seed: int) -> Sequence[Example]:

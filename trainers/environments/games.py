@@ -43,6 +43,19 @@ def text_of(example: Example, key: str) -> str:
     return example[key]
 
 
+def deal(rows: Sequence[Example], size: int, seed: int) -> list[Example]:
+    """`size` rows in an order of chance; each comes once before one comes again.
+
+    Raises DataError if there is none.
+    """
+    if not rows:
+        raise DataError("there are no examples, expected at least one")
+    chance, out = random.Random(seed), []
+    while len(out) < size:
+        out += chance.sample(rows, min(len(rows), size - len(out)))
+    return out
+
+
 def calculate(expression: str) -> str:
     """Evaluates an arithmetic expression.
 

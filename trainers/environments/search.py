@@ -2,14 +2,13 @@
 
 import collections
 import math
-import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainers.environments import Answer, Environment, Example, Message
-from trainers.environments.games import check_args, text_of
+from trainers.environments.games import check_args, deal, text_of
 from trainers.rewards.functions import answer_text
 from utils.errors import DataError
 from utils.fields import integer
@@ -91,11 +90,7 @@ class Search(Environment):
         return self._articles[str(id)]["text"]
 
     def examples(self, size: int, seed: int) -> Sequence[Example]:
-        rows, out = _read_rows(self._questions, ("question", "answer")), []
-        chance = random.Random(seed)
-        while len(out) < size:  # each question once before one comes again
-            out += chance.sample(rows, min(len(rows), size - len(out)))
-        return out
+        return deal(_read_rows(self._questions, ("question", "answer")), size, seed)
 
     def reset(self, example: Example) -> Sequence[Message]:
         given = example.get("answer")
