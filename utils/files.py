@@ -141,6 +141,23 @@ def named_in(path: Path, name: Any) -> Path:
     return path.parent / name
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        key = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f"duplicate key {key!r:.200}")
+    return out
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON, expected a number")
+
+
+# Without duplicate keys, NaN and Infinity; raises ValueError or RecursionError.
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
+
+
 def parse_json(data: bytes, where: str, error: type[AltiplanoError] = ConfigError) -> dict:
     """Strict JSON: UTF-8, an object, no duplicate keys, no NaN or Infinity.
 
@@ -149,27 +166,12 @@ def parse_json(data: bytes, where: str, error: type[AltiplanoError] = ConfigErro
         where: what the error names.
         error: what is raised.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) < len(pairs):
-            seen: set[str] = set()
-            key = next(k for k, _ in pairs if k in seen or seen.add(k))
-            raise error(f"{where}: duplicate key {key!r:.200}")
-        return out
-
-    def refuse(constant: str) -> None:
-        raise error(f"{where}: {constant} is not JSON, expected a number")
-
     try:
-        text = data.decode("utf-8")
-        out = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        out = STRICT_JSON.decode(data.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise error(f"{where} is not UTF-8: bad byte at {e.start}") from e
     except RecursionError as e:
         raise error(f"{where} is nested too deeply") from e
-    except AltiplanoError:
-        raise
     except ValueError as e:
         raise error(f"{where} is not valid JSON: {str(e):.200}") from e
     if not isinstance(out, dict):

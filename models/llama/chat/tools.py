@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol, Union
 
 from utils.errors import AltiplanoError, ConfigError, listed, reason
+from utils.files import STRICT_JSON
 
 Message = Mapping[str, Any]
 
@@ -24,7 +25,7 @@ MAX_DEPTH = 50
 
 # Schemas -----------------------------------------------------------------------------------------
 
-_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
+_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 _TYPES |= {list: "array", dict: "object"}
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Examples?|Notes?):", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+)[ \t]*(?:\([^()\n]*\))?:", re.MULTILINE)
@@ -44,11 +45,15 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         ConfigError: something is missing; the function and the argument are named.
     """
-    name = getattr(function, "__name__", None)
-    if name is None or inspect.iscoroutinefunction(function):
-        got = "an async function" if name else f"{function!r:.80}"
-        raise ConfigError(f"tool {name or ''}: got {got}, expected a function or a method")
-    description, told = _read_docstring(function)
+    name = getattr(function, "__name__", f"{function!r:.80}")
+    if not inspect.isroutine(function) or inspect.iscoroutinefunction(function):
+        raise ConfigError(f"tool {name} is no plain function or method; write one that calls it")
+    text, *sections = _SECTION.split(inspect.getdoc(function) or "")
+    if not text.strip():
+        raise ConfigError(f"tool {name} has no docstring; add one, which tells the model its use")
+    told = dict(zip(sections[::2], sections[1::2])).get("Args", "")
+    _, *told = _ARGUMENT.split(textwrap.dedent(told))
+    told = {key: " ".join(words.split()) for key, words in zip(told[::2], told[1::2])}
     try:
         hints = typing.get_type_hints(function)
     except Exception as e:
@@ -61,60 +66,40 @@ def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
         if key not in hints:
             raise ConfigError(f"{where} has no type hint; write, for example, `{key}: int`")
         if not told.get(key):
-            raise ConfigError(
-                f'{where} has no description; add a line "{key}: …" below "Args:" in the docstring'
-            )
+            raise ConfigError(f'{where} has no description; add "{key}: …" below "Args:"')
         properties[key] = _type_schema(hints[key], where) | {"description": told[key]}
-        if parameter.default is parameter.empty:
-            required.append(key)
+        required += [key] * (parameter.default is parameter.empty)
     parameters = {"type": "object", "properties": properties}
     parameters |= {"required": required} if required else {}
-    described = {"name": name, "description": description, "parameters": parameters}
+    described = {"name": name, "description": text.strip(), "parameters": parameters}
     return {"type": "function", "function": described}
-
-
-def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """(what the function does, descriptions of its arguments)."""
-    text, *sections = _SECTION.split(inspect.getdoc(function) or "")
-    if not text.strip():
-        raise ConfigError(
-            f"tool {function.__name__} has no docstring, which tells the model what it does; add one"
-        )
-    arguments = dict(zip(sections[::2], sections[1::2])).get("Args", "")
-    _, *parts = _ARGUMENT.split(textwrap.dedent(arguments))
-    return text.strip(), {k: " ".join(v.split()) for k, v in zip(parts[::2], parts[1::2])}
 
 
 def _type_schema(hint: Any, where: str) -> dict[str, Any]:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return {}
-    if hint in (None, type(None)):
-        return {"type": "null"}
-    if origin is Literal and all(type(value) in (int, str, bool) for value in args):
-        kinds = list(dict.fromkeys(_TYPES[type(value)] for value in args))
-        return {"type": kinds if len(kinds) > 1 else kinds[0], "enum": list(args)}
+    if origin is Literal and all(type(value) in _TYPES for value in args):
+        return _one_of([_TYPES[type(value)] for value in args]) | {"enum": list(args)}
     if origin in (Union, types.UnionType):
         given = [_type_schema(arg, where) for arg in args if arg is not type(None)]
-        kinds = sorted({str(schema.get("type")) for schema in given})
-        if len(given) == 1:
-            schema = given[0]
-        elif all(schema.keys() == {"type"} for schema in given):
-            schema = {"type": kinds if len(kinds) > 1 else kinds[0]}
-        else:
-            schema = {"anyOf": given}
-        return schema | ({"nullable": True} if type(None) in args else {})
-    schema = {"type": _TYPES.get(origin or hint)}
-    if schema["type"] is None:
+        plain = all(schema.keys() == {"type"} for schema in given)
+        found = _one_of(sorted(s["type"] for s in given)) if plain else {"anyOf": given}
+        found = given[0] if len(given) == 1 else found
+        return found | ({"nullable": True} if type(None) in args else {})
+    found = {"type": _TYPES.get(origin or hint)}
+    if found["type"] is None:
         raise ConfigError(
             f"{where} has the type {getattr(hint, '__name__', hint)!s:.80}, expected int, float, "
             "str, bool, list, dict, Literal or a union of them: what JSON has"
         )
-    if origin is list:
-        schema["items"] = _type_schema(args[0], where)
-    elif origin is dict:
-        schema["additionalProperties"] = _type_schema(args[1], where)
-    return schema
+    inner = {list: "items", dict: "additionalProperties"}.get(origin)
+    return found | ({inner: _type_schema(args[-1], where)} if inner else {})
+
+
+def _one_of(kinds: list[str]) -> dict[str, Any]:
+    kinds = list(dict.fromkeys(kinds))
+    return {"type": kinds if len(kinds) > 1 else kinds[0]}
 
 
 # Calls -------------------------------------------------------------------------------------------
@@ -194,7 +179,7 @@ def _read_calls(text: str, at: int, close: str) -> tuple[list[dict[str, Any]], i
     """(calls, where they end) from a place to `close`, or to the text's end; raises ValueError."""
     values: list[Any] = []
     while not values or text[at : at + 1] == ";":
-        value, at = _JSON.raw_decode(text, _SPACE.match(text, at + bool(values)).end())
+        value, at = STRICT_JSON.raw_decode(text, _SPACE.match(text, at + bool(values)).end())
         values.append(value)
         at = _SPACE.match(text, at).end()
     if text[at : at + len(close)] != close or not close and at < len(text):
@@ -208,7 +193,7 @@ def _read_call(value: Any) -> dict[str, Any]:
     name, both = call.get("name"), call.keys() >= {"arguments", "parameters"}
     arguments = None if both else call.get("arguments", call.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _JSON.decode(arguments)
+        arguments = STRICT_JSON.decode(arguments)
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError(f"got {json.dumps(value)!s:.80}")
     if _is_deep(arguments):
@@ -225,19 +210,6 @@ def _is_deep(value: Any, left: int = MAX_DEPTH) -> bool:
     items = value.values() if isinstance(value, dict) else value
     return not left or any(_is_deep(item, left - 1) for item in items)
 
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {max(keys, key=keys.count)!r:.80} stands twice")
-    return dict(pairs)
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse)
 
 # Results -----------------------------------------------------------------------------------------
 
@@ -286,20 +258,19 @@ def fitting(
     form: Format, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Message], list[Mapping[str, Any]] | None]:
     """(messages, tools) for a template: as they are, or without tools; see `with_tools`."""
-    function = {"name": "f", "arguments": {"a": "b"}}
-    calls = [{"id": "123456789", "type": "function", "function": function}]
-    parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "b"}}}
-    described = {"name": "f", "description": "c", "parameters": parameters}
+    if not tools:
+        return list(messages), None
+    call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
     probe = [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "", "tool_calls": calls},
-        {"role": "tool", "name": "f", "tool_call_id": "123456789", "content": "d"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "tool_call_id": call["id"], "content": "b"},
     ]
     try:
-        form.encode_chat(probe, True, [{"type": "function", "function": described}])
+        form.encode_chat(probe, True, tools)
     except AltiplanoError:
         return with_tools(messages, tools), None
-    return list(messages), list(tools) or None
+    return list(messages), list(tools)
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -310,31 +281,28 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) 
 
     Args:
         messages: as `read_messages` gives them.
-        tools: their schemas; none: the conversation as it is.
+        tools: their schemas.
     """
-    if not tools:
-        return list(messages)
     prompt = (
         "You can call functions:\n"
         f"<tools>{json.dumps(list(tools), ensure_ascii=False)}</tools>\n"
         "To call some, answer in this format and with no other text:\n"
         '<tool_call>[{"name": "func_name1", "arguments": {"argument1": "value1"}}]</tool_call>'
     )
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    out: list[Message] = [{"role": "system", "content": f"{system}\n\n{prompt}".strip()}]
-    before = ""
-    for message in messages[1 if messages[0]["role"] == "system" else 0 :]:
-        role, content = message["role"], message.get("content") or ""
-        if role in ("tool", "ipython"):
+    system, *rest = messages if messages[0]["role"] == "system" else ({"content": ""}, *messages)
+    out: list[Message] = [{"role": "system", "content": f"{system['content']}\n\n{prompt}".strip()}]
+    told = False  # whether the last message is a tool's
+    for message in rest:
+        content, calls = message.get("content") or "", message.get("tool_calls")
+        if message["role"] in ("tool", "ipython"):
             content = f"<tool_response>\n{content}\n</tool_response>"
-            if before in ("tool", "ipython"):
-                content = f"{out.pop()['content']}\n{content}"
+            content = f"{out.pop()['content']}\n{content}" if told else content
             out.append({"role": "user", "content": content})
-        elif calls := message.get("tool_calls"):
+        elif calls:
             called = json.dumps([call["function"] for call in calls], ensure_ascii=False)
             content = f"{content}\n<tool_call>{called}</tool_call>".strip()
-            out.append({"role": role, "content": content})
+            out.append({"role": "assistant", "content": content})
         else:
             out.append(message)
-        before = role
+        told = message["role"] in ("tool", "ipython")
     return out
