@@ -284,6 +284,10 @@ def test_what_is_a_call_and_what_is_an_answer(text, content, expected):
     assert functions(calls) == [call(a=1)] * expected
 
 
+def nested(levels: int) -> str:
+    return f'{{"name": "add", "arguments": {{"a": {"[" * levels}{"]" * levels}}}}}'
+
+
 @pytest.mark.covers("F2")
 @pytest.mark.parametrize(
     "text, problem",
@@ -322,10 +326,7 @@ def test_what_is_a_call_and_what_is_an_answer(text, content, expected):
         ('<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>', "surrogates"),
         (f'<tool_call>{{"name": "add", "arguments": {{"a": {"1" * 9999}}}}}</tool_call>', "digits"),
         (f"<tool_call>{'[' * 100_000}</tool_call>", "recursion"),
-        (
-            f'<tool_call>{{"name": "add", "arguments": {{"a": {"[" * MAX_DEPTH}{"]" * MAX_DEPTH}}}}}</tool_call>',
-            "nested too deeply",
-        ),
+        (f"<tool_call>{nested(MAX_DEPTH)}</tool_call>", "nested too deeply"),
         ("<|python_tag|>print(1)", "Expecting value"),
         (f"<|python_tag|>{ADD} Done.", "expected nothing after the JSON, got 'Done.'"),
         (f"{ADD} Done.", "expected nothing after the JSON, got 'Done.'"),
@@ -337,6 +338,7 @@ def test_a_wrong_call_is_told_to_the_model(text, problem):
     said, calls, error = parse_calls(text, ["add"])
     assert (said, calls) == (text, []) and problem in error and "\n" not in error
     assert error.startswith("Error: no tool was called: ") and len(error) < 700
+    assert len(parse_calls(nested(MAX_DEPTH - 1))[1]) == 1
     # Whoever writes what is expected is understood.
     form = error.rpartition("; expected ")[2]
     assert parse_calls(form)[1] and ("<tool_call>" in form) == ("<tool_call>" in text)

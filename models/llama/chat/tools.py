@@ -161,8 +161,8 @@ def parse_calls(
             found += calls
             spans.append((match.start(), at))
         except (ValueError, RecursionError) as e:
-            told = f"Error: no tool was called: {reason(e)}; expected {_FORMS[close]}"
-            error = error or told
+            problem = f"Error: no tool was called: {reason(e)}; expected {_FORMS[close]}"
+            error = error or problem
         if not close:
             break
     if error or not spans:
@@ -182,7 +182,7 @@ def _read_calls(text: str, at: int, close: str) -> tuple[list[dict[str, Any]], i
         value, at = STRICT_JSON.raw_decode(text, _SPACE.match(text, at + bool(values)).end())
         values.append(value)
         at = _SPACE.match(text, at).end()
-    if text[at : at + len(close)] != close or not close and at < len(text):
+    if not text.startswith(close, at) or not close and at < len(text):
         raise ValueError(f"expected {close or 'nothing'} after the JSON, got {text[at:]!r:.40}")
     values = values[0] if isinstance(values[0], list) else values
     return [_read_call(value) for value in values], at + len(close)
