@@ -141,6 +141,17 @@ class GRPOTaskFlags(TaskFlags):
         return load(size=self.task_size, seed=seed, exclude=held_out), held_out
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFlags(GRPOTaskFlags):
+    """The prompts that a student answers, and how its answers are scored, if they are."""
+
+    needs_reward: ClassVar[bool] = False
+
+    def problems(self) -> list[str]:
+        alone = self.reward is None and self.eval_data is not None
+        return super().problems() + ["--eval_data needs --reward"] * alone
+
+
 def sft(
     data: TrainingDataFlags,
     model: ModelFlags,
@@ -212,7 +223,7 @@ def grpo(
 
 
 def distill(
-    task: GRPOTaskFlags,
+    task: PromptFlags,
     model: ModelFlags,
     teacher: TeacherFlags,
     rollout: SamplesConfig,

@@ -1,5 +1,6 @@
 """Distillation as a user runs it: what a teacher may be, and resuming to the bit."""
 
+import json
 import types
 
 import pytest
@@ -8,6 +9,7 @@ from tests import cli
 from tests.programs import assert_same_run, check_error, programs
 from tests.test_grpo_cli import STEPS, prompts, training
 from trainers.distill_trainer import SoftTeacherFlags, Teacher, check_tokenizers
+from train import GRPOTaskFlags, PromptFlags
 from utils.errors import ConfigError
 
 
@@ -52,12 +54,25 @@ def test_eight_bits_without_a_teacher_are_refused():
         SoftTeacherFlags(teacher_quantize="int8")
 
 
+@pytest.mark.covers("T6")
+def test_prompts_of_a_file_need_a_reward_only_where_something_is_scored():
+    assert PromptFlags(data="prompts.jsonl").rewards == []
+    for flags, problem in (
+        (dict(data="x", eval_data="y"), "--eval_data needs --reward"),
+        (dict(task="reasoning_gym:chain_sum", reward="number"), "--data needs --reward"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            PromptFlags(**flags)
+    with pytest.raises(ConfigError, match="--data needs --reward"):
+        GRPOTaskFlags(data="prompts.jsonl")
+
+
 # --- Programs ---
 
 
 def distilling(prompts, out_dir, **options):
     known = training(prompts, out_dir, **dict(teacher=cli.checkpoint(layers=2)) | options)
-    del known["beta"]
+    del known["beta"], known["reward"]
     return known
 
 
@@ -69,6 +84,8 @@ def test_a_run_goes_on_to_the_same_bits_with_its_own_teacher_alone(programs, pro
     )
     assert (done := run("whole")).code == 0, done.stderr
     assert "teacher 5" in done.stderr  # 534 kB: its bytes are planned
+    record = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"kl", "truncated"} <= record.keys() and not [k for k in record if "reward" in k]
     assert (done := run("parts", max_steps=2)).code == 0, done.stderr
     again = dict(max_steps=STEPS, resume=True)
     check_error(

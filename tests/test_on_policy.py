@@ -28,6 +28,7 @@ from trainers import on_policy
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
 from trainers.rewards.functions import Reward
+from trainers.rewards.pool import RewardPool
 from trainers.report.rollouts import from_record, recorder, to_record
 from trainers.rollout import Layout, Rollout, RolloutConfig, parts
 from utils.clock import PhaseClock
@@ -167,7 +168,7 @@ def test_a_completion_without_a_reward_has_no_part_in_a_batch():
         }
         assert (whole["counts"] == valid).all()
         inside = np.arange(LENGTH) < rollout.lengths[..., None]
-        assert (whole["target_mask"] == inside & valid[..., None]).all()
+        assert (whole["target_mask"] == inside).all()
         assert not whole["advantages"][~valid].any() and np.isfinite(whole["advantages"]).all()
         for row in (0, 2):
             of_row = rewards[row][known[row]]
@@ -177,11 +178,21 @@ def test_a_completion_without_a_reward_has_no_part_in_a_batch():
                 rtol=1e-5,
             )
     masked = rollout.batch(Layout(prompt_width=16, width=LENGTH, branches=4), mask_truncated=True)
-    assert (masked["target_mask"].any(-1) == valid & rollout.stopped).all()
+    assert (masked["target_mask"].any(-1) == rollout.stopped).all()
     assert (masked["counts"] == valid).all()
     said = rollout.metrics()
     assert said["unscorable"] == 6 / 12 and said["zero_std"] == 1 / 3
     assert said["reward"] == pytest.approx(np.nanmean(rewards))
+
+
+def test_without_a_reward_lengths_alone_are_measured():
+    prompts = task().prompts[:3]
+    with RewardPool(()) as pool:
+        scores, rewards = pool.score(prompts, ["1"] * 6, [[1]] * 6, 2)
+    assert scores.shape == (6, 0) and np.isnan(rewards).all() and pool.report() == {}
+    rollout = dataclasses.replace(made(prompts, rewards.reshape(3, 2)), functions=())
+    assert rollout.metrics().keys() == {"length_mean", "length_max", "truncated"}
+    assert not rollout.with_advantages("none").advantages.any()
 
 
 @pytest.mark.covers("N4")
@@ -353,8 +364,7 @@ def test_what_cannot_be_scored_is_left_out():
         assert batches.report()["unscorable"] == 1 / 8
     (row,) = np.flatnonzero((batch["counts"] == 0).all(1))
     assert tuple(batch["prompts"][row][: batch["prompt_lengths"][row]]) == only.prompts[7].ids
-    assert not batch["target_mask"][row].any() and not batch["advantages"][row].any()
-    assert np.delete(batch["counts"], row, 0).all()
+    assert not batch["advantages"][row].any() and np.delete(batch["counts"], row, 0).all()
 
 
 @pytest.mark.covers("D13")

@@ -74,6 +74,9 @@ def test_the_lines_of_grpo_and_a_sample(clock):
     assert first.split()[:5] == ["1", "0.250", "1.500", "30.2", "69%"]
     assert second.split()[:3] == ["2", "nan", "0.5000"]
     assert " reward 0.25 → 0.25 · eval 0.125 → 0.25 (best: step 2)" in table.summary(1)
+    table, out = table_of()
+    table.sample(1, "1 + 1", [(float("nan"), "2"), (float("nan"), "3")])  # nothing scores them
+    assert out.getvalue().splitlines()[1].split() == ["2"]
     with_kl, out = table_of()
     with_kl(record(1, **grpo, kl=0.125))
     assert out.getvalue().split()[:4] == ["step", "reward", "kl", "length"]

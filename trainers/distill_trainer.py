@@ -24,7 +24,7 @@ from models.llama.tokenizer import Tokenizer, load_tokenizer
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer, importance_ratio
 from trainers.rollout import RolloutConfig
 from trainers.sft_trainer import SFTTrainer, hidden_states, next_tokens
-from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState
+from trainers.trainer import Batch, Loss, TrainConfig, Trainer, TrainState, Work
 from utils import detours
 from utils.cross_entropy import Chunks, Parts
 from utils.errors import ConfigError
@@ -325,6 +325,10 @@ class DistillTrainer(Taught, GRPOTrainer):
         total = jnp.sum(importance_ratio(logprobs, old, mask) * gap)
         sums = {"kl": jnp.sum(gap), "entropy": jnp.sum(entropy)}
         return Loss(total=total, weight=jnp.sum(mask), sums=sums)
+
+    def work(self, batch: Batch) -> Work:
+        """Counts completions that no reward scored too: they are trained on."""
+        return super().work({**batch, "counts": np.ones_like(batch["counts"])})
 
 
 @dataclasses.dataclass(frozen=True)

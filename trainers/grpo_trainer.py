@@ -282,8 +282,8 @@ class GRPOTrainer(Trainer):
     """Trains on groups of completions, see `trainers.rollout`.
 
     A batch holds `prompts` [B, P] int32, padded on the right, with `prompt_lengths` [B]; `tokens` [B,
-    M, C] int32; `target_mask` [B, M, C] bool, the tokens that count; `counts` [B, M] float32, 1 for
-    a completion that was scored; `advantages` [B, M]; `sampler_logprobs` [B, M, C]; where the
+    M, C] int32; `target_mask` [B, M, C] bool, the sampled tokens; `counts` [B, M] float32, 1 for a
+    completion that was scored; others do not count; `advantages` [B, M]; `sampler_logprobs` [B, M, C]; where the
     policy is no longer the sampler's, `old_logprobs`; with beta > 0 `ref_logprobs`.
 
     A prompt is computed once for its group: completions are branches of it (`utils.attention`).
@@ -300,7 +300,7 @@ class GRPOTrainer(Trainer):
     def loss(self, params: Params, batch: Batch, key: Array) -> Loss:
         """Sums over a micro-batch's completions; `derive` lists the metrics."""
         c = self.config
-        mask = batch["target_mask"].astype(jnp.float32)
+        mask = batch["target_mask"] * batch["counts"][..., None]
         logprobs, entropy = self.logprobs(params, batch)
         old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
         advantages = batch["advantages"]
@@ -381,7 +381,7 @@ class GRPOTrainer(Trainer):
     def work(self, batch: Batch) -> Work:
         """Counts a prompt once per row; its completions see all of it."""
         prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
-        lengths_BM = np.sum(np.asarray(batch["target_mask"]), axis=-1, dtype=np.float64)
+        lengths_BM = np.sum(np.asarray(batch["target_mask"]), axis=-1) * np.float64(batch["counts"])
         tokens = prompts_B1.sum() + lengths_BM.sum()
         seen = (prompts_B1**2).sum() + (lengths_BM * (2 * prompts_B1 + lengths_BM)).sum()
         return Work(

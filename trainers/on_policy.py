@@ -276,7 +276,7 @@ class RolloutBatches(Batches):
         return self._report
 
     def explain(self) -> str:
-        if self._report["unscorable"] < 1:
+        if self._report.get("unscorable", 0) < 1:
             return "all were cut, see mask_truncated" * (self._report["truncated"] == 1)
         failed = self._report.get("failures", [{"first": "the rewards gave no number"}])
         return f"no completion could be scored: {failed[0]['first']}"

@@ -203,7 +203,6 @@ class Rollout:
         """The batch that GRPOTrainer trains on; see its `loss`."""
         B, G = self.lengths.shape
         mask_BGC = np.arange(layout.width) < self.lengths[..., None]
-        mask_BGC &= self.valid[..., None]
         if mask_truncated:
             mask_BGC &= self.stopped[..., None]
         prompts_BP = np.zeros((B, layout.prompt_width), np.int32)
@@ -236,22 +235,23 @@ class Rollout:
         return batch
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers for the step's record: rewards, lengths, the share of groups with nothing to learn."""
+        """Numbers for the step's record: lengths and, where there are functions, rewards."""
         known = self.rewards[self.valid]
         by_function = {
             name: _mean(scores[~np.isnan(scores)])
             for name, scores in zip(self.functions, np.moveaxis(self.scores, -1, 0))
         }
-        return {
-            "reward": _mean(known),
-            "reward_std": float(np.std(known)) if known.size else None,
-            "rewards": by_function,
-            "zero_std": float(np.mean(~self.varied)),
-            "unscorable": float(np.mean(~self.valid)),
+        found = {
             "length_mean": float(np.mean(self.lengths)),
             "length_max": int(np.max(self.lengths)),
             "truncated": float(np.mean(~self.stopped)),
         }
+        if self.functions:
+            found |= {"reward": _mean(known), "rewards": by_function}
+            found["reward_std"] = float(np.std(known)) if known.size else None
+            found["zero_std"] = float(np.mean(~self.varied))
+            found["unscorable"] = float(np.mean(~self.valid))
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

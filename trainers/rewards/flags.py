@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from models.llama.chat_format import TemplateFlags
 from models.llama.tokenizer import Tokenizer
@@ -18,6 +18,7 @@ from utils.files import parse_json
 class TaskFlags(Config):
     """Flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
 
+    needs_reward: ClassVar[bool] = True
     task: str | None = field(
         None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum; `list`: only names them all"
     )
@@ -50,7 +51,7 @@ class TaskFlags(Config):
         out = super().problems()
         if (self.task is None) == (self.data is None):
             out.append("pass either --task or --data")
-        elif (self.data is None) != (self.reward is None):
+        elif (self.data is None) != (self.reward is None) and (self.reward or self.needs_reward):
             out.append("--data needs --reward (a --task brings its own rewards)")
         if self.task is None and self.task_args is not None:
             out.append("--task_args needs a --task")

@@ -85,7 +85,7 @@ class RewardPool:
     ):
         """
         Args:
-            rewards: at least one; their names differ.
+            rewards: their names differ; none: all rows are unscorable.
             timeout: seconds per call, for a batch or for one prompt. After 3 prompts in a row that
                 time out, the rest of the batch counts as failed and is not asked about.
             on_failure: "unscorable": the groups of rows that a function fails on are marked in
@@ -96,8 +96,6 @@ class RewardPool:
         """
         names = [reward.name for reward in rewards]
         problems = [f"{n!r} is given twice" for n in sorted(set(names)) if names.count(n) > 1]
-        if not names:
-            problems.append("no reward is given")
         if not is_number(timeout) or not 0 < timeout < math.inf:
             problems.append(f"timeout is {timeout!r}, expected a positive number of seconds")
         if on_failure not in ("unscorable", "stop"):
@@ -177,7 +175,9 @@ class RewardPool:
         values, failed, failures = distributed.from_first(score)
         self._failures = [Failure(*failure) for failure in failures]
         self.failed.count(self._failures, len(completions), stacklevel=3)
-        return Scores(values=np.asarray(values, np.float64), failed=np.asarray(failed, bool))
+        shape = len(self.names), len(completions)
+        values, failed = np.reshape(values, shape), np.reshape(failed, shape)
+        return Scores(values=values.astype(np.float64), failed=failed.astype(bool))
 
     def _call(self, batch: dict[str, list], columns: dict[str, list], group_size: int) -> Scores:
         lengths = {name: len(x) for name, x in (batch | columns).items()}

@@ -36,7 +36,7 @@ class Task:
     Attributes:
         name: stands in messages and in the digest.
         prompts: at least one; all have the same columns.
-        rewards: at least one; their names differ.
+        rewards: their names differ; none: completions are not scored.
         chat: the chat format that wrote the prompts; None if they are texts, which completions
             continue.
         dropped: number of prompts that `within` has left out.
@@ -54,10 +54,8 @@ class Task:
         if not self.prompts:
             raise DataError(f"{self.name} has no prompts, expected at least one")
         names = [reward.name for reward in self.rewards]
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(
-                f"{self.name}: rewards {names}, expected at least one, each with another name"
-            )
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{self.name}: rewards {names}, expected each with another name")
 
     @functools.cached_property
     def digest(self) -> str:

@@ -147,8 +147,10 @@ class StepTable:
         """Shows a prompt with the best and the worst of its completions, (reward, text) each."""
         known = sorted((p for p in scored if not math.isnan(p[0])), key=operator.itemgetter(0))
         self._say(f"  step {step}, a prompt  {_cut(prompt)}")
-        for name, i in (("best", -1), ("worst", 0)) if known else ():
-            self._say(f"  {name:>6} {known[i][0]:+.3f}  {_cut(known[i][1])}")
+        ends = [("best", known[-1]), ("worst", known[0])] if known else [("", scored[0])]
+        for name, (reward, text) in ends:
+            number = "" if math.isnan(reward) else f"{reward:+.3f}"
+            self._say(f"  {name:>6} {number:>6}  {_cut(text)}")
 
     def summary(self, memory: int) -> str:
         """How the run went, in a line; `memory` is its peak in bytes."""
