@@ -109,7 +109,7 @@ def test_an_environment_may_answer_calls_itself():
         episode = start(server)
         episode.ask(say("", tool_calls=[call("f")] * 2))
         answer = episode.wait()
-        assert (answer["reward"], answer["done"], answer["calls"]) == (2.0, True, 0)
+        assert (answer["reward"], answer["done"], answer["calls"]) == (2.0, True, 2)
         with pytest.raises(ConfigError, match="^environment 'm:E' has no examples .* --data FILE$"):
             server.examples(1, 0)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.environments.games import Calculator, Guess, calculate
+from trainers.environments.games import Calculator, Guess, calculate, deal
 from trainers.environments.search import Search
 from utils.errors import ConfigError, DataError
 
@@ -214,6 +214,17 @@ def test_broken_collections(tmp_path):
     shutil.copy(COLLECTION / "articles.jsonl", path)
     with pytest.raises(DataError, match="questions.jsonl"):
         Search(str(tmp_path)).examples(1, 0)
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 3))
+def test_examples_come_evenly(have, size, seed):
+    rows = [{"n": n} for n in range(have)]
+    dealt = deal(rows, size, seed)
+    counts = [dealt.count(row) for row in rows]
+    assert sum(counts) == size and max(counts) - min(counts) <= 1
+    assert dealt == deal(rows, size, seed)
+    with pytest.raises(DataError, match="no examples"):
+        deal([], size, seed)
 
 
 @pytest.mark.covers("G4")

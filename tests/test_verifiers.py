@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from trainers.environments.process import EnvironmentServer, load_environment
 from trainers.environments.verifiers import Verifiers
 from utils.errors import ConfigError
 
@@ -119,6 +120,31 @@ def test_tools_share_the_state_of_their_episode_alone(examples):
     messages, reward = play(environment, second, 4 * [ask])
     assert reward == 0 and environment._seat.trace.stop_condition == "done"
     assert state is not environment._seat.trace.state
+
+
+@pytest.mark.slow
+def test_episodes_run_in_processes(examples):
+    spec = load_environment("verifiers", {"env_id": "glossary"})
+    with EnvironmentServer(spec, timeout=60) as server:
+        rows = server.examples(2, seed=0)
+        openings, (schema,) = server.openings(rows)
+        assert [m["content"] for (m,) in openings] == [row["prompt"] for row in rows]
+        assert schema["function"]["name"] == "facts_lookup"
+        episodes = [server.start(row, seed=0) for row in rows]
+        for episode, row in zip(episodes, rows):
+            assert episode.wait()["messages"] == [{"role": "user", "content": row["prompt"]}]
+            episode.ask(say("", call("facts_lookup", name=row["name"])))
+        for episode, row in zip(episodes, rows):
+            answer = episode.wait()
+            assert (answer["messages"][0]["content"], answer["calls"]) == (row["answer"], 1)
+            episode.ask(say(rows[0]["answer"]))
+        answers = [episode.wait() for episode in episodes]
+        assert [(a["reward"], a["done"], a["calls"]) for a in answers] == [
+            (1, True, 0),
+            (0, True, 0),
+        ]
+        for episode in episodes:
+            episode.close()
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def _call(environment: Any, method: str, arguments: list) -> dict[str, Any]:
         return check_step((environment.reset(*arguments), None, False))
     calls = arguments[0].get("tool_calls")
     if not calls or getattr(environment, "answers_calls", False):
-        return check_step(environment.step(*arguments))
+        return check_step(environment.step(*arguments)) | {"calls": len(calls or ())}
     functions = {tool.__name__: tool for tool in tools}
     messages = [run_call(call, functions) for call in calls]
     errors = sum(message["content"].startswith("Error: ") for message in messages)
