@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.environments.games import Calculator, Guess, calculate, deal
@@ -31,6 +31,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(EXPRESSIONS)
 def test_an_expression_has_python_s_value(text):
     try:
@@ -216,6 +217,7 @@ def test_broken_collections(tmp_path):
         Search(str(tmp_path)).examples(1, 0)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 3))
 def test_examples_come_evenly(have, size, seed):
     rows = [{"n": n} for n in range(have)]

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Verifiers(Environment):
             self._env = self._vf.load_environment(self._vf.resolve_env_config(config))
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"verifiers: {env_id!r} cannot be loaded: {reason(error)}") from error
-        taskset, self._runner = self._env.taskset, None
+        taskset, self._end = self._env.taskset, None
         self._task_type = taskset.task_type()
         self._shared = taskset.toolsets(taskset.config)
         toolsets = [*self._shared, *self._task_type.toolsets(taskset.config.task)]
@@ -107,10 +108,11 @@ class Verifiers(Environment):
         return deal(rows, size, seed)
 
     def reset(self, example: Example) -> Sequence[Message]:
-        if self._runner is not None:
-            self._runner.close()
+        if self._end:
+            self._end()
         data = self._task_type.data_type().model_validate(example)
         self._runner = asyncio.Runner()
+        self._end = weakref.finalize(self, self._runner.close)  # at the next one, or at exit
         task = self._task_type(data, self._env.taskset.config.task)
         self._episode = self._runner.get_loop().create_task(self._play(task))
         messages = self._advance()
