@@ -16,6 +16,7 @@ from tests import cli
 from tests.processes import Group, arrays, before, gone_within, run_apart, said
 from tests.programs import check_error, programs, wait_for_lines
 from tests.small_runs import curve
+from tests.test_lm_eval import tasks
 from tests.test_train_cli import rows
 
 pytestmark = pytest.mark.slow
@@ -373,6 +374,32 @@ def test_two_processes_score_what_one_does(group, programs, files, tmp_path):
     assert evaluated(done[0], *measured) == evaluated(alone, *measured)
     assert outs[0].read_bytes() == outs[1].read_bytes() != b""
     assert done[1].stdout == "" and said(done[1]) == []
+
+
+# lm-eval's own 14,000 files of tasks take seconds to read.
+OWN_TASKS = """
+import functools
+from lm_eval.tasks import TaskManager as of
+of.__init__ = functools.partialmethod(of.__init__, include_defaults=False)
+"""
+
+
+def test_two_processes_have_the_results_of_one_in_standard_evaluations(
+    group, programs, tasks, tmp_path
+):
+    options = dict(tasks="sums,texts,answers", include_path=tasks, ckpt_dir=cli.checkpoint())
+    options |= dict(limit=4, batch_size=8)
+    outs = tmp_path / "one.json", tmp_path / "two.json"
+    alone = programs.run("evaluate.py", "lm_eval", output=outs[0], patch=OWN_TASKS, **options)
+    options |= dict(mesh="fsdp=2", output=outs[1], patches=dict.fromkeys(range(2), OWN_TASKS))
+    done = group.run(2, "evaluate.py", "lm_eval", **options)
+    assert codes([alone, *done]) == [0, 0, 0], [alone, *done]
+    wanted, got = (json.loads(path.read_text())["results"] for path in outs)
+    for name, measures in wanted.items():
+        for measure, value in measures.items():
+            near = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert got[name][measure] == near
+    assert "|sums" in done[0].stdout and done[1].stdout == ""
 
 
 @pytest.mark.covers("E5")

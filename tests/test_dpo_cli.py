@@ -51,5 +51,16 @@ def test_a_run_learns_goes_on_and_is_exported(programs, files, tmp_path):
     assert done.code == 0, done.stderr
     ours, theirs = (path / "model.safetensors" for path in (tmp_path / "out", run / "export"))
     assert ours.read_bytes() == theirs.read_bytes()
+    # Trained on, the reference is the adapter too: nothing is preferred before the first step.
+    del known["lora_rank"]
+    for options in (dict(precompute_reference=False), dict(loss="ipo")):
+        folder = tmp_path / f"more{len(options)}{options.get('loss', '')}"
+        more = dict(out_dir=folder, adapter=run / "adapter", max_steps=1, export=False, **options)
+        done = programs.run("train.py", "dpo", **known | more)
+        assert done.code == 0 and "LoRA rank 4" in done.stderr, done.stderr
+        first, last = curve(folder)[0], curve(folder)[-1]
+        assert first["accuracy"] == 0.5 and abs(first["margin"]) < 1e-5 and first["kl"] < 1e-8
+        assert last["logp_chosen"] > lines[0]["logp_chosen"]
+    known |= dict(lora_rank=4)
     wrong = dict(resume_step=4, beta=0.7, seq_len=95)
     check_error(programs.run("train.py", "dpo", **known | wrong), 2, "--beta", "--seq_len 96 → 95")

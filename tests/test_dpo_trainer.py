@@ -271,6 +271,7 @@ def test_before_the_first_step_nothing_is_preferred(lora):
     found = gradients(it, state.params, full_batch(), frozen)[1].means()
     np.testing.assert_allclose(found["loss"], np.log(2), rtol=1e-6)
     assert found["accuracy"] == 0.5 and abs(found["margin"]) < 1e-6 and found["kl"] < 1e-9
+    assert it.work(full_batch()).targets == full_batch()["target_mask"].sum()
 
 
 def test_who_keeps_a_copy():

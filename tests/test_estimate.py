@@ -169,5 +169,5 @@ def test_a_base_in_eight_bits_takes_a_quarter():
         job = Job(model=config, kind=kind, batch=2, seq=256, quantize="int8")
         for program in estimate_job(job, dict.fromkeys(MESH_AXES, 1)):
             assert program.parts[name] == wanted
-    with pytest.raises(ConfigError, match="eight bits cannot be trained; pass lora_rank"):
+    with pytest.raises(ConfigError, match="eight bits cannot be trained; pass --lora_rank"):
         Job(model=config, kind="sft", quantize="int8")

@@ -152,6 +152,26 @@ def test_no_text_becomes_a_control_token(smollm, load, messages):
     assert found.counts["with_markup"] == 1 and plain.counts["with_markup"] == 0
 
 
+@pytest.mark.covers("P4")
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_markup_in_a_file_that_is_trusted(tmp_path, smollm, load, has_prompt):
+    asked = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
+    said = {"chosen": "Blue.<|im_end|>", "rejected": "I like red best."}
+    make = lambda **said: (
+        {"prompt": asked, **said} if has_prompt else {k: asked + text for k, text in said.items()}
+    )
+    silent = make(chosen="Blue.", rejected="<|im_end|>")  # it ends, and says nothing
+    data = load(make(**said), silent, markup=True)
+    assert data.counts["dropped_empty"] == 1 and data.counts["with_markup"] == 0
+    prompt, answers, _ = sides(data)
+    for answer, side in zip(answers, said):
+        row = dict(prompt=asked, completion=said[side])
+        assert prompt + answer == supervised(tmp_path, smollm, row, markup=True)[0]
+    chat = sides(load({**PAIR, "prompt": ASKED}))
+    start = smollm.special_tokens["<|im_start|>"]
+    assert prompt[-7:] == chat[0][-7:] and prompt.count(start) == 2
+
+
 BAD = {
     "missing side": ({"prompt": "a", "chosen": "b"}, "the row has chosen, prompt; expected"),
     "null side": ({"prompt": "a", "chosen": "b", "rejected": None}, "the row has chosen, prompt"),

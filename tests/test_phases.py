@@ -9,8 +9,10 @@ import pytest
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, init_params
 from models.llama.presets import PRESETS
+from models.llama.quantize import quantize_params
+from trainers.distill_trainer import SoftTrainer
 from trainers.planning.compile import Compiler
-from trainers.planning.estimate import estimate_job
+from trainers.planning.estimate import estimate_job, teacher_bytes
 from trainers.planning.job import Job
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 from utils.sharding import MESH_AXES, make_mesh
@@ -86,13 +88,16 @@ class Case:
             return real.trainer, real.state, real.frozen, real.batch()
 
     def compiled_peak(self):
-        trainer, *arguments = self.grpo_shapes() if self.prompt_len else self.shapes()
-        # No pass of LLVM changes a buffer.
-        options = {"xla_backend_optimization_level": 0}
-        lowered = type(trainer).train_step.lower(trainer, *arguments)
-        xla = lowered.compile(compiler_options=options).memory_analysis()
-        kept = xla.argument_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
-        return kept + xla.temp_size_in_bytes
+        return compiled_peak(*(self.grpo_shapes() if self.prompt_len else self.shapes()))
+
+
+def compiled_peak(trainer, *arguments):
+    # No pass of LLVM changes a buffer.
+    options = {"xla_backend_optimization_level": 0}
+    lowered = type(trainer).train_step.lower(trainer, *arguments)
+    xla = lowered.compile(compiler_options=options).memory_analysis()
+    kept = xla.argument_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
+    return kept + xla.temp_size_in_bytes
 
 
 def shape_bytes(tree):
@@ -140,6 +145,24 @@ def test_predicted_peak_is_that_of_the_compiled_step(case):
 @pytest.mark.parametrize("case", SLOW, ids=str)
 def test_predicted_peak_is_that_of_the_compiled_step_at_other_sizes(case):
     assert case.predicted().peak_bytes == pytest.approx(case.compiled_peak(), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_teacher_adds_what_is_announced(quantize):
+    """Its parameters, and the logits of a chunk."""
+    case = Case(model=dict(n_layers=4), rank=4)
+    trainer, state, frozen, batch = case.shapes()
+    alone = compiled_peak(trainer, state, frozen, batch)
+    teacher = dataclasses.replace(case.config, n_layers=8)
+    taught = SoftTrainer(trainer.model, trainer.config, case.lora, None, LLaMa(teacher))
+    params = jax.eval_shape(lambda: init_params(teacher, jax.random.key(0), dtype="float32"))
+    if quantize is not None:
+        params = jax.eval_shape(quantize_params, params)
+    added = compiled_peak(taught, state, {**frozen, "teacher": params}, batch) - alone
+    found = teacher_bytes(taught, quantize)
+    assert found["teacher"] == shape_bytes(params)
+    assert sum(found.values()) == pytest.approx(added, rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [0, 16])

@@ -381,7 +381,7 @@ class GRPOTrainer(Trainer):
     def work(self, batch: Batch) -> Work:
         """Counts a prompt once per row; its completions see all of it."""
         prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
-        lengths_BM = np.sum(np.asarray(batch["target_mask"]), axis=-1) * np.float64(batch["counts"])
+        lengths_BM = np.asarray(batch["target_mask"]).sum(-1) * np.float64(batch.get("counts", 1))
         tokens = prompts_B1.sum() + lengths_BM.sum()
         seen = (prompts_B1**2).sum() + (lengths_BM * (2 * prompts_B1 + lengths_BM)).sum()
         return Work(

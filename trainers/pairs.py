@@ -232,7 +232,7 @@ def load_pairs(
         lengths = [len(row) for row in ids]
         if ids[0] == ids[1]:
             dropped["dropped_equal"] += 1
-        elif record.fields["prompt"] is None and min(lengths) < shared + 2:  # EOS alone
+        elif any(tokenizer.stop_ids.issuperset(row[shared:]) for row in ids):
             dropped["dropped_empty"] += 1
         elif max(lengths) > config.seq_len:
             dropped["dropped_overlong"] += 1

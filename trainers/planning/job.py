@@ -106,7 +106,7 @@ class Job(Config):
         if self.kind == "grpo" and (self.batch or 0) % self.group_size:
             bad.append(f"batch={self.batch} is not a multiple of group_size={self.group_size}")
         if self.quantize and self.trains and not self.lora_rank:
-            bad.append("quantize: parameters in eight bits cannot be trained; pass lora_rank too")
+            bad.append("parameters in eight bits cannot be trained; pass --lora_rank")
         if self.kind == "lora" and not self.lora_rank:
             bad.append("lora_rank=0 for a lora job, expected an integer from 1")
         return bad

@@ -31,7 +31,7 @@ from utils import distributed, sharding
 from utils.console import cli
 from utils.console.steps import StepTable
 from utils.distributed import check_replicas
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError
 from utils.memory import peak_memory_bytes
 
 _STOPPING = "finishing this step, then saving; press Ctrl-C again to quit at once"
@@ -157,8 +157,6 @@ def prepare(
         parts.append(f"LoRA rank {trainer.lora.rank} ({trained:,.2f}M trained)")
     cli.note(" · ".join(parts))
     saved = _bytes(like) // jax.process_count()
-    if source.checkpoint.quantize and trainer.lora is None:
-        raise ConfigError("parameters in eight bits cannot be trained; pass --lora_rank")
     needed = recipe.memory(trainer, meta["train"]["quantize"])
     check_memory(needed, cli.note, saved=saved)
     if sharding.current_mesh() is not None:
