@@ -20,6 +20,8 @@ from models.llama.decoding import GenerationConfig
 from models.llama.load import DecodingModelFlags, ModelFlags, load_model, open_model
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
+from trainers.environments.episodes import EpisodeConfig
+from trainers.environments.player import Player
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.flags import TaskFlags
 from trainers.rewards.pool import RewardPool
@@ -169,6 +171,7 @@ def task(
     *,
     task: MeasuredTaskFlags,
     sampling: SamplingConfig,
+    episodes: EpisodeConfig,
     model: ModelFlags,
     output: TableFlags,
     processes: cli.ProcessFlags,
@@ -191,7 +194,12 @@ def task(
             cli.note(f"data: {asked.counted}")
         params = source.checkpoint.params(source.dtype, decoding=True, progress=report)
         llama, rows = LLaMa(source.checkpoint.config, source.dtype), []
-        with RewardPool(asked.rewards, timeout=task.reward_timeout) as pool:
+        pool = (
+            RewardPool(asked.rewards, timeout=task.reward_timeout)
+            if asked.environment is None
+            else Player(asked, episodes)
+        )
+        with pool:
             found = evaluate_task(
                 llama,
                 params,

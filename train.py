@@ -22,6 +22,7 @@ from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
+from trainers.environments.episodes import EpisodeConfig
 from trainers.distill_trainer import DistillConfig, SamplesConfig
 from trainers.distill_trainer import SoftTeacherFlags, Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig
@@ -136,7 +137,7 @@ class GRPOTaskFlags(TaskFlags):
         """(what is trained on, what is evaluated)."""
         held_out, load = None, functools.partial(self.load, tokenizer, moment=moment)
         # What is held out is chosen first: it is then the same for every seed and size.
-        if self.eval_size if self.task is not None else self.eval_data:
+        if self.eval_size if self.data is None else self.eval_data:
             held_out = load(size=self.eval_size, seed=_EVAL_SEED, data=self.eval_data)
         return load(size=self.task_size, seed=seed, exclude=held_out), held_out
 
@@ -210,6 +211,7 @@ def grpo(
     task: GRPOTaskFlags,
     model: ModelFlags,
     rollout: RolloutConfig,
+    episodes: EpisodeConfig,
     training: GRPOConfig,
     lora: LoRAFlags,
     run: RunConfig,
@@ -219,7 +221,7 @@ def grpo(
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
-    return _on_policy(GRPORecipe, task, model, rollout, training, lora, run)
+    return _on_policy(GRPORecipe, task, model, rollout, training, lora, run, episodes=episodes)
 
 
 def distill(
@@ -236,7 +238,7 @@ def distill(
 
     Example: python train.py distill --teacher big --task reasoning_gym:chain_sum --out_dir run
     """
-    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, teacher)
+    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, teacher=teacher)
 
 
 def _on_policy(
@@ -247,14 +249,14 @@ def _on_policy(
     training: TrainConfig,
     lora: LoRAFlags,
     run: RunConfig,
-    teacher: TeacherFlags | None = None,
+    **more: Config,
 ) -> int:
-    stop, flags = _start(), as_flags(task, model, rollout, training, lora, run)
+    """Trains on samples of the model; `more`: configs of one kind alone, see its recipe."""
+    stop, flags = _start(), as_flags(task, model, rollout, training, lora, run, *more.values())
     at_once, branches = rows_at_once(training.micro_batch_size, rollout.group_size)
     source = load_source(model, task.max_seq_len)
-    if teacher is not None:
-        flags |= as_flags(teacher)
-        kind = functools.partial(kind, teacher=_open_teacher(teacher, source))
+    if "teacher" in more:
+        more["teacher"] = _open_teacher(more["teacher"], source)
     prompts, evaluated = task.load_both(source.tokenizer, rollout.seed, run.moment())
     first = source.tokenizer.decode(prompts.prompts[0].ids)
     cli.note(f"data: {prompts.name} · {prompts.counted}")
@@ -271,6 +273,7 @@ def _on_policy(
         reward_failure=task.reward_failure,
         rollouts=task.rollouts,
         completions_at_once=training.micro_batch_size,
+        **more,
     )
     return train(recipe, source, run, rollout.seed, stop, flags)
 

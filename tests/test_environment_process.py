@@ -235,12 +235,12 @@ def test_wrong_examples_and_wrong_tools():
         tools = property(lambda self: (untyped,), lambda self, _: None)
 
         def examples(self, size, seed):
-            return {1: [1], 2: [{}], 3: [{1}, {}, {}]}.get(size) or 1 / 0
+            return {1: [1], 2: [{}] * 3, 3: [{1}, {}, {}]}.get(size) or 1 / 0
 
     with server_of(Wrong) as server:
         for size, message in {
-            1: "examples returned .1., 1 items; expected 1 JSON objects",
-            2: "examples returned .{}., 1 items; expected 2 JSON objects",
+            1: "examples returned .1., 1 items; expected 1 to 1 JSON objects",
+            2: "examples returned .{}, {}, {}., 3 items; expected 1 to 2 JSON objects",
             3: "examples returned what JSON cannot hold: .* set is not",
             4: "examples fails: ZeroDivisionError",
         }.items():

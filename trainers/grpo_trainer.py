@@ -1,9 +1,8 @@
 """GRPO: group-relative advantages, a clipped surrogate, and a KL penalty, as small pure functions.
 
 Groups are an explicit axis: every array of a batch is [B, …] by prompts or [B, M, …] by completions.
-Dimension key: B prompts, M members of a group (completions of one prompt), P prompt tokens, C completion
-tokens, D model dim. A `mask` is 1 at the tokens that count. `docs/grpo.md` has a table of each loss's
-gradient.
+Dimension key: B prompts, M members of a group (a prompt's completions), P prompt tokens, C completion
+tokens, D model dim. A `mask` is 1 at the tokens that count. `docs/grpo.md` has each loss's gradient.
 """
 
 import dataclasses
@@ -305,8 +304,7 @@ class GRPOTrainer(Trainer):
         old = batch.get("old_logprobs", jax.lax.stop_gradient(logprobs))
         advantages = batch["advantages"]
         ratio = importance_ratio(logprobs, old, mask, c.ratio_level)
-        bounds = (c.epsilon_low, c.epsilon_high)
-        values = clipped_surrogate(ratio, advantages, *bounds, c.dual_clip)
+        values = clipped_surrogate(ratio, advantages, c.epsilon_low, c.epsilon_high, c.dual_clip)
         if c.tis_cap is not None:
             values *= sampler_weight(old, batch["sampler_logprobs"], mask, c.tis_cap)
         per_token = {}
@@ -381,11 +379,14 @@ class GRPOTrainer(Trainer):
     def work(self, batch: Batch) -> Work:
         """Counts a prompt once per row; its completions see all of it."""
         prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
-        lengths_BM = np.asarray(batch["target_mask"]).sum(-1) * np.float64(batch.get("counts", 1))
+        counts_BM = np.asarray(batch.get("counts", 1.0))
+        counted_BMC = np.asarray(batch["target_mask"]) * counts_BM[..., None]
+        # Up to the last target: an environment's tokens stand between.
+        lengths_BM = np.max(counted_BMC * np.arange(1.0, counted_BMC.shape[-1] + 1), axis=-1)
         tokens = prompts_B1.sum() + lengths_BM.sum()
         seen = (prompts_B1**2).sum() + (lengths_BM * (2 * prompts_B1 + lengths_BM)).sum()
         return Work(
-            targets=int(lengths_BM.sum()),
+            targets=int(counted_BMC.sum()),
             tokens=int(tokens),
             mean_context=float(seen / max(tokens, 1)),
         )

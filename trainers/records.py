@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from models.llama.chat.messages import read_messages, read_tools
+from models.llama.chat.messages import read_messages, read_tools, strings
 from models.llama.hub import HUB_ID, REPOSITORY, TIMEOUT, commit_of, hub_errors
 from models.llama.tokenizer import check_text
 from utils.errors import ConfigError, DataError, is_int
@@ -35,6 +35,7 @@ KINDS = {
     "text": ("text",),
     "prompt": ("prompt",),
     "preference": ("chosen", "rejected"),
+    "example": (),  # of an environment, which says itself what it needs
 }
 SUPERVISED = ("messages", "completion", "text")
 
@@ -130,7 +131,8 @@ def read_records(
 
     A row is one line with a JSON object: `{"messages": [...]}`, `{"prompt", "completion"}` (both
     strings or both lists of messages) or `{"text"}`; rows of several kinds may be mixed. A pair is
-    `{"prompt", "chosen", "rejected"}`, see `_check_pair`. A field that is null counts as absent.
+    `{"prompt", "chosen", "rejected"}`, see `_check_pair`. An environment's example is
+    any object. A field that is null counts as absent.
 
     Args:
         path: a `.jsonl` file, also gzipped, or a `.parquet` file; `hf://datasets/OWNER/NAME/FILE`;
@@ -268,6 +270,10 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
     """Checks a row's fields, and brings its messages and tools into one shape."""
     if kind == "preference":
         return _check_pair(fields)
+    if kind == "example":
+        for text in strings(fields):
+            check_text(text, "the row")
+        return None
     names = KINDS[kind]
     values = [fields[name] for name in names]
     if kind != "messages" and all(isinstance(value, str) for value in values):

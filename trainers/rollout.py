@@ -122,11 +122,13 @@ class Prompt:
         text: as rewards see it; of a conversation, its last user's message.
         ids: as the model reads it, with the tokens that start an assistant's answer.
         columns: the other fields of its row, for rewards.
+        messages: those that it writes, if it is a conversation.
     """
 
     text: str
     ids: tuple[int, ...]
     columns: Mapping[str, Any]
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class Rollout:
                 return x[groups]
             return x if x is None or isinstance(x, tuple) else [x[i] for i in groups]
 
-        return Rollout(**{f.name: some(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return type(self)(**{name: some(x) for name, x in vars(self).items()})
 
     def joined(self, other: "Rollout") -> "Rollout":
         """The rollout of both rollouts' groups."""
@@ -196,8 +198,8 @@ class Rollout:
                 return np.concatenate([x, y])
             return x if x is None or isinstance(x, tuple) else [*x, *y]
 
-        names = [f.name for f in dataclasses.fields(self)]
-        return Rollout(**{n: both(getattr(self, n), getattr(other, n)) for n in names})
+        pairs = ((name, x, getattr(other, name)) for name, x in vars(self).items())
+        return type(self)(**{name: both(x, y) for name, x, y in pairs})
 
     def batch(self, layout: "Layout", *, mask_truncated: bool = False) -> Batch:
         """The batch that GRPOTrainer trains on; see its `loss`."""

@@ -104,7 +104,7 @@ class EnvironmentServer:
         Raises:
             ConfigError: the class cannot be sent to another process.
         """
-        self.title = f"environment {spec.name!r}"
+        self.name, self.title = spec.name, f"environment {spec.name!r}"
         self._spec = spec
         self._timeout = timeout
         self._once = max(_ONCE, 10 * timeout)
@@ -131,9 +131,10 @@ class EnvironmentServer:
         if "failed" in answer:
             raise ConfigError(f"{self.title}: examples fails: {answer['failed']}")
         examples = answer["examples"]
-        if not all(isinstance(example, dict) for example in examples) or len(examples) != size:
+        n = len(examples)
+        if not all(isinstance(example, dict) for example in examples) or not 1 <= n <= size:
             text = f"{self.title}: examples returned {examples!r:.80}"
-            raise ConfigError(f"{text}, {len(examples)} items; expected {size} JSON objects")
+            raise ConfigError(f"{text}, {n} items; expected 1 to {size} JSON objects")
         return examples
 
     def openings(
@@ -212,6 +213,14 @@ class EnvironmentServer:
     def _tell(self, **order: Any) -> None:
         self._worker.connection.send_bytes(json.dumps(order).encode())
 
+    def leave(self, key: int) -> bool:
+        """Leaves it to an episode's process to end once its connection closes; False: it cannot."""
+        try:
+            self._tell(leave=key)
+        except OSError:
+            return False
+        return True
+
     def end(self, key: int, patience: float) -> int:
         """Ends an episode's process with its group. Returns its exit code."""
         try:
@@ -272,8 +281,10 @@ class Episode(Process):
         return code
 
     def close(self) -> None:
-        """Ends it."""
-        self.kill()
+        """Ends it, without waiting for the end where it has answered: it reads, and sees the end."""
+        if self.waiting or self.connection.closed or not self._server.leave(self._key):
+            self.kill()
+        self.connection.close()
 
 
 def _read(answer: dict[str, Any], method: str) -> list[Message]:

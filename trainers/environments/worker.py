@@ -54,12 +54,16 @@ def main() -> None:
 def _fork_children(control: Connection, command: bytes) -> tuple[Connection, int] | None:
     """Forks and ends children as the run says. Returns in a child: its connection and its seed."""
     children: dict[int, int] = {}
+    left: set[int] = set()  # those that end by themselves
     while command:
         order = json.loads(command)
+        left = {pid for pid in left if not os.waitpid(pid, os.WNOHANG)[0]}
         if "end" in order:
             pid = children.pop(order["end"], None)
             code = _end(pid, order["patience"]) if pid else -signal.SIGKILL
             control.send_bytes(json.dumps([order["end"], code]).encode())
+        elif "leave" in order:
+            left.update(filter(None, [children.pop(order["leave"], None)]))
         else:
             connection = Connection(reduction.recv_handle(control))
             os.set_inheritable(connection.fileno(), False)
@@ -79,7 +83,7 @@ def _fork_children(control: Connection, command: bytes) -> tuple[Connection, int
             command = control.recv_bytes()
         except (EOFError, OSError):
             command = b""
-    for pid in children.values():
+    for pid in {*children.values(), *left}:
         _end(pid)
     return None
 

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from utils.errors import DataError, is_number, printable
+from utils.errors import DataError, is_int, is_number, printable
 
 # Limits of what is shown of a step's rollout: beyond them a page would have tens of megabytes.
 _PROMPTS, _COMPLETIONS, _TOKENS = 3, 4, 300
@@ -86,17 +86,52 @@ def _completion(completion: dict, strength: float, where: str) -> dict[str, Any]
     """Rewards and tokens of a completion; `strength` in [-1, 1] colours them by advantage."""
     tokens = _tokens(completion, where)
     rewards = _get(completion, "rewards", dict, where).items()
+    seen = [_token(*row) for row in itertools.islice(tokens, _TOKENS)]
     return {
         "text": completion.get("text") or "",
+        "turns": _turns(completion, seen, where),
         "reward": _score(completion.get("reward")),
         "rewards": [(name, _score(value)) for name, value in rewards],
         "advantage": _score(completion.get("advantage"), "+"),
         "finish": completion.get("finish"),
         "side": "up" if strength > 0 else "down" if strength < 0 else "even",
         "strength": f"{abs(strength) * 0.6:.2f}",
-        "tokens": [_token(*row) for row in itertools.islice(tokens, _TOKENS)],
+        "tokens": seen,
         "more": max(len(tokens) - _TOKENS, 0),
     }
+
+
+def _turns(completion: dict, tokens: list, where: str) -> list[dict[str, Any]]:
+    """The turns of an episode: its tokens, what it calls, and what it is answered."""
+    turns = []
+    for turn in _get(_get(completion, "episode", dict, where), "turns", list, where):
+        start, end = (
+            turn.get(name) if isinstance(turn, dict) else None for name in ("start", "end")
+        )
+        if not is_int(start) or not is_int(end):
+            raise DataError(f"{where}: got {turn!r:.60}, expected a turn with a start and an end")
+        calls = _get(_get(turn, "message", dict, where), "tool_calls", list, where)
+        answers = _get(turn, "answers", list, where)
+        turns.append(
+            {
+                "tokens": tokens[max(start, 0) : max(end, 0)],
+                "reward": _score(turn.get("reward")),
+                "calls": [_call(call, where) for call in calls],
+                "answers": [
+                    (_get(one, "role", str, where), plain(one.get("content"))) for one in answers
+                ],
+            }
+        )
+    return turns
+
+
+def _call(call: Any, where: str) -> str:
+    """A tool call as Python would write it."""
+    function = _get(call, "function", dict, where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, dict):
+        arguments = ", ".join(f"{name}={plain(value)}" for name, value in arguments.items())
+    return f"{_get(function, 'name', str, where)}({arguments})"
 
 
 def _score(value: Any, sign: str = "") -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from models.llama.tokenizer import Tokenizer
+from trainers.environments.rollouts import EpisodeRollout
 from trainers.rollout import Layout, Prompt, Rollout
 from utils.errors import DataError
 
@@ -38,6 +39,8 @@ def to_record(step: int, rollout: Rollout, layout: Layout, tokenizer: Tokenizer)
     `prompts`, each with `text`, `ids`, `columns` and `completions`; each of these with `text`, `ids`,
     `tokens` (the text of each id), `mask`, `logprobs`, where there are `old_logprobs` and
     `ref_logprobs`, `rewards` by function, `reward` (null: unscorable), `advantage` and `finish`.
+    Of several turns also `episode`, see `trainers.environments.episodes.Played.record`, and the prompt's
+    `messages`; `mask` is 0 then at what the environment wrote.
     """
 
     def completion(b: int, g: int) -> dict[str, Any]:
@@ -45,16 +48,20 @@ def to_record(step: int, rollout: Rollout, layout: Layout, tokenizer: Tokenizer)
         ids = rollout.tokens[b, g, :n].tolist()
         scores = dict(zip(rollout.functions, map(_number, rollout.scores[b, g])))
         arrays = {name: getattr(rollout, name) for name in _BY_TOKEN}
+        mask = np.full(n, rollout.valid[b, g])
+        if isinstance(rollout, EpisodeRollout):
+            mask &= rollout.sampled[b, g, :n]
         return {
             "text": rollout.texts[b][g],
             "ids": ids,
             "tokens": [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids],
-            "mask": [int(rollout.valid[b, g])] * n,
+            "mask": mask.astype(int).tolist(),
             **{k: _floats(x[b, g, :n]) for k, x in arrays.items() if x is not None},
             "rewards": scores,
             "reward": _number(rollout.rewards[b, g]),
             "advantage": _floats(rollout.advantages[b, g : g + 1])[0],
             "finish": "stop" if rollout.stopped[b, g] else "length",
+            **({"episode": rollout.episodes[b][g]} if isinstance(rollout, EpisodeRollout) else {}),
         }
 
     prompts = [
@@ -62,6 +69,7 @@ def to_record(step: int, rollout: Rollout, layout: Layout, tokenizer: Tokenizer)
             "text": prompt.text,
             "ids": list(prompt.ids),
             "columns": dict(prompt.columns),
+            **({"messages": list(prompt.messages)} if prompt.messages else {}),
             "completions": [completion(b, g) for g in range(rollout.lengths.shape[1])],
         }
         for b, prompt in enumerate(rollout.prompts)
@@ -91,9 +99,21 @@ def from_record(record: dict[str, Any], where: str) -> tuple[Rollout, Layout]:
 
         functions = tuple(groups[0][0]["rewards"])
         scores = [[[one["rewards"][f] for f in functions] for one in group] for group in groups]
-        rollout = Rollout(
+        kind, more = Rollout, {}
+        if "episode" in groups[0][0]:
+            sampled = np.zeros((*lengths.shape, layout.width), bool)
+            for b, g in np.ndindex(lengths.shape):
+                for turn in groups[b][g]["episode"]["turns"]:
+                    sampled[b, g, turn["start"] : turn["end"]] = True
+            kind, more = EpisodeRollout, {"sampled": sampled, "episodes": each("episode")}
+        rollout = kind(
             prompts=[
-                Prompt(text=p["text"], ids=tuple(p["ids"]), columns=p["columns"])
+                Prompt(
+                    text=p["text"],
+                    ids=tuple(p["ids"]),
+                    columns=p["columns"],
+                    messages=tuple(p.get("messages", ())),
+                )
                 for p in record["prompts"]
             ],
             texts=each("text"),
@@ -105,6 +125,7 @@ def from_record(record: dict[str, Any], where: str) -> tuple[Rollout, Layout]:
             rewards=np.asarray(each("reward"), np.float64),
             advantages=np.asarray(each("advantage"), np.float32),
             **{name: by_token(name, np.float32) for name in _BY_TOKEN},
+            **more,
         )
     except (KeyError, TypeError, ValueError, IndexError) as e:
         text = f"{where}: not a rollout of this program ({type(e).__name__}: {e!s:.100})"

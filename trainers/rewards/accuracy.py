@@ -15,6 +15,8 @@ from models.llama.generation import generate, random_key
 from models.llama.model import LLaMa, Params, for_decoding
 from models.llama.tokenizer import Tokenizer
 from sampling import TopP
+from trainers.environments.episodes import Played
+from trainers.environments.player import Player
 from trainers.grpo_trainer import GRPOTrainer
 from trainers.loop import Evaluation
 from trainers.on_policy import decoding_params
@@ -132,7 +134,7 @@ def evaluate_task(
     params: Params,
     tokenizer: Tokenizer,
     task: Task,
-    pool: RewardPool,
+    pool: RewardPool | Player,
     config: EvaluationConfig,
     *,
     report: Callable[[str, int, int], None] | None = None,
@@ -147,7 +149,7 @@ def evaluate_task(
         params: its parameters, as for `generate`.
         tokenizer: the model's.
         task: prompts and rewards.
-        pool: runs the task's rewards.
+        pool: runs the task's rewards, or plays its episodes.
         config: see EvaluationConfig.
         report: called with ("prompts", done, total).
         write: called with each completion: prompt, sample, completion, ids, finish_reason, and
@@ -168,7 +170,8 @@ def evaluate_task(
     """
     check_context(task.prompts, config.max_completion_len, model.config.max_seq_len)
     # A call without rows shows, before anything is sampled, whether the rewards take these columns.
-    pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
+    if task.environment is None:
+        pool([], [], [], reward_rows(task.prompts[:1], 0)[1], 1)
     params = for_decoding(params)
     size = min(config.batch_size, len(task.prompts))
     scores, totals, lengths, cut, failures = [], [], [], [], []
@@ -178,13 +181,20 @@ def evaluate_task(
                 report("prompts", start, len(task.prompts))
             # The last batch is filled up, since another size would compile again.
             indices = np.minimum(np.arange(start, start + size), len(task.prompts) - 1)
+            prompts = task.prompts[start : start + size]
             with clock("generation"):
-                done = _sample(model, params, tokenizer, task, config, indices)
+                asked, *how = _asked(model, tokenizer, task, config, indices)
+                if task.environment is not None:
+                    played = pool.play(model, params, asked, *how)[: len(prompts) * config.samples]
+                else:
+                    ids, (*how, key) = [prompt.ids for prompt in asked], how
+                    done = generate(model, params, ids, *how, key=key)
             with clock("rewards"):
-                prompts = task.prompts[start : start + size]
-                records, *found = _scored(
-                    prompts, config.samples, done, task.reader(tokenizer), pool
-                )
+                if task.environment is not None:
+                    records, *found = _scored_episodes(played, config.samples)
+                else:
+                    how = task.reader(tokenizer), pool
+                    records, *found = _scored(prompts, config.samples, done, *how)
             scores.append(found[0])
             totals.append(found[1])
             failures += pool.failures
@@ -218,7 +228,7 @@ class TaskEvaluation(Evaluation):
         trainer: GRPOTrainer,
         task: Task,
         tokenizer: Tokenizer,
-        pool: RewardPool,
+        pool: RewardPool | Player,
         config: EvaluationConfig,
     ):
         self._trainer = trainer
@@ -238,15 +248,10 @@ class TaskEvaluation(Evaluation):
         return values | {"score": math.inf if total["value"] is None else -total["value"]}
 
 
-def _sample(
-    model: LLaMa,
-    params: Params,
-    tokenizer: Tokenizer,
-    task: Task,
-    config: EvaluationConfig,
-    indices: np.ndarray,
-) -> Completions:
-    """Completions of the prompts with these numbers.
+def _asked(
+    model: LLaMa, tokenizer: Tokenizer, task: Task, config: EvaluationConfig, indices: np.ndarray
+) -> tuple[list[Prompt], TopP, GenerationConfig, jax.Array]:
+    """(the prompts with these numbers, and how they are completed).
 
     Each number has its own key, so that equal prompts get different samples: the interval takes them
     for independent draws from the task.
@@ -258,14 +263,9 @@ def _sample(
         stop_ids=tokenizer.stop_ids,
         vocab_limit=min(tokenizer.vocab_size, model.config.vocab_size),
     )
-    return generate(
-        model,
-        params,
-        [task.prompts[i].ids for i in indices],
-        TopP(temperature=config.temperature),
-        generation,
-        key=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32)),
-    )
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32))
+    prompts = [task.prompts[i] for i in indices]
+    return prompts, TopP(temperature=config.temperature), generation, keys
 
 
 def _scored(
@@ -287,6 +287,26 @@ def _scored(
         for i in rows
     ]
     return records, scores.reshape(len(prompts), n, -1), totals.reshape(len(prompts), n)
+
+
+def _scored_episodes(
+    played: Sequence[Played], n: int
+) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
+    """As `_scored`, of episodes."""
+    records = [
+        {
+            "prompt": episode.prompt.text,
+            "sample": i % n,
+            "completion": episode.text,
+            "ids": episode.ids,
+            "finish_reason": "stop" if episode.stopped else "length",
+            "scores": {"episode": _finite(episode.reward)},
+            "episode": episode.record,
+        }
+        for i, episode in enumerate(played)
+    ]
+    totals = np.asarray([episode.reward for episode in played]).reshape(-1, n)
+    return records, totals[..., None], totals
 
 
 def _measured(names, scores: np.ndarray, totals: np.ndarray, ks: Sequence[int]) -> dict[str, Any]:

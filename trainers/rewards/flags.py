@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from models.llama.chat_format import TemplateFlags
 from models.llama.tokenizer import Tokenizer
+from trainers.environments.process import EnvironmentServer, load_environment
 from trainers.rewards.functions import Reward, load_reward
-from trainers.rewards.tasks import PromptEncoder, Task, load_prompts, load_task
+from trainers.rewards.tasks import PromptEncoder, Task, load_episodes, load_prompts, load_task
 from utils.errors import ConfigError
 from utils.fields import Config, again, field, integer, number
 from utils.files import parse_json
@@ -23,10 +24,16 @@ class TaskFlags(Config):
         None, "reasoning_gym:NAME, for example reasoning_gym:chain_sum; `list`: only names them all"
     )
     task_args: str | None = field(None, "JSON object with the task's own arguments")
+    env: str | None = field(
+        None,
+        "instead of a task: what the model talks to for several turns: module:Class, or a ready-made one "
+        "(calculator, guess, search, verifiers)",
+    )
+    env_args: str | None = field(None, "JSON object with the environment's own arguments")
     data: str | None = field(
         None,
         'instead of a task: a .jsonl, .jsonl.gz or .parquet file of {"prompt": …}; its other fields are '
-        "columns for the rewards",
+        "columns for the rewards; of an environment, any objects: its examples",
     )
     reward: str | None = field(
         None,
@@ -45,17 +52,24 @@ class TaskFlags(Config):
     max_seq_len: int | None = field(
         None, "the context, prompt and completion; default: the model's", integer(1, 2**31 - 1)
     )
-    reward_timeout: float = field(60.0, "seconds that a reward may take per batch", number(above=0))
+    reward_timeout: float = field(
+        60.0,
+        "seconds that a reward may take per batch, or an environment per turn",
+        number(above=0),
+    )
 
     def problems(self) -> list[str]:
         out = super().problems()
-        if (self.task is None) == (self.data is None):
-            out.append("pass either --task or --data")
+        if (self.task is None) == (self.data is None and self.env is None):
+            out.append("pass either --task or --data, or an --env")
+        elif self.env is not None:
+            out += ["--env rewards by itself: leave out --reward"] * (self.reward is not None)
         elif (self.data is None) != (self.reward is None) and (self.reward or self.needs_reward):
             out.append("--data needs --reward (a --task brings its own rewards)")
-        if self.task is None and self.task_args is not None:
-            out.append("--task_args needs a --task")
-        for name in ("args", "rewards"):
+        for name in ("task", "env"):
+            if getattr(self, name) is None and getattr(self, f"{name}_args") is not None:
+                out.append(f"--{name}_args needs a --{name}")
+        for name in ("args", "rewards", "server"):
             try:
                 getattr(self, name)
             except ConfigError as e:
@@ -72,6 +86,14 @@ class TaskFlags(Config):
         """Rewards named by the flag `reward`."""
         return [load_reward(one.strip()) for one in self.reward.split(",")] if self.reward else []
 
+    @functools.cached_property
+    def server(self) -> EnvironmentServer | None:
+        """The processes of `env`."""
+        if self.env is None:
+            return None
+        args = parse_json(self.env_args.encode(), "--env_args") if self.env_args else {}
+        return EnvironmentServer(load_environment(self.env, args), self.reward_timeout)
+
     def load(
         self,
         tokenizer: Tokenizer,
@@ -83,13 +105,14 @@ class TaskFlags(Config):
         data: str | None = None,
         moment: datetime | None = None,
     ) -> Task:
-        """The task's prompts as `load_task` and `load_prompts` make them; `data` is another file."""
+        """The task as `load_task`, `load_prompts` or `load_episodes` makes it; `data`: another file."""
         template = dict(template_args=self.template_args, moment=moment)
         encode = PromptEncoder(tokenizer, self.chat, self.system, self.chat_format, **template)
-        if self.task is None:
-            path = data or self.data
+        path, sizes = data or self.data, dict(size=size, seed=seed, exclude=exclude)
+        if self.server is not None:
+            task = load_episodes(self.server, encode, path=path, skip_bad=skip_bad, **sizes)
+        elif self.task is None:
             task = load_prompts(path, encode, self.rewards, skip_bad=skip_bad)
         else:
-            sizes = dict(size=size, seed=seed, exclude=exclude)
             task = load_task(self.task, encode, args=self.args, **sizes)
         return task if self.max_prompt_len is None else task.within(self.max_prompt_len)

@@ -11,7 +11,9 @@ from typing import Any
 
 from models.llama.chat_format import ChatFormat, chat_format_for
 from models.llama.chat.messages import Message, read_messages
+from models.llama.chat.tools import fitting
 from models.llama.tokenizer import Tokenizer, plain_prompt
+from trainers.environments.process import EnvironmentServer
 from trainers.records import read_records
 from trainers.rewards.functions import ReasoningGym, Reward, ThinkFormat
 from trainers.rewards.functions import import_reasoning_gym
@@ -37,6 +39,8 @@ class Task:
         name: stands in messages and in the digest.
         prompts: at least one; all have the same columns.
         rewards: their names differ; none: completions are not scored.
+        environment: starts what the model talks to for several turns, and is rewarded by; or None.
+        tools: schemas of functions that the model may call in it.
         chat: the chat format that wrote the prompts; None if they are texts, which completions
             continue.
         dropped: number of prompts that `within` has left out.
@@ -46,6 +50,8 @@ class Task:
     name: str
     prompts: tuple[Prompt, ...]
     rewards: tuple[Reward, ...]
+    environment: EnvironmentServer | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
     chat: ChatFormat | None = None
     dropped: int = 0
     commit: str | None = None
@@ -60,7 +66,8 @@ class Task:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over the prompts' ids and columns and the names of the task and its rewards."""
-        found = hashlib.sha256(repr((self.name, [r.name for r in self.rewards])).encode())
+        kind = [self.name, [r.name for r in self.rewards], *filter(None, [self.tools])]
+        found = hashlib.sha256(repr(tuple(kind)).encode())
         for prompt in self.prompts:
             found.update(repr((list(prompt.ids), sorted(prompt.columns.items()))).encode())
         return found.hexdigest()
@@ -139,9 +146,17 @@ class PromptEncoder:
             return self.chat
         return self._asked or self.tokenizer.chat_template is not None
 
-    def __call__(self, prompt: str | Sequence[Message], columns: dict[str, Any]) -> Prompt:
-        """Raises DataError for a prompt that has no tokens or that the chat format refuses."""
-        text, ids = prompt, None
+    def __call__(
+        self,
+        prompt: str | Sequence[Message],
+        columns: dict[str, Any],
+        schemas: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Prompt:
+        """The prompt's ids; of an episode's, with the schemas of its tools, the messages too.
+
+        Raises DataError for a prompt that has no tokens or that the chat format refuses.
+        """
+        text, ids, messages = prompt, None, ()
         if isinstance(prompt, str) and not self._is_chat:
             ids = plain_prompt(prompt, self.tokenizer)
         else:
@@ -151,10 +166,14 @@ class PromptEncoder:
             text = users[-1] if users else messages[-1]["content"]
             if self.system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": self.system}, *messages]
-            ids = self._format.encode_chat(messages, tools=columns.get("tools"))
+            seen, tools = messages, columns.get("tools")
+            if schemas:
+                seen, tools = fitting(self._format, messages, schemas)
+            ids = self._format.encode_chat(seen, tools=tools)
         if not ids:
             raise DataError("the prompt is empty: it has no token to start from")
-        return Prompt(text=text, ids=tuple(ids), columns=columns)
+        kept = () if schemas is None else tuple(messages)
+        return Prompt(text=text, ids=tuple(ids), columns=columns, messages=kept)
 
 
 def load_task(
@@ -215,6 +234,44 @@ def load_task(
         for kind, weight in weights.items()
     ]
     return Task(name=spec, prompts=tuple(prompts), rewards=tuple(rewards), chat=encode.used)
+
+
+def load_episodes(
+    server: EnvironmentServer,
+    encode: PromptEncoder,
+    *,
+    size: int = 1000,
+    seed: int = 0,
+    exclude: Task | None = None,
+    path: str | os.PathLike | None = None,
+    skip_bad: int = 0,
+) -> Task:
+    """A task of episodes: examples of an environment, or rows of a file, with their first messages.
+
+    Args:
+        server: of the environment.
+        encode: makes the prompts' ids.
+        size, seed: of the environment's own examples, of which there may be fewer.
+        exclude: a task whose examples are left out, if there are others.
+        path, skip_bad: rows of a file instead, as for `load_prompts`; each is an example.
+
+    Raises:
+        ConfigError: the environment has no examples.
+        DataError: its first messages are wrong, or a row is.
+    """
+    if path is None:
+        held_out = [dict(prompt.columns) for prompt in exclude.prompts] if exclude else []
+        examples = server.examples(size + len(held_out), seed)
+        others = [example for example in examples if example not in held_out]
+        examples, known = (others or examples)[:size], {"name": server.name}
+    else:
+        records = read_records(path, kinds=("example",), skip_bad=skip_bad)
+        examples = [record.fields for record in records.rows]
+        known = {"name": f"{server.name} on {records.path}", "commit": records.commit}
+    openings, schemas = server.openings(examples)
+    prompts = [encode(*opening, schemas) for opening in zip(openings, examples)]
+    known |= {"environment": server, "tools": tuple(schemas)}
+    return Task(prompts=tuple(prompts), rewards=(), chat=encode.used, **known)
 
 
 def task_names() -> list[str]:

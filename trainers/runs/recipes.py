@@ -14,6 +14,9 @@ from trainers.data import DataConfig, Dataset
 from trainers.distill_trainer import DistillConfig, DistillTrainer, SamplesConfig, SoftTrainer
 from trainers.distill_trainer import Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig, DPOTrainer
+from trainers.environments.episodes import EpisodeConfig
+from trainers.environments.player import Player
+from trainers.environments.rollouts import EpisodeData
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
 from trainers.runs.metrics import MetricsLog
@@ -170,9 +173,10 @@ class DPORecipe(SFTRecipe):
 class GRPORecipe(Recipe):
     """GRPO on a task; `evaluated` is the task of its evaluations."""
 
-    configs = (GRPOConfig, RolloutConfig)
+    configs = (GRPOConfig, RolloutConfig, EpisodeConfig)
     config: GRPOConfig
     rollout: RolloutConfig
+    episodes: EpisodeConfig = EpisodeConfig()
     lora: LoRAConfig | None
     task: Task
     evaluated: Task | None
@@ -202,6 +206,12 @@ class GRPORecipe(Recipe):
         limit = limit if limit < model.config.vocab_size else None
         return GRPOTrainer(model, _in_whole_rounds(self.config), self.lora, limit)
 
+    def _scorer(self) -> RewardPool | Player:
+        on_failure = self.reward_failure
+        if self.task.environment is not None:
+            return Player(self.task, self.episodes, on_failure)
+        return RewardPool(self.task.rewards, timeout=self.reward_timeout, on_failure=on_failure)
+
     def _check_rows(self) -> None:
         """A row is a prompt with `branches` of its completions; flags count completions."""
         c = self.rollout
@@ -219,12 +229,12 @@ class GRPORecipe(Recipe):
         return {
             "data": {"digest": self.task.digest, "task": self.task.name} | self._moment,
             "train": dataclasses.asdict(self.rollout)
+            | (dataclasses.asdict(self.episodes) if self.task.environment else {})
             | {"vocab_limit": trainer.vocab_limit, "micro_batch_size": self.completions_at_once},
         }
 
     def open(self, trainer, folder, start_step, stack, table):
-        scoring = dict(timeout=self.reward_timeout, on_failure=self.reward_failure)
-        pool = stack.enter_context(RewardPool(self.task.rewards, **scoring))
+        pool = stack.enter_context(self._scorer())
         record, evaluation = None, None
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
@@ -240,9 +250,9 @@ class GRPORecipe(Recipe):
                 scored = list(zip(rollout.rewards[b].tolist(), rollout.texts[b]))
                 table.sample(step, rollout.prompts[b].text, scored)
 
-        data = RolloutData(
-            trainer, self.rollout, self.task.prompts, self.task.reader(self.tokenizer), pool, write
-        )
+        kind = RolloutData if self.task.environment is None else EpisodeData
+        reader = self.task.reader(self.tokenizer)
+        data = kind(trainer, self.rollout, self.task.prompts, reader, pool, write)
         if self.evaluated is not None:
             config = EvaluationConfig(
                 samples=self.eval_samples,

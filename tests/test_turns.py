@@ -1,0 +1,113 @@
+"""Turns on one cache: what is sampled is what a full pass over the whole row would give."""
+
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.llama.chat.turns import ROWS, WIDTH, Turns, read
+from models.llama.decoding import GenerationConfig
+from models.llama.load import load_checkpoint
+from models.llama.model import LLaMa, for_decoding
+from sampling import TopP
+from tests import tiny
+
+SAMPLER = TopP(temperature=1.0)
+STOPS = frozenset(range(3, 23))  # a turn has about eight tokens
+TURN, TURNS = 12, 4
+
+
+@functools.cache
+def load():
+    config, params = load_checkpoint(tiny.hf_model("gqa")[0], dtype="float32")
+    return LLaMa(config), params, for_decoding(params)
+
+
+def prompts(n=9):
+    draw = random.Random(1)
+    return [draw.choices(range(30, 160), k=draw.randint(1, 30)) for _ in range(n)]
+
+
+def said(row, turn):
+    """What others say: 1 to 80 tokens, so some are read in several pieces."""
+    draw = random.Random(row * 100 + turn)
+    return draw.choices(range(30, 160), k=draw.choice((1, 3, 20, WIDTH - 1, WIDTH, 80)))
+
+
+def play(asked, order, stride=5, n=1):
+    """Every row for TURNS turns; `order` chooses which of the ended rows read now.
+
+    Returns, per row, its ids after the prompt, whether each was sampled, and the log-probs.
+    """
+    model, _, params = load()
+    config = GenerationConfig(max_new_tokens=TURN, n=n, stop_ids=STOPS)
+    run = Turns(model, params, SAMPLER, config)
+    run.start(asked, key=jax.random.key(3), room=250)
+    R = len(asked) * n
+    ids, mask, counts, turn = [[] for _ in range(R)], [[] for _ in range(R)], [0] * R, [0] * R
+    live = set(range(R))
+    while live:
+        done = run.completions()
+        ended = [r for r in sorted(live) if done.finish_reason[r] != "running"]
+        if run.running and len(ended) < order.choice((1, 3, R)):
+            run.advance(stride)
+            continue
+        ended = order.sample(ended, order.randint(1, len(ended)))
+        more = {}
+        for r in ended:
+            new = done.row(r)[counts[r] :]
+            counts[r] += len(new)
+            ids[r] += new
+            mask[r] += [True] * len(new)
+            turn[r] += 1
+            if turn[r] == TURNS:
+                live.remove(r)
+                continue
+            more[r] = said(r, turn[r])
+            ids[r] += more[r]
+            mask[r] += [False] * len(more[r])
+        run.read(more, dict.fromkeys(more, TURN))
+    done = run.completions()
+    return ids, mask, [done.logprobs[r, : done.lengths[r]] for r in range(R)]
+
+
+def test_several_turns_are_one_pass_over_the_whole_row():
+    asked, (model, params, _) = prompts(), load()
+    ids, mask, logprobs = play(asked, random.Random(0))
+    longest = max(len(p) + len(i) for p, i in zip(asked, ids))
+    full = np.zeros((len(asked), longest), np.int32)
+    for row, prompt, more in zip(full, asked, ids):
+        row[: len(prompt) + len(more)] = prompt + more
+    logits = model.apply({"params": params}, jnp.asarray(full))[0]
+    expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    for r, prompt in enumerate(asked):
+        at = [len(prompt) + i for i, sampled in enumerate(mask[r]) if sampled]
+        wanted = [expected[r, i - 1, full[r, i]] for i in at]
+        assert len(at) > 8 and not all(mask[r])
+        np.testing.assert_allclose(logprobs[r], wanted, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_when_it_reads_or_on_its_batch_mates():
+    asked = prompts()
+    assert len(asked) > ROWS
+    first = play(asked, random.Random(0))
+    for seed in (1, 2):
+        ids, mask, logprobs = play(asked, random.Random(seed), stride=seed)
+        assert ids == first[0] and mask == first[1]
+        for one, other in zip(logprobs, first[2]):
+            np.testing.assert_array_equal(one, other)
+    alone = play(asked[4:5] * len(asked), random.Random(3))  # other mates, the same shapes
+    sampled = [i for i, m in zip(alone[0][4], alone[1][4]) if m]
+    assert sampled == [i for i, m in zip(first[0][4], first[1][4]) if m]
+    np.testing.assert_array_equal(alone[2][4], first[2][4])
+
+
+def test_reading_compiles_once_however_turns_vary():
+    play(prompts(), random.Random(0))
+    before = read._cache_size()
+    for seed in (5, 6):
+        play(prompts(), random.Random(seed), stride=3)
+    assert read._cache_size() == before
