@@ -379,9 +379,8 @@ class GRPOTrainer(Trainer):
     def work(self, batch: Batch) -> Work:
         """Counts a prompt once per row; its completions see all of it."""
         prompts_B1 = np.asarray(batch["prompt_lengths"], np.float64)[:, None]
-        counts_BM = np.asarray(batch.get("counts", 1.0))
-        counted_BMC = np.asarray(batch["target_mask"]) * counts_BM[..., None]
-        # Up to the last target: an environment's tokens stand between.
+        counts_BM1 = np.asarray(batch.get("counts", 1.0))[..., None]
+        counted_BMC = np.asarray(batch["target_mask"]) * counts_BM1  # others may stand between
         lengths_BM = np.max(counted_BMC * np.arange(1.0, counted_BMC.shape[-1] + 1), axis=-1)
         tokens = prompts_B1.sum() + lengths_BM.sum()
         seen = (prompts_B1**2).sum() + (lengths_BM * (2 * prompts_B1 + lengths_BM)).sum()
