@@ -127,6 +127,14 @@ def undescribed(x: int):
     """Does it."""
 
 
+def half_described(x: int):
+    """Does it.
+
+    Args:
+        x:
+    """
+
+
 def starred(*x: int):
     """Does it.
 
@@ -147,6 +155,7 @@ async def later():
         (lambda x: x, "tool <lambda> has no docstring"),
         (documented(), "tool tool: argument 'x' has no type hint; write, for example, `x: int`"),
         (undescribed, "tool undescribed: argument 'x' has no description; add \"x: …\" below"),
+        (half_described, "argument 'x' has no description"),
         (documented(x=bytes), "tool tool: argument 'x' has the type bytes, expected int, float"),
         (documented(x=list[Shop]), "argument 'x' has the type Shop, expected"),
         (documented(x=tuple[int, int]), "argument 'x' has the type tuple"),
@@ -260,6 +269,8 @@ ADD = '{"name": "add", "arguments": {"a": 1}}'
         ),
         ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 1}"}</tool_call>', "", 1),
         ("<tool_call>[]</tool_call>none", "none", 0),
+        ('{"name": "add", "arguments": "{\\"a\\": 1}"}', "", 1),
+        ('{"name": "Bob", "arguments": "{\\"a\\": 1}"}', None, 0),
         # Thoughts call nothing, whoever began them; nor do they hide a call that follows.
         (f"<think><tool_call>{ADD}</tool_call></think>b", None, 0),
         (f"<think><tool_call>{ADD}</tool_call>", None, 0),
@@ -320,6 +331,7 @@ def nested(levels: int) -> str:
             '"parameters": {}}; expected',
         ),
         ("<tool_call>[3]</tool_call>", "got 3; expected"),
+        ("<tool_call>[3]</tool_call><tool_call>x</tool_call>", "got 3; expected"),
         (f'<tool_call>{{"name": "add", "arguments": {{"a": NaN}}}}</tool_call>', "NaN is not JSON"),
         (f'<tool_call>{{"name": "add", "arguments": {{"a": 1e999}}}}</tool_call>', "not JSON comp"),
         ('<tool_call>{"name": "a", "name": "b"}</tool_call>', "duplicate key 'name'"),
