@@ -9,9 +9,11 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+import train
 from tests.test_metrics import one_warning, steps
 from trainers.runs.folder import RunConfig
 from trainers.runs.metrics import MetricsLog
+from utils.console.flags import read_flags
 from utils.errors import ConfigError
 
 RECORD = {"loss": 0.5, "seconds": {"data": 2.0}, "text": "x", "nan": float("nan")}
@@ -145,3 +147,10 @@ def test_tensorboard_gets_the_numbers_and_hides_those_of_an_interrupted_run(tmp_
     one = lambda step: [(step, "loss", 0.5), (step, "seconds/data", 2.0)]
     assert scalars == one(0) + one(1) + one(2) + one(2)
     assert [e.step for e in found if e.session_log.status == 1] == [2]
+
+
+@pytest.mark.parametrize("flag, track", [(True, {"track": ("tensorboard",)}), (False, {})])
+def test_a_run_from_before_trackers_is_repeated(tmp_path, flag, track):
+    run = {"flags": {"lr": 0.5, "tensorboard": flag}}
+    (tmp_path / "run.json").write_text(json.dumps({"run": run}))
+    assert read_flags(train.sft, str(tmp_path / "run.json")) == {"lr": 0.5} | track

@@ -87,6 +87,8 @@ def read_flags(command: Command, path: str) -> dict[str, Any]:
     flags = read_json(Path(path), error=ConfigError)
     if isinstance(flags.get("run"), dict):
         flags = flags["run"].get("flags", {})
+    if flags.pop("tensorboard", False):  # of a run from before --track
+        flags["track"] = ["tensorboard"]
     try:
         known = {flag.name: flag for flag in fields.flags_of(command)}
         _check_names([f"--{name}" for name in flags], known)
