@@ -1,6 +1,7 @@
 """Environments and a model so small that an episode takes milliseconds, for tests."""
 
 import functools
+from pathlib import Path
 
 import jax
 
@@ -17,9 +18,14 @@ from trainers.rewards.tasks import PromptEncoder, Task, load_episodes
 @functools.cache
 def tokenizer():
     """The guessing game's."""
-    folder = tiny.cache_dir() / "games"
-    folder.mkdir()
-    return guess.make_tokenizer(folder)
+    return guess.make_tokenizer(folder())
+
+
+def folder() -> Path:
+    """Where its files are."""
+    path = tiny.cache_dir() / "games"
+    path.mkdir(exist_ok=True)
+    return path
 
 
 @functools.cache

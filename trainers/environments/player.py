@@ -80,8 +80,9 @@ class Player:
 
     def fit(self, messages: Sequence[Message]) -> tuple[list[Message], Tools | None]:
         """(messages, tools) as the chat template takes them; see `fitting`."""
-        fitted = messages if self._taken else with_tools(messages, [*self.tools.values()])
-        return list(fitted), self._taken
+        if self.tools and not self._taken:
+            messages = with_tools(messages, [*self.tools.values()])
+        return list(messages), self._taken
 
     def play(
         self,
