@@ -143,6 +143,7 @@ def test_the_gradient_is_that_of_the_sampled_tokens_alone():
     assert {"turns", "sampled_mean", "calls", "call_errors"} <= found.metrics().keys()
 
 
+@pytest.mark.covers("V8")
 def test_limits_and_rewards():
     for one in play(Endless, stop=STOPS, max_turns=2):
         assert len(one.turns) <= 2 and not one.stopped and one.reward == 0
@@ -164,11 +165,13 @@ def test_a_failure_costs_its_episode_and_is_told():
         play(Raises, stop=STOPS, on_failure="stop")
 
 
+@pytest.mark.covers("V6")
 def test_the_first_messages_are_those_of_the_group():
     with pytest.raises(TrainError, match="reset gave other messages for the same example"):
         play(Shuffles, stop=STOPS)
 
 
+@pytest.mark.covers("V7")
 def test_a_template_without_a_stop_token_is_refused():
     asked, of = player(Chatter)
     form = asked.chat
