@@ -3,10 +3,10 @@
     python examples/guess.py
 
 A tiny Llama with a tokenizer of 16 tokens plays `guess`: it says a number from 1 to 8 and is
-answered "higher" or "lower", three times at most. First it learns the form from games of random
-guesses, of which one in three is won. GRPO has only a reward, 1 for the number and 0 otherwise;
-whoever halves what is left finds seven numbers of eight. Prints how many games are won before and
-after GRPO.
+answered "higher" or "lower", three times at most. First it learns the form from games of a player
+who forgets half of the time what he was told. GRPO has only a reward, 1 for the number and 0
+otherwise; whoever halves what is left finds seven numbers of eight. Prints how many games are won
+before and after GRPO.
 """
 
 import json
@@ -41,6 +41,7 @@ from trainers.runs.metrics import MetricsLog
 from trainers.sft_trainer import SFTConfig, SFTTrainer
 
 HIGH, TURNS = 8, 3
+CARE = 0.5  # how often the player of the examples thinks of what it was told
 # A turn is a number and a stop token; between two turns stand four tokens of the game.
 LENGTH = TURNS * 2 + (TURNS - 1) * 4
 TEMPLATE = (
@@ -66,20 +67,26 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 def write_games(path: Path, seed: int) -> None:
-    """Games of random guesses, as conversations."""
+    """Games of a careless player, as conversations."""
     draw, game = random.Random(seed), Guess(HIGH, TURNS)
     with open(path, "w") as file:
-        for example in game.examples(2000, seed):
-            messages, done = list(game.reset(example)), False
+        for example in game.examples(4000, seed):
+            messages, done, low, high = list(game.reset(example)), False, 1, HIGH
             while not done:
-                messages.append({"role": "assistant", "content": str(draw.randint(1, HIGH))})
+                listens = draw.random() < CARE
+                guess = draw.randint(low, high) if listens else draw.randint(1, HIGH)
+                messages.append({"role": "assistant", "content": str(guess)})
                 answers, _, done = game.step(messages[-1])
+                if not done and answers[0]["content"] == "higher":
+                    low = max(low, guess + 1)
+                elif not done:
+                    high = min(high, guess - 1)
                 messages += answers
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
 def run(
-    folder: Path, *, seed: int = 0, sft_steps: int = 40, steps: int = 60
+    folder: Path, *, seed: int = 0, sft_steps: int = 120, steps: int = 60
 ) -> tuple[float, float]:
     """Shares of games that are won (before, after); the folder keeps metrics and episodes."""
     tokenizer, llama = make_tokenizer(folder), LLaMa(MODEL)

@@ -16,6 +16,7 @@ import numpy as np
 
 import sampling
 from generate import generate
+from models.llama.chat.turns import Turns
 from models.llama.config import ModelConfig
 from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
@@ -56,6 +57,7 @@ SELECTED = {
     "as many prompts, odd heads": MIXED[:1],
     "eight samples a prompt": ("tensor=8", *MIXED),
     "eight samples a prompt, odd heads": MIXED[:1],
+    "turns": ("data=8", "tensor=8", MIXED[0]),
     "load, meta": ("tensor=8", *MIXED),
     "logits, int8": ("tensor=8", MIXED[0]),
 }
@@ -165,6 +167,19 @@ def sample(model: ModelConfig, n: int, sampler, repeat: int = 1) -> list[np.ndar
     return [done.tokens * 1000, done.logprobs]
 
 
+def turns() -> list[np.ndarray]:
+    """Tokens and log-probs of two turns; what is read between them is longer than one piece."""
+    prompts, said = [[3, 5, 7], [1], [9, 8, 7, 6]], {0: [5] * 3, 2: [*range(9, 29)]}
+    config = GenerationConfig(max_new_tokens=6)
+    run = Turns(LLaMa(MODEL), for_decoding(params_of(MODEL)), sampling.Greedy(), config)
+    run.start(prompts, room=48)
+    run.advance()
+    run.read(said, dict.fromkeys(said, 6))
+    run.advance()
+    done = run.completions()
+    return [done.tokens * 1000, done.logprobs]
+
+
 def logits(model: ModelConfig) -> list[np.ndarray]:
     """Of the whole model."""
     return [np.asarray(LLaMa(model).apply({"params": params_of(model)}, TOKENS)[0])]
@@ -243,6 +258,7 @@ def checks(folder: Path) -> dict[str, Any]:
         # Prompts that no mesh shares by rows, and samples that each does: the cache is laid out anew.
         "eight samples a prompt": lambda: sample(MODEL, 8, sampling.TopP(1.0, 0.9)),
         "eight samples a prompt, odd heads": lambda: sample(ODD, 8, sampling.TopP(1.0, 0.9)),
+        "turns": turns,
         "load, hf": lambda: load(folder / "hf", False),
         "load, meta": lambda: load(folder / "meta", False),
         "load for decoding": lambda: load(folder / "hf", True),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama.chat.turns import ROWS, WIDTH, Turns, read
+from models.llama.chat.turns import ROWS, WIDTHS, Turns, read
 from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, for_decoding
@@ -34,7 +34,7 @@ def prompts(n=9):
 def said(row, turn):
     """What others say: 1 to 80 tokens, so some are read in several pieces."""
     draw = random.Random(row * 100 + turn)
-    return draw.choices(range(30, 160), k=draw.choice((1, 3, 20, WIDTH - 1, WIDTH, 80)))
+    return draw.choices(range(30, 160), k=draw.choice((1, 3, 15, 16, 20, *WIDTHS, 80)))
 
 
 def play(asked, order, stride=5, n=1):

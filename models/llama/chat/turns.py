@@ -2,7 +2,7 @@
 
 The ids of a turn are those that were sampled; only what others say is read, and text is never
 tokenized again. A row's numbers do not depend on when it reads, or on who reads with it: all rows
-read in pieces of one shape, and decode in steps of one shape.
+read in pieces of two shapes, and decode in steps of one.
 Dimension key: R rows, r rows that read together, W tokens that each of them reads, S cache slots.
 """
 
@@ -24,8 +24,10 @@ from utils.errors import DataError
 
 Array = jax.Array
 
-# Tokens that a row reads at once, and rows that read together.
-WIDTH = 32
+# Tokens that a row reads at once: the larger number as long as there are that many. A row's pieces
+# depend on what it reads alone.
+WIDTHS = (64, 16)
+# Rows that read together.
 ROWS = 8
 
 # Texts that stand for an answer.
@@ -109,7 +111,7 @@ class Turns(Generation):
             key: as for `generate`.
             room: tokens of the longest row, all turns together.
         """
-        super().start(prompts, key=key, room=room + WIDTH)
+        super().start(prompts, key=key, room=room + WIDTHS[0])
 
     def read(self, said: Mapping[int, Sequence[int]], limit: Mapping[int, int]) -> None:
         """Lets rows that have ended read what others said, and sample the first token of a turn.
@@ -129,11 +131,13 @@ class Turns(Generation):
         while left:
             # The longest first: few calls then have rows to spare.
             rows = sorted(left, key=lambda row: (-len(left[row]), row))[:r]
-            tokens_rW, lengths_r, limits_r = _empty(r)
-            rows_r = np.full(r, R, np.int32)
+            width = _width(len(left[rows[0]]))
+            rows = [row for row in rows if _width(len(left[row])) == width]
+            tokens_rW, lengths_r = np.zeros((r, width), np.int32), np.zeros(r, np.int32)
+            limits_r, rows_r = np.zeros(r, np.int32), np.full(r, R, np.int32)
             for place, row in enumerate(rows):
                 place, rows_r[place] = row if on_mesh else place, row
-                piece, left[row] = left[row][:WIDTH], left[row][WIDTH:]
+                piece, left[row] = left[row][:width], left[row][width:]
                 tokens_rW[place, : len(piece)], lengths_r[place] = piece, len(piece)
                 if not left[row]:
                     limits_r[place] = limit[row]
@@ -144,9 +148,9 @@ class Turns(Generation):
         self._raise_if_not_finite()
 
 
-def _empty(r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The batch of `read` for r rows that read nothing."""
-    return tuple(np.zeros(shape, np.int32) for shape in ((r, WIDTH), r, r))
+def _width(n: int) -> int:
+    """How many slots the next piece of n tokens takes."""
+    return next((width for width in WIDTHS if n >= width), WIDTHS[-1])
 
 
 def following_ids(
