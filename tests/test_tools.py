@@ -470,7 +470,8 @@ def test_a_template_without_tools_writes_them_as_text(forms, tmp_path, default_m
         # A turn continues what the model has read.
         for n in (2, 4):
             assert text.startswith(form.render(fitted[:n]))
-    assert fitting(form, messages[:1], []) == (messages[:1], None)
+    # Neither tools nor words about them.
+    assert fitting(form, messages, []) == (messages, None) == (with_tools(messages, []), None)
 
 
 def test_importing_takes_milliseconds():

@@ -258,8 +258,6 @@ def fitting(
     form: Format, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Message], list[Mapping[str, Any]] | None]:
     """(messages, tools) for a template: as they are, or without tools; see `with_tools`."""
-    if not tools:
-        return list(messages), None
     call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
     probe = [
         {"role": "user", "content": "a"},
@@ -270,7 +268,7 @@ def fitting(
         form.encode_chat(probe, True, tools)
     except AltiplanoError:
         return with_tools(messages, tools), None
-    return list(messages), list(tools)
+    return list(messages), list(tools) or None
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -281,8 +279,10 @@ def with_tools(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) 
 
     Args:
         messages: as `read_messages` gives them.
-        tools: their schemas.
+        tools: their schemas; none: the conversation stays as it is.
     """
+    if not tools:
+        return list(messages)
     prompt = (
         "You can call functions:\n"
         f"<tools>{json.dumps(list(tools), ensure_ascii=False)}</tools>\n"
