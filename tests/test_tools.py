@@ -330,6 +330,7 @@ def nested(levels: int) -> str:
             '<tool_call>{"name": "add", "arguments": {}, "parameters": {}}</tool_call>',
             '"parameters": {}}; expected',
         ),
+        ('<tool_call>{"name": "", "arguments": {}}</tool_call>', 'got {"name": "", "arguments"'),
         ("<tool_call>[3]</tool_call>", "got 3; expected"),
         ("<tool_call>[3]</tool_call><tool_call>x</tool_call>", "got 3; expected"),
         (f'<tool_call>{{"name": "add", "arguments": {{"a": NaN}}}}</tool_call>', "NaN is not JSON"),
