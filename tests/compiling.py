@@ -1,26 +1,38 @@
-"""How the tests have XLA compile: programs as tiny as theirs are compiled far longer than they run."""
+"""How the tests have programs traced and compiled: tiny ones are compiled far longer than they run."""
 
+import gc
 import glob
 import importlib.metadata
 import os
 
 # Measured on a training step of two layers: 9.6 s of CPU time become 5.0 without LLVM's
-# optimisations and 1.6 if XLA's new emitters are not used either. XLA ends a process that passes a
-# flag which it does not know (any more).
-_FLAG = "--xla_cpu_use_fusion_emitters=false"
+# optimisations and 1.6 if XLA's new emitters are not used either. A fifth of what programs of
+# sampling take is saved if LLVM gets them whole instead of in parts. XLA ends a process that passes
+# a flag which it does not know (any more).
+_KNOWN_TO = {
+    "--xla_cpu_use_fusion_emitters=false": ("0.10.",),
+    "--xla_cpu_parallel_codegen_split_count=1": ("0.10.", "0.12.0"),
+}
 # Where libtpu is installed and no TPU is, it complains on stderr, unless JAX is told not to ask it.
 _ACCELERATORS = [p for name in ("accel*", "vfio/*", "nvidia*") for p in glob.glob(f"/dev/{name}")]
-_IS_KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")
+_JAXLIB = importlib.metadata.version("jaxlib")
 
 
 def environment(optimized: bool) -> dict[str, str]:
     """Variables with which XLA optimises or not, on the CPU where that is all; other flags stay."""
-    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != _FLAG]
-    if _IS_KNOWN and not optimized:
-        flags.append(_FLAG)
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in _KNOWN_TO]
+    if not optimized:
+        flags += [flag for flag, known in _KNOWN_TO.items() if _JAXLIB.startswith(known)]
     disable = "false" if optimized else "true"
     platforms = {} if _ACCELERATORS else {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     return platforms | {
         "XLA_FLAGS": " ".join(flags),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": disable,
     }
+
+
+def collect_seldom() -> None:
+    """Spares tracing the search for garbage, a tenth of its time; what is imported stays for good."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)

@@ -34,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    """All is imported now."""
+    compiling.collect_seldom()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_haste(request: pytest.FixtureRequest) -> None:
     """XLA optimises nothing in a file of PLAIN."""
