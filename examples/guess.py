@@ -86,16 +86,15 @@ def write_games(path: Path, seed: int) -> None:
 
 
 def run(
-    folder: Path, *, seed: int = 0, sft_steps: int = 120, steps: int = 60
+    folder: Path, *, seed: int = 0, sft_steps: int = 200, steps: int = 60
 ) -> tuple[float, float]:
     """Shares of games that are won (before, after); the folder keeps metrics and episodes."""
     tokenizer, llama = make_tokenizer(folder), LLaMa(MODEL)
     write_games(folder / "games.jsonl", seed)
-    data = DataConfig(seq_len=32, batch_size=64, seed=seed)
+    data = DataConfig(seq_len=24, batch_size=256, seed=seed)
     dataset = load_dataset(folder / "games.jsonl", tokenizer, data)
-    sft = SFTTrainer(
-        llama, SFTConfig(learning_rate=1e-2, max_steps=sft_steps, micro_batch_size=None)
-    )
+    muon = dict(optimizer="muon", learning_rate=1e-2, beta2=0.99, warmup_steps=0)
+    sft = SFTTrainer(llama, SFTConfig(micro_batch_size=None, max_steps=sft_steps, **muon))
     state, _ = sft.init(init_params(MODEL, jax.random.key(seed)), jax.random.key(seed))
     state, _ = fit(sft, state, {}, dataset)
     params = state.params

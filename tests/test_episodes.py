@@ -71,8 +71,9 @@ def test_ids_between_turns_are_what_the_template_writes(played):
             said = decode(one.ids[turn.end : after.start])
             answers = "".join(f"<user>{m['content']}</s>" for m in turn.answers)
             assert said == answers + "<model>"
-        text = decode(one.ids[one.turns[0].start : one.turns[0].end - 1])
-        assert one.turns[0].message["content"] == text or one.cut
+        if len(one.turns) > 1:  # the first one ended by a stop token
+            text = decode(one.ids[: one.turns[0].end - 1], skip_special=True)
+            assert one.turns[0].message["content"] == text
 
 
 def test_an_episode_does_not_depend_on_time_or_batch_mates(played):

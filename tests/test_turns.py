@@ -3,17 +3,21 @@
 import functools
 import random
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama.chat.turns import ROWS, WIDTHS, Turns, read
+from models.llama.chat.turns import ROWS, WIDTHS, Turns, following_ids, read
+from models.llama.chat_format import chat_format_for
 from models.llama.decoding import GenerationConfig
 from models.llama.load import load_checkpoint
 from models.llama.model import LLaMa, for_decoding
 from sampling import TopP
 from tests import tiny
+from tests.test_chat_format import CASES, cases, make
 
 SAMPLER = TopP(temperature=1.0)
 STOPS = frozenset(range(3, 23))  # a turn has about eight tokens
@@ -111,3 +115,22 @@ def test_reading_compiles_once_however_turns_vary():
     for seed in (5, 6):
         play(prompts(), random.Random(seed), stride=3)
     assert read._cache_size() == before
+
+
+@pytest.mark.parametrize("case", CASES)
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(data=st.data())
+def test_the_ids_after_an_answer_are_the_templates(make, case, data):
+    form = chat_format_for(make(*cases(make)[case]))
+    text = st.text("ab <>|_/im1\n", min_size=1, max_size=12).filter(str.strip)
+    asked, answer, more = (data.draw(text) for _ in range(3))
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    said = [{"role": "user", "content": more}]
+    after = following_ids(form, messages, said, None)
+    whole, alone = form.encode_chat(messages + said), form.encode_chat(messages[:1])
+    assert after == whole[len(whole) - len(after) :]
+    assert whole[len(whole) - len(after) - 1] in form.tokenizer.stop_ids
+    # As many stop tokens before it as the first message and the answer have.
+    stops = form.tokenizer.stop_ids
+    before = whole[: len(whole) - len(after)]
+    assert sum(i in stops for i in before) == sum(i in stops for i in alone) + 1

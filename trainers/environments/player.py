@@ -115,8 +115,7 @@ class Player:
         longest = max(config.prompt_width or 0, *(len(prompt.ids) for prompt in prompts))
         with _Stage(self, run, rows, length) as stage:
             stage.open(np.asarray(jax.random.key_data(keys)))
-            # A single turn needs the room that `generate` takes.
-            room = longest + length if self.config.max_turns > 1 else 1
+            room = longest + length if self.config.max_turns > 1 else 0
             run.start([prompt.ids for prompt in prompts], key=keys, room=room)
             stage.play()
         failed = [

@@ -109,9 +109,9 @@ class Turns(Generation):
         Args:
             prompts: B lists of ids.
             key: as for `generate`.
-            room: tokens of the longest row, all turns together.
+            room: tokens of the longest row, all turns together; 0: there is one turn.
         """
-        super().start(prompts, key=key, room=room + WIDTHS[0])
+        super().start(prompts, key=key, room=room + WIDTHS[0] if room else 1)
 
     def read(self, said: Mapping[int, Sequence[int]], limit: Mapping[int, int]) -> None:
         """Lets rows that have ended read what others said, and sample the first token of a turn.
