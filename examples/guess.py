@@ -86,7 +86,7 @@ def write_games(path: Path, seed: int) -> None:
 
 
 def run(
-    folder: Path, *, seed: int = 0, sft_steps: int = 200, steps: int = 60
+    folder: Path, *, seed: int = 0, sft_steps: int = 200, steps: int = 50
 ) -> tuple[float, float]:
     """Shares of games that are won (before, after); the folder keeps metrics and episodes."""
     tokenizer, llama = make_tokenizer(folder), LLaMa(MODEL)

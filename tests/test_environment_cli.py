@@ -5,8 +5,9 @@ import json
 import pytest
 
 from models.llama.load import save_checkpoint
-from tests import small_episodes
-from tests.programs import assert_same_run, check_error, programs
+from tests import cli, small_episodes
+from tests.programs import assert_same_run, check_error, flags, programs
+from tests.test_verifiers import EXAMPLES
 
 STEPS = 4
 
@@ -92,3 +93,17 @@ def test_flags_that_do_not_go_together(programs, checkpoint, tmp_path):
     ):
         done = programs.run("train.py", "grpo", **training(checkpoint, tmp_path) | wrong)
         check_error(done, 2, told)
+
+
+@pytest.mark.slow
+def test_an_example_of_verifiers_trains_two_steps(tmp_path):
+    options = dict(env="verifiers", env_args='{"env_id": "glossary"}', task_size=4, max_steps=2)
+    options |= dict(
+        ckpt_dir=cli.checkpoint(1024, 1), prompts_per_step=2, group_size=2, export=False
+    )
+    options |= dict(max_completion_len=96, max_turn_len=16, max_turns=2, out_dir=tmp_path)
+    environment = cli.environment() | {"PYTHONPATH": str(EXAMPLES)}
+    done = cli.run("train.py", "grpo", *flags(options), env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = [c for line in rollouts(tmp_path) for p in line["prompts"] for c in p["completions"]]
+    assert len(found) == 8 and all(c["reward"] is not None for c in found)

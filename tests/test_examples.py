@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from examples import arithmetic, custom_loss, grpo_step, sft_json
+from examples import arithmetic, custom_loss, grpo_step, guess, sft_json
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,6 +31,13 @@ def test_the_default_model_learns_a_json_shape(tmp_path):
 def test_grpo_makes_sums_right_from_random_weights_on(tmp_path, seed):
     before, after = arithmetic.run(tmp_path, seed=seed)
     assert before < 0.4 and after > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_guessing_game_is_learnt_over_turns(tmp_path, seed):
+    before, after = guess.run(tmp_path, seed=seed)
+    assert before < 0.52 and after > 0.66
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Player:
         self.tools = {schema["function"]["name"]: schema for schema in task.tools}
         _, self._taken = fitting(self.form, _ASKED, task.tools)
         self.failures: list[str] = []
-        self.unchecked = _CHECKED
+        self.unchecked, self._compiled = _CHECKED, set()
         self.failed, self._stop = FailureLog(), on_failure == "stop"
 
     def __enter__(self) -> "Player":
@@ -117,6 +117,9 @@ class Player:
             stage.open(np.asarray(jax.random.key_data(keys)))
             room = longest + length if self.config.max_turns > 1 else 0
             run.start([prompt.ids for prompt in prompts], key=keys, room=room)
+            if room and len(rows) not in self._compiled:
+                self._compiled.add(len(rows))
+                run.compile()
             stage.play()
         failed = [
             Failure(self.server.title, f"on {row.prompt.text[:60]!r}", row.failed, 1)

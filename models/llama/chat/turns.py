@@ -126,8 +126,7 @@ class Turns(Generation):
         last, R = self.completions(), len(self.state.counts_R)
         # A row's last token is sampled but not in the cache yet.
         left = {row: [last.row(row)[-1], *ids] for row, ids in said.items()}
-        on_mesh = sharding.axis_size(sharding.DECODING.batch + sharding.DECODING.heads) > 1
-        r = R if on_mesh else min(ROWS, R)
+        on_mesh, r = self._places is None, self._places or R
         while left:
             # The longest first: few calls then have rows to spare.
             rows = sorted(left, key=lambda row: (-len(left[row]), row))[:r]
@@ -142,10 +141,26 @@ class Turns(Generation):
                 if not left[row]:
                     limits_r[place] = limit[row]
                     del left[row]
-            batch = tuple(map(jnp.asarray, (tokens_rW, lengths_r, limits_r)))
-            given = self.model, self.params, self.rules, self.state
-            self.state = read(*given, None if on_mesh else jnp.asarray(rows_r), batch)
+            self._read(rows_r, tuple(map(jnp.asarray, (tokens_rW, lengths_r, limits_r))))
         self._raise_if_not_finite()
+
+    def compile(self) -> None:
+        """Compiles what any later turn needs, by reading nothing."""
+        R = len(self.state.counts_R)
+        r = self._places or R
+        for width in WIDTHS:
+            batch = jnp.zeros((r, width), jnp.int32), *jnp.zeros((2, r), jnp.int32)
+            self._read(np.full(r, R, np.int32), batch)
+
+    @property
+    def _places(self) -> int | None:
+        """Rows that read together; None: all of them, on a mesh."""
+        on_mesh = sharding.axis_size(sharding.DECODING.batch + sharding.DECODING.heads) > 1
+        return None if on_mesh else min(ROWS, len(self.state.counts_R))
+
+    def _read(self, rows_r: np.ndarray, batch: tuple[Array, Array, Array]) -> None:
+        rows = None if self._places is None else jnp.asarray(rows_r)
+        self.state = read(self.model, self.params, self.rules, self.state, rows, batch)
 
 
 def _width(n: int) -> int:
