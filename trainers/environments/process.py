@@ -213,13 +213,10 @@ class EnvironmentServer:
     def _tell(self, **order: Any) -> None:
         self._worker.connection.send_bytes(json.dumps(order).encode())
 
-    def leave(self, key: int) -> bool:
-        """Leaves it to an episode's process to end once its connection closes; False: it cannot."""
-        try:
-            self._tell(leave=key)
-        except OSError:
-            return False
-        return True
+    def drop(self, key: int) -> None:
+        """Ends an episode's process with its group, and does not wait for that."""
+        with contextlib.suppress(OSError):  # the server has ended, and so do its children
+            self._tell(drop=key)
 
     def end(self, key: int, patience: float) -> int:
         """Ends an episode's process with its group. Returns its exit code."""
@@ -274,17 +271,15 @@ class Episode(Process):
 
     def kill(self, patience: float = 0.0) -> int:
         """See `Process.kill`."""
-        if self.connection.closed:
-            return 0
         code = self._server.end(self._key, patience)
         self.connection.close()
         return code
 
     def close(self) -> None:
-        """Ends it, without waiting for the end where it has answered: it reads, and sees the end."""
-        if self.waiting or self.connection.closed or not self._server.leave(self._key):
-            self.kill()
-        self.connection.close()
+        """Ends it."""
+        if not self.connection.closed:
+            self._server.drop(self._key)
+            self.connection.close()
 
 
 def _read(answer: dict[str, Any], method: str) -> list[Message]:

@@ -54,16 +54,18 @@ def main() -> None:
 def _fork_children(control: Connection, command: bytes) -> tuple[Connection, int] | None:
     """Forks and ends children as the run says. Returns in a child: its connection and its seed."""
     children: dict[int, int] = {}
-    left: set[int] = set()  # those that end by themselves
+    ending: set[int] = set()
     while command:
         order = json.loads(command)
-        left = {pid for pid in left if not os.waitpid(pid, os.WNOHANG)[0]}
+        ending = {pid for pid in ending if not os.waitpid(pid, os.WNOHANG)[0]}
         if "end" in order:
             pid = children.pop(order["end"], None)
             code = _end(pid, order["patience"]) if pid else -signal.SIGKILL
             control.send_bytes(json.dumps([order["end"], code]).encode())
-        elif "leave" in order:
-            left.update(filter(None, [children.pop(order["leave"], None)]))
+        elif "drop" in order:
+            if pid := children.pop(order["drop"], None):
+                _kill(pid)
+                ending.add(pid)
         else:
             connection = Connection(reduction.recv_handle(control))
             os.set_inheritable(connection.fileno(), False)
@@ -83,22 +85,24 @@ def _fork_children(control: Connection, command: bytes) -> tuple[Connection, int
             command = control.recv_bytes()
         except (EOFError, OSError):
             command = b""
-    for pid in {*children.values(), *left}:
-        _end(pid)
+    for pid in children.values():
+        _kill(pid)
     return None
 
 
-def _end(pid: int, patience: float = 0.0) -> int:
+def _end(pid: int, patience: float) -> int:
     """Ends a child with its group, after `patience` seconds at the latest. Returns its exit code."""
     deadline = time.monotonic() + patience
     while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
         time.sleep(0.01)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    if not ended[0]:
-        os.kill(pid, signal.SIGKILL)  # it may have left its group
-        ended = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(ended[1])
+    _kill(pid)
+    return os.waitstatus_to_exitcode((ended if ended[0] else os.waitpid(pid, 0))[1])
+
+
+def _kill(pid: int) -> None:
+    for kill in (os.killpg, os.kill):  # a child may have left its group, and outlive it
+        with suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
 
 
 def _serve(environment: Any, connection: Connection, seed: int) -> None:

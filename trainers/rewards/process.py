@@ -26,7 +26,6 @@ class Process:
         title: names what runs in it, in messages.
         connection: becomes readable when the answer is there, or the process has ended.
         deadline: latest time of the answer (time.monotonic).
-        waiting: whether an answer is to come.
     """
 
     def __init__(self, title: str, timeout: float):
@@ -37,7 +36,7 @@ class Process:
         """
         self.title = title
         self.connection: connection.Connection | None = None
-        self.deadline, self.waiting = 0.0, False
+        self.deadline = 0.0
         self._timeout = timeout
 
     def send(self, *frames: bytes) -> None:
@@ -45,13 +44,12 @@ class Process:
         with suppress(OSError):  # it has died: `answer` will say so
             for frame in frames:
                 self.connection.send_bytes(frame)
-        self.deadline, self.waiting = time.monotonic() + self._timeout, True
+        self.deadline = time.monotonic() + self._timeout
 
     def answer(self) -> dict[str, Any]:
         """The answer, once it is there or the deadline has passed; or "failed", and whether by "timeout"."""
         try:
             if self.connection.poll():
-                self.waiting = False
                 return {"timeout": False} | json.loads(self.connection.recv_bytes())
             self.kill()
             return {"failed": f"timed out after {self._timeout:g} s", "timeout": True}
