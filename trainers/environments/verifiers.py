@@ -80,8 +80,10 @@ class Verifiers(Environment):
         """Sets up the tools that all episodes share. Returns the schemas of all tools."""
         for tools in self._shared:
             await tools.setup()
-        served = (await self._serve(toolsets, None)).items()
-        return [{"type": "function", "function": _described(k, tool)} for k, (_, tool) in served]
+        served = await self._serve(toolsets, None)
+        told = [(k, tool.description or "", tool.input_schema) for k, (_, tool) in served.items()]
+        keys = ("name", "description", "parameters")
+        return [{"type": "function", "function": dict(zip(keys, values))} for values in told]
 
     async def _serve(self, toolsets: Sequence[Any], state: Any) -> dict[str, tuple[Any, Any]]:
         """(server, tool) by the names that a model knows, for an episode's state."""
@@ -203,12 +205,8 @@ class _Seat:
             state=vf.state.state_cls(type(task))(),
         )
         await vf.utils.decorators.invoke(task.setup, {"trace": trace, "runtime": None})
-        own = task.toolsets(task.config)
-        for tools in own:
-            await tools.setup()
-            await tools.setup_task(task.data)
-        self._tools = await self._of._serve([*self._of._shared, *own], trace.state)
-        trace.tools = [vf.Tool(**_described(k, tool)) for k, (_, tool) in self._tools.items()]
+        self._task, self._tools = task, None
+        trace.tools = [vf.Tool(**schema["function"]) for schema in self._of.tools]
         self._stops = task.hooks("stop")
         system = task.data.system_prompt
         self._next = [vf.SystemMessage(content=system)] if system is not None else []
@@ -275,7 +273,13 @@ class _Seat:
 
     async def _call(self, call: Any) -> Any:
         """The result of a tool, as verifiers' own chat program tells it."""
-        utils = self._vf.harnesses.utils
+        utils, task = self._vf.harnesses.utils, self._task
+        if self._tools is None:  # not before: a run reads the prompts of thousands of tasks
+            own = task.toolsets(task.config)
+            for tools in own:
+                await tools.setup()
+                await tools.setup_task(task.data)
+            self._tools = await self._of._serve([*self._of._shared, *own], self.trace.state)
         server, tool = self._tools.get(call.name, (None, None))
         if server is None:
             content = f"error: unknown tool {call.name!r}"
@@ -288,8 +292,3 @@ class _Seat:
         if isinstance(content, str):
             content = utils.compaction.truncate_tool_output(content)
         return self._vf.ToolMessage(tool_call_id=call.id, name=call.name, content=content)
-
-
-def _described(name: str, tool: Any) -> dict[str, Any]:
-    """A tool as templates describe it."""
-    return {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
