@@ -282,7 +282,12 @@ class _Stage:
         messages, tools = player.fit(row.messages)
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant") + 1
         try:
-            ids = following_ids(player.form, messages[:last], messages[last:], tools)
+            try:
+                ids = following_ids(player.form, messages[:last], messages[last:], tools)
+            except DataError:
+                # Llama 3.1's template takes one call per message, and its models make several.
+                messages = [_with_one_call(message) for message in messages]
+                ids = following_ids(player.form, messages[:last], messages[last:], tools)
             if player.unchecked:
                 player.unchecked -= 1
                 self._check_history(player, [*row.prompt.ids, *row.ids, *ids], messages, tools)
@@ -309,3 +314,9 @@ class _Stage:
     def _close(self, i: int) -> None:
         if (episode := self._episodes.pop(i, None)) is not None:
             episode.close()
+
+
+def _with_one_call(message: Message) -> Message:
+    """A message with its first call alone: what follows it is the same."""
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": calls[:1]} if calls else message
