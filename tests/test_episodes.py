@@ -40,18 +40,26 @@ def play(make, n=2, key=0, length=LENGTH, stop=None, **options):
         return of.play(llama, params, asked.prompts, SAMPLER, config, keys)
 
 
+def padded(rows):
+    return np.asarray([row + [0] * (48 - len(row)) for row in rows])
+
+
+def full_pass(params, rows):
+    """Log-probs of all tokens, [R, T, 16]."""
+    logits = model()[0].apply({"params": params}, jnp.asarray(rows))[0][..., :16]
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
 @pytest.fixture(scope="module")
 def played():
     return play(Chatter, stop=STOPS)
 
 
 def test_what_is_sampled_is_what_a_full_pass_gives_and_the_mask_is_exact(played):
-    llama, params, _ = model()
+    _, params, _ = model()
+    rows = padded([[*one.prompt.ids, *one.ids] for one in played])
     several = 0
-    for one in played:
-        row = [*one.prompt.ids, *one.ids]
-        logits = llama.apply({"params": params}, jnp.asarray([row]))[0][0, :, :16]
-        expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    for one, row, expected in zip(played, rows, np.asarray(full_pass(params, rows))):
         at = [len(one.prompt.ids) + i for i, sampled in enumerate(one.sampled) if sampled]
         wanted = [expected[i - 1, row[i]] for i in at]
         found = [x for x, sampled in zip(one.logprobs, one.sampled) if sampled]
@@ -124,17 +132,17 @@ def test_the_gradient_is_that_of_the_sampled_tokens_alone():
     layout = data.layout(found)
     gradients, _ = of.gradients(model()[1], {}, found.batch(layout), jax.random.key(0))
 
-    def loss(params):  # every episode as a row of its own
-        total = 0.0
-        for b, prompt in enumerate(found.prompts):
-            for g in range(4):
-                n = found.lengths[b, g]
-                row = jnp.asarray([[*prompt.ids, *found.tokens[b, g, :n]]])
-                logits = of.model.apply({"params": params}, row)[0][0, :, :16]
-                logprobs = jax.nn.log_softmax(logits, axis=-1)
-                at = len(prompt.ids) + np.flatnonzero(found.sampled[b, g, :n])
-                total -= found.advantages[b, g] * logprobs[at - 1, row[0, at]].sum()
-        return total / found.sampled.sum()
+    rows, weights = [], np.zeros((12, 48))  # every episode as a row of its own
+    for i, (b, g) in enumerate(np.ndindex(3, 4)):
+        ids = found.prompts[b].ids
+        rows.append([*ids, *found.tokens[b, g, : found.lengths[b, g]].tolist()])
+        weights[i, len(ids) + np.flatnonzero(found.sampled[b, g])] = found.advantages[b, g]
+    rows = padded(rows)
+
+    def loss(params):
+        logprobs = full_pass(params, rows)[:, :-1]
+        of_tokens = jnp.take_along_axis(logprobs, rows[:, 1:, None], axis=-1)[..., 0]
+        return -(of_tokens * weights[:, 1:]).sum() / found.sampled.sum()
 
     expected = jax.grad(loss)(model()[1])
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected)):
