@@ -35,10 +35,10 @@ def model():
     return LLaMa(MODEL), params, for_decoding(params)
 
 
-def task(make, size: int = 6, timeout: float = 20, **args) -> Task:
+def task(make, size: int = 6, timeout: float = 20, system: str | None = None, **args) -> Task:
     """Examples of an environment's class."""
     server = EnvironmentServer(EnvironmentSpec(name="m:E", make=make, args=args), timeout)
-    return load_episodes(server, PromptEncoder(tokenizer()), size=size, seed=0)
+    return load_episodes(server, PromptEncoder(tokenizer(), system=system), size=size, seed=0)
 
 
 def player(make, max_turns: int = 4, max_turn_len: int | None = 3, on_failure="unscorable", **args):

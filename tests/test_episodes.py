@@ -176,6 +176,9 @@ def test_a_failure_costs_its_episode_and_is_told():
 
 @pytest.mark.covers("V6")
 def test_the_first_messages_are_those_of_the_group():
+    for one in play(Chatter, stop=STOPS, system="1"):  # which is not the environment's
+        assert [m["role"] for m in one.prompt.messages] == ["system", "user"]
+        assert not one.failed
     with pytest.raises(TrainError, match="reset gave other messages for the same example"):
         play(Shuffles, stop=STOPS)
 

@@ -257,7 +257,8 @@ class _Stage:
 
     def _check_opening(self, row: Played, messages: list[Message]) -> None:
         """Raises TrainError if an episode does not begin as its prompt does."""
-        if list(messages) != list(row.prompt.messages):
+        # A system message of the run's own may stand before them.
+        if list(messages) != list(row.prompt.messages[-len(messages) :]):
             raise TrainError(
                 f"{self._player.server.title}: reset gave other messages for the same example "
                 f"({row.prompt.text!r:.80}), expected those of its group; put what varies into the "
