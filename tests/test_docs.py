@@ -18,7 +18,13 @@ from utils.console import cli
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("README.md", "CLAUDE.md")
-DOCS = (*GUIDES, *(f"docs/{name}.md" for name in "dpo evaluate grpo scale speed training".split()))
+DOCS = (
+    *GUIDES,
+    *(
+        f"docs/{name}.md"
+        for name in "distillation dpo environments evaluate grpo scale speed training".split()
+    ),
+)
 
 
 def code_blocks(name, language):
