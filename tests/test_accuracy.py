@@ -19,6 +19,7 @@ from tests import cli
 from trainers.rewards import accuracy
 from trainers.rewards.accuracy import EvaluationConfig, bootstrap_interval, evaluate_task
 from trainers.rewards.accuracy import _measures, mean_interval, pass_at_k
+from trainers.rewards.failures import Failure
 from trainers.rewards.functions import Reward
 from trainers.rewards.pool import RewardPool, Scores
 from trainers.rewards.tasks import Task
@@ -124,7 +125,7 @@ class Pool(RewardPool):
     def __call__(self, prompts, completions, completion_ids, columns, group_size):
         self.calls.append((prompts, completions, completion_ids, columns, group_size))
         told = [self._told.pop(0)] if prompts and self._told else []
-        self._failures = [("kind", line, 0) for line in told]
+        self._failures = [Failure("reward 'f'", "on", what, 0) for what in told]
         values = [f(prompts, completions, completion_ids, **columns) for f in self._functions]
         values = np.asarray(values, np.float64)
         return Scores(values=values, failed=np.zeros(values.shape, bool))
@@ -318,7 +319,7 @@ def test_temperature_0_is_greedy_and_the_prompts_are_reported(loaded):
 def test_failures_of_all_batches_are_returned(loaded):
     of = task()
     found, _ = evaluated(loaded, of, Pool(of, ["first", "second"]))
-    assert found["failures"] == ["first", "second"]
+    assert found["failures"] == ["reward 'f' on: first", "reward 'f' on: second"]
 
 
 def test_what_does_not_fit_the_context_is_said_before_anything_is_sampled(loaded, monkeypatch):

@@ -113,12 +113,12 @@ def test_the_share_of_groups_that_teach_nothing_is_known():
     found = Rollout(
         prompts=[None] * 4,
         texts=[[""] * 3] * 4,
-        functions=(),
+        functions=("f",),
         tokens=tokens,
         lengths=lengths,
         stopped=lengths > 0,
         logprobs=tokens.astype(np.float32),
-        scores=np.zeros((4, 3, 0)),
+        scores=rewards[..., None],
         rewards=rewards,
         advantages=np.zeros((4, 3), np.float32),
     ).with_advantages("group")

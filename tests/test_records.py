@@ -67,7 +67,7 @@ def test_kinds_and_columns(write):
     nulls = {"text": None, "messages": [USER, ANSWER], "prompt": "a column", "completion": None}
     (record,) = read_records(write([json.dumps(nulls).encode()])).rows
     assert record.kind == "messages"
-    assert set(KINDS) == {*records.SUPERVISED, "prompt", "preference"}
+    assert set(KINDS) == {*records.SUPERVISED, "prompt", "preference", "example"}
 
 
 BAD = {
