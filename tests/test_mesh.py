@@ -29,6 +29,7 @@ CHECKS = (
     "as many prompts, odd heads",
     "eight samples a prompt",
     "eight samples a prompt, odd heads",
+    "turns",
     "load, hf",
     "load, meta",
     "load for decoding",
