@@ -25,7 +25,7 @@ def training(checkpoint, out_dir, **options):
     known = dict(env="tests.talkers:Chatter", env_args='{"low": 2}', out_dir=out_dir, export=False)
     known |= dict(ckpt_dir=checkpoint, max_steps=STEPS, prompts_per_step=3, group_size=4)
     known |= dict(max_completion_len=64, max_turn_len=8, max_turns=3, max_seq_len=128, save_every=1)
-    return known | dict(lr=0.01, task_size=20, iterations=2, mini_batches=1) | options
+    return known | dict(lr=0.01, task_size=20) | options
 
 
 def rollouts(folder):
@@ -49,7 +49,9 @@ def whole(programs, checkpoint, tmp_path_factory):
 @pytest.mark.covers("D16")
 def test_killed_within_an_episode_and_gone_on_with(programs, checkpoint, whole, tmp_path):
     patch = "import os, signal, trainers.environments.player as player\n"
-    patch += "at(player._Stage, '_take_answer', 40, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    patch += (
+        "at(player._Stage, '_take_answer', 112, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+    )
     options = training(checkpoint, tmp_path, eval_size=4)
     done = programs.run("train.py", "grpo", patch=patch, **options)
     assert done.code == -9, done.stderr
@@ -99,7 +101,7 @@ def test_flags_that_do_not_go_together(programs, checkpoint, tmp_path):
 def test_an_example_of_verifiers_trains_two_steps(tmp_path):
     options = dict(env="verifiers", env_args='{"env_id": "glossary"}', task_size=4, max_steps=2)
     options |= dict(
-        ckpt_dir=cli.checkpoint(1024, 1), prompts_per_step=2, group_size=2, export=False
+        ckpt_dir=cli.checkpoint(2048, 1), prompts_per_step=2, group_size=2, export=False
     )
     options |= dict(max_completion_len=96, max_turn_len=16, max_turns=2, out_dir=tmp_path)
     environment = cli.environment() | {"PYTHONPATH": str(EXAMPLES)}

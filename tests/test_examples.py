@@ -37,7 +37,7 @@ def test_grpo_makes_sums_right_from_random_weights_on(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_guessing_game_is_learnt_over_turns(tmp_path, seed):
     before, after = guess.run(tmp_path, seed=seed)
-    assert before < 0.52 and after > 0.66
+    assert before < 0.6 and after > before + 0.15
 
 
 @pytest.mark.slow
