@@ -282,7 +282,7 @@ class GRPOTrainer(Trainer):
 
     A batch holds `prompts` [B, P] int32, padded on the right, with `prompt_lengths` [B]; `tokens` [B,
     M, C] int32; `target_mask` [B, M, C] bool, the sampled tokens; `counts` [B, M] float32, 1 for a
-    completion that was scored; others do not count; `advantages` [B, M]; `sampler_logprobs` [B, M, C]; where the
+    completion that was scored, else 0; `advantages` [B, M]; `sampler_logprobs` [B, M, C]; where the
     policy is no longer the sampler's, `old_logprobs`; with beta > 0 `ref_logprobs`.
 
     A prompt is computed once for its group: completions are branches of it (`utils.attention`).

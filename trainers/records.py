@@ -131,8 +131,8 @@ def read_records(
 
     A row is one line with a JSON object: `{"messages": [...]}`, `{"prompt", "completion"}` (both
     strings or both lists of messages) or `{"text"}`; rows of several kinds may be mixed. A pair is
-    `{"prompt", "chosen", "rejected"}`, see `_check_pair`. An environment's example is
-    any object. A field that is null counts as absent.
+    `{"prompt", "chosen", "rejected"}`, see `_check_pair`. An environment's example is any
+    object. A field that is null counts as absent.
 
     Args:
         path: a `.jsonl` file, also gzipped, or a `.parquet` file; `hf://datasets/OWNER/NAME/FILE`;

@@ -90,7 +90,7 @@ class Played:
 
     @property
     def text(self) -> str:
-        """What was said after the prompt, with the roles of others, for people."""
+        """The conversation after the prompt, with the roles of others, for people."""
         said = self.messages[len(self.prompt.messages) :]
         return "\n".join(f"[{m['role']}] " * (m["role"] != "assistant") + _shown(m) for m in said)
 

@@ -249,7 +249,7 @@ class Episode(Process):
         self.send(json.dumps([method, arguments], default=dict).encode())
 
     def answer(self) -> dict[str, Any]:
-        """What the environment answers.
+        """The environment's answer.
 
         Returns:
             "messages" that follow, "reward" (a finite float or None), "done", and the number of tool

@@ -156,7 +156,7 @@ def _call(environment: Any, method: str, arguments: list) -> dict[str, Any]:
 
 
 def check_step(result: Any) -> dict[str, Any]:
-    """What `step` returned: "messages" as they are, "reward", "done"; or {"invalid": the bug}."""
+    """The result of `step`: "messages" as they are, "reward", "done"; or {"invalid": the bug}."""
     if not isinstance(result, (list, tuple)) or len(result) != 3:
         return {"invalid": f"returned {show(result)}, expected (messages, reward, done)"}
     messages, reward, done = result

@@ -292,7 +292,7 @@ def _scored(
 def _scored_episodes(
     played: Sequence[Played], n: int
 ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """As `_scored`, of episodes."""
+    """The same as `_scored`, of episodes."""
     records = [
         {
             "prompt": episode.prompt.text,

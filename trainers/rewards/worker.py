@@ -55,7 +55,7 @@ def open_socket() -> Connection:
 
 
 def serve_alone(connection: Connection) -> queue.SimpleQueue[bytes]:
-    """What arrives on a connection that this process has for itself, and that it ends with."""
+    """Messages from a connection that this process has for itself, and that it ends with."""
     # A child that the user's code forks must not answer, take calls or hold the socket open.
     os.register_at_fork(after_in_child=connection.close)
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()
