@@ -58,7 +58,7 @@ class Letters:
         return ""
 
 
-@pytest.mark.parametrize("name", ["gqa", "llama3_8", "biases", "qwen2_tied", "qwen3_biases"])
+@pytest.mark.parametrize("name", ["gqa", "qwen3_biases"])
 def test_greedy_equals_transformers(name):
     model = tiny.hf_model(name)[1]
     done = run(PROMPTS, name=name)
@@ -77,36 +77,35 @@ def test_greedy_equals_transformers(name):
     assert done.finish_reason == ["length"] * len(PROMPTS)
 
 
+# Most tests draw two samples of each prompt: they share two programs, of the prefill and of the steps.
+
+
 @pytest.mark.covers("C7", "C10")
-@pytest.mark.parametrize("sampler", [Greedy(), SAMPLER], ids=["greedy", "top_p"])
-def test_a_row_is_the_same_alone_and_in_any_batch(sampler):
-    together = run(PROMPTS, sampler, n=2)
-    order = [3, 0, 4, 2, 1]
-    shuffled = run([PROMPTS[i] for i in order], sampler, n=2)
+def test_a_row_is_the_same_alone_and_in_any_batch():
+    together = run(PROMPTS, SAMPLER, n=2)
+    order = [3, 0, 4, 2, 0]
+    shuffled = run([PROMPTS[i] for i in order], SAMPLER, n=2)
     for place, i in enumerate(order):
-        alone = run([PROMPTS[i]], sampler, n=2)
+        alone = run([PROMPTS[i]], SAMPLER, n=2)
         for j in range(2):
             assert together.row(2 * i + j) == shuffled.row(2 * place + j) == alone.row(j)
             np.testing.assert_allclose(together.logprobs[2 * i + j], alone.logprobs[j], atol=1e-4)
-    twice = run([PROMPTS[0], PROMPTS[0]], sampler)
-    assert twice.row(0) == twice.row(1)
 
 
 @pytest.mark.covers("C9")
 def test_keys():
-    prompts = PROMPTS[:3]
     key = jax.random.key(5)
-    first = rows(run(prompts, SAMPLER, key=key, n=3))
-    assert first == rows(run(prompts, SAMPLER, key=key, n=3))
-    assert first != rows(run(prompts, SAMPLER, key=jax.random.key(6), n=3))
-    assert first[0] != first[1] != first[2]  # samples of one prompt differ
-    keys = jax.random.split(key, len(prompts))
-    one = rows(run(prompts[2:3], SAMPLER, key=keys[2:3]))
-    assert rows(run(prompts, SAMPLER, key=keys))[2] == one[0]
+    first = rows(run(PROMPTS, SAMPLER, key=key, n=2))
+    assert first == rows(run(PROMPTS, SAMPLER, key=key, n=2))
+    assert first != rows(run(PROMPTS, SAMPLER, key=jax.random.key(6), n=2))
+    assert all(first[i] != first[i + 1] for i in range(0, 10, 2))  # samples of one prompt differ
+    keys = jax.random.split(key, len(PROMPTS))
+    own = rows(run(PROMPTS[2:3], SAMPLER, key=keys[2:3], n=2))
+    assert rows(run(PROMPTS, SAMPLER, key=keys, n=2))[4:6] == own != first[4:6]
 
 
 def test_each_draw_of_a_row_is_another_one():
-    flat = rows(run(PROMPTS[:2], TopP(temperature=1e6), n=2))
+    flat = rows(run(PROMPTS, TopP(temperature=1e6), n=2))
     # 20 draws of 160 ids that are equally likely have about 18.8 different ones.
     assert min(len(set(row)) for row in flat) > 12
     # Nor are the draws of one row those of another, or its own a step later.
@@ -127,22 +126,23 @@ def _pairs(rows):
 def test_streaming_equals_the_batch():
     model, params = load()
     config = GenerationConfig(max_new_tokens=20)
-    done = run(PROMPTS, SAMPLER)
+    done = run(PROMPTS, SAMPLER, n=2)  # a prompt's first sample is the one without others
     for i, prompt in enumerate(PROMPTS):
         pieces = list(stream(model, params, prompt, SAMPLER, config))
-        assert [token for token, _ in pieces] == done.row(i)
-        np.testing.assert_allclose([lp for _, lp in pieces], done.logprobs[i], atol=1e-4)
+        assert [token for token, _ in pieces] == done.row(2 * i)
+        np.testing.assert_allclose([lp for _, lp in pieces], done.logprobs[2 * i], atol=1e-4)
 
 
 def test_logprobs_are_those_of_the_full_forward_pass():
     model, params = load()
-    done = run(PROMPTS, TopP(temperature=0.7, top_p=0.8))
-    for i, prompt in enumerate(PROMPTS):
-        row = prompt + done.row(i)
-        logits, _ = model.apply({"params": params}, jnp.asarray([row]))
-        logprobs = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1] / 0.7)
-        exact = np.take_along_axis(np.asarray(logprobs), np.asarray(done.row(i))[:, None], 1)[:, 0]
-        np.testing.assert_allclose(done.logprobs[i], exact, atol=1e-4)
+    done = run(PROMPTS, TopP(temperature=0.7, top_p=0.8), n=2)
+    whole = [PROMPTS[i // 2] + done.row(i) for i in range(10)]
+    padded = np.asarray([row + [0] * (48 - len(row)) for row in whole])
+    logits, _ = jax.jit(lambda params: model.apply({"params": params}, padded))(params)
+    logprobs = np.asarray(jax.nn.log_softmax(logits / 0.7))
+    for i, row in enumerate(whole):
+        at = np.arange(len(PROMPTS[i // 2]), len(row))
+        np.testing.assert_allclose(done.logprobs[i], logprobs[i, at - 1, row[at[0] :]], atol=1e-4)
 
 
 @pytest.mark.covers("C8")
@@ -162,7 +162,7 @@ def test_decoding_ends_early_when_all_rows_have_ended():
     free = rows(run(PROMPTS))
     model, params = load()
     stops = frozenset(row[3] for row in free)
-    config = GenerationConfig(max_new_tokens=200, stop_ids=stops)
+    config = GenerationConfig(max_new_tokens=40, stop_ids=stops)
     active = Generation(model, params, Greedy(), config)
     active.start(PROMPTS)
     active.advance()
@@ -248,10 +248,9 @@ def test_numbers_of_new_tokens():
     none = run(PROMPTS, max_new_tokens=0)
     assert none.lengths.tolist() == [0] * 5 and none.finish_reason == ["length"] * 5
     assert run(PROMPTS, max_new_tokens=1).lengths.tolist() == [1] * 5
-    context = load()[0].config.max_seq_len
     for large in (2**31, None):
-        done = run(PROMPTS[2:4], max_new_tokens=large)
-        assert done.lengths.tolist() == [context - 23, context - 20]
+        done = run(PROMPTS, max_new_tokens=large, max_seq_len=60)
+        assert done.lengths.tolist() == [60 - len(prompt) for prompt in PROMPTS]
     for wrong in (-1, 1.5, True, "8"):
         with pytest.raises(SamplingError, match="max_new_tokens"):
             run(PROMPTS, max_new_tokens=wrong)
@@ -312,20 +311,22 @@ def test_ids_outside_the_vocabulary(token):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_named_by_row_and_step(value):
     model, params = load()
-    free = run(PROMPTS[:2]).row(1)
+    prompts = [PROMPTS[0], PROMPTS[1], *[PROMPTS[0]] * 3]
+    free = run(PROMPTS).row(1)
     bad = {**params, "embed": params["embed"].at[free[3]].set(value)}
     # Row 1 meets the broken row of the embedding when it has sampled four tokens.
     assert free[3] not in PROMPTS[0] + PROMPTS[1] + free[:3]
     with pytest.raises(SamplingError, match="row 1 at step 4 are not finite") as e:
-        generate(model, bad, PROMPTS[:2], Greedy(), GenerationConfig(max_new_tokens=8))
+        config = GenerationConfig(max_new_tokens=8, prompt_width=24)
+        generate(model, bad, prompts, Greedy(), config)
     assert e.value.exit_code == 5
 
 
 @pytest.mark.covers("B6")
 def test_padding_rows_of_the_vocabulary_are_never_sampled():
-    done = run(PROMPTS, TopP(temperature=50.0), vocab_limit=40, n=4)
+    done = run(PROMPTS, TopP(temperature=50.0), vocab_limit=40, n=2)
     assert done.tokens.max() < 40
-    full = run(PROMPTS, TopP(temperature=50.0), n=4)
+    full = run(PROMPTS, TopP(temperature=50.0), n=2)
     assert full.tokens.max() >= 150
 
 
@@ -363,27 +364,23 @@ def test_a_filled_cache_goes_on():
 
 
 @pytest.mark.covers("R6")
-@pytest.mark.parametrize("sampler", [Greedy(), Greedy(repetition_penalty=1.5)], ids=["", "penalty"])
-def test_rows_that_ended_apart_go_on_apart(sampler):
+def test_rows_that_ended_apart_go_on_apart():
     """Each at the slot behind its own last token, whichever step its neighbours ran to."""
     model, params = load()
-    free, prompts = rows(run(PROMPTS[:3], sampler)), PROMPTS[:3]
-    first = Generation(
-        model,
-        params,
-        sampler,
-        GenerationConfig(max_new_tokens=9, stop_ids=frozenset({free[1][3]})),
-    )
-    first.start(prompts)
+    sampler = Greedy(repetition_penalty=1.5)
+    stop = run(PROMPTS, sampler).row(1)[3]
+    config = GenerationConfig(max_new_tokens=9, stop_ids=frozenset({stop}))
+    first = Generation(model, params, sampler, config)
+    first.start(PROMPTS)
     done = finish(first)
-    assert done.lengths.tolist() == [9, 4, 9] == [len(done.row(i)) for i in range(3)]
+    assert done.lengths.tolist() == [9, 4, 9, 9, 9] == [len(done.row(i)) for i in range(5)]
     # The cache holds all of a row but its last token.
-    held = [len(p) + n - 1 for p, n in zip(prompts, done.lengths)]
+    held = [len(p) + n - 1 for p, n in zip(PROMPTS, done.lengths)]
     assert first.state.cache.lengths.tolist() == held
-    turn = [5, 9, 2]
+    turn = [5, 9, 2, 8, 4]
     second = Generation(model, params, sampler, GenerationConfig(max_new_tokens=9))
-    second.start([done.row(i)[-1:] + turn[: i + 1] for i in range(3)], cache=first.state.cache)
-    fresh = [p + done.row(i) + turn[: i + 1] for i, p in enumerate(prompts)]
+    second.start([done.row(i)[-1:] + turn[: i + 1] for i in range(5)], cache=first.state.cache)
+    fresh = [p + done.row(i) + turn[: i + 1] for i, p in enumerate(PROMPTS)]
     assert rows(finish(second)) == rows(run(fresh, sampler, max_new_tokens=9))
 
 
@@ -415,9 +412,15 @@ def test_other_lengths_and_numbers_do_not_retrace(monkeypatch):
     traces = []
     sample = decoding.sample
     monkeypatch.setattr(decoding, "sample", lambda *a: traces.append(1) or sample(*a))
-    jax.clear_caches()  # the last test of this file: the others would compile again
-    run(PROMPTS[:2], TopP())
+    model, params = load()
+    # Of another context, so that no other test has traced it.
+    model = LLaMa(dataclasses.replace(model.config, max_seq_len=200))
+
+    def run(prompts, sampler, **config):
+        generate(model, params, prompts, sampler, GenerationConfig(**config))
+
+    run(PROMPTS[:2], TopP(), max_new_tokens=20)
     assert len(traces) == 2  # once in prefill, once in decode
     run([PROMPTS[0] + [9], [4] * 11], TopP(0.3, 0.4, 5, 0.1), max_new_tokens=43)
-    run([[5], [4]], TopP(0, 1), stop_ids=frozenset({7, 9}), key=jax.random.key(9))
+    run([[5], [4]], TopP(0, 1), stop_ids=frozenset({7, 9}), max_new_tokens=20)
     assert len(traces) == 2
