@@ -49,13 +49,13 @@ def test_products_are_those_of_the_matrix_that_it_stands_for(rows, out, width):
     x, weight = draw(rows, 1, width), quantize(jnp.asarray(draw(out, width, seed=1)))
     x[..., 3] = 300.0  # an outlier, as trained models have them
     want = x.astype(np.float64) @ np.asarray(weight.astype(np.float32), np.float64).T
-    found = np.asarray(project(jnp.asarray(x), weight))
+    found = np.asarray(jax.jit(project)(jnp.asarray(x), weight))
     assert found.shape == (rows, 1, out) and found.dtype == np.float32
     scale = np.linalg.norm(x, axis=-1, keepdims=True) * np.asarray(weight.scales) * 127
     # A single row is rounded to 8,000 levels or more of its largest number.
     assert (abs(found - want) / scale).max() < (1e-3 if rows == 1 else 3e-6)
     if rows > 1:
-        alone = np.asarray(project(jnp.asarray(x[:1]), weight))
+        alone = np.asarray(jax.jit(project)(jnp.asarray(x[:1]), weight))
         assert (abs(alone - want[:1]) / scale[:1]).max() < 1e-3
 
 
@@ -83,16 +83,17 @@ def test_a_model_computes_with_the_matrices_that_they_stand_for(name):
     narrow, model = quantize_params(params), LLaMa(config)
     stored = sum(x.nbytes for x in jax.tree.leaves(narrow))
     assert stored < 0.4 * sum(x.nbytes for x in jax.tree.leaves(params))
+    run = jax.jit(lambda params, ids, cache=None: model.apply({"params": params}, ids, cache=cache))
     ids = tokens(config, 2, 12)
-    want = model.apply({"params": dequantize(narrow)}, ids)[0]
+    want = run(dequantize(narrow), ids)[0]
     for layout in (narrow, for_decoding(narrow)):
-        assert abs(model.apply({"params": layout}, ids)[0] - want).max() < 1e-4
+        assert abs(run(layout, ids)[0] - want).max() < 1e-4
     # Token by token, each a single row.
     step, cache = for_decoding(narrow), init_cache(config, 1, 64, jnp.float32)
     for t in range(4):
-        logits, cache = model.apply({"params": step}, ids[:1, t : t + 1], cache=cache)
+        logits, cache = run(step, ids[:1, t : t + 1], cache)
         assert abs(logits[0, 0] - want[0, t]).max() < 2e-3
-    floats = model.apply({"params": params}, ids)[0]
+    floats = run(params, ids)[0]
     assert abs(want - floats).max() < 0.1 * abs(floats).max()
 
 

@@ -1,5 +1,7 @@
 """The accelerators' kernels, interpreted on the CPU, against attention in plain XLA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,7 @@ def cudnn(q, k, v, ids):
     return kernels.cudnn_attention(q, k, v, ids, implementation="xla")
 
 
-@pytest.mark.parametrize("K, G", [(2, 1), (1, 3), (1, 4), (1, 8)])
+@pytest.mark.parametrize("K, G", [(2, 1), (2, 3)])
 def test_flash_attention_of_grouped_heads(K, G):
     # 130 tokens are two registers, with 126 tokens filled in.
     check(flash, arrays(130, 130, K, G), segments(2, 130))
@@ -70,9 +72,8 @@ def test_flash_attention_over_several_blocks(head_dim):
     check(flash, arrays(T, T, 1, 2, head_dim, B=1))
 
 
-@pytest.mark.parametrize("T, S, packed", [(70, 200, False), (128, 600, True)])
-def test_flash_attention_of_the_last_tokens(T, S, packed):
-    check(flash, arrays(T, S, 1, 2, B=1), segments(1, S, 2) if packed else None)
+def test_flash_attention_of_the_last_tokens():
+    check(flash, arrays(70, 600, 1, 2, B=1), segments(1, 600, 2))
 
 
 def test_flash_attention_multiplies_float32_as_float32_in_both_passes():
@@ -221,8 +222,10 @@ def test_short_rows_stay_in_plain_xla():
     assert "custom_call" not in lowered(run, q, k, v, platform="tpu")
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("axis, H", [(1, 128), (2, 128), (2, 64)])
+@pytest.mark.parametrize(
+    "axis, H, dtype",
+    [(1, 128, jnp.bfloat16), (1, 128, jnp.float32), (2, 128, jnp.bfloat16), (2, 64, jnp.float32)],
+)
 def test_a_token_is_written_into_each_rows_slot(axis, H, dtype):
     X, S = 6, 384
     rng = np.random.default_rng(axis)
@@ -235,9 +238,10 @@ def test_a_token_is_written_into_each_rows_slot(axis, H, dtype):
     for row, slot in enumerate(slots):
         np.moveaxis(expected[row], axis - 1, 0)[slot] = np.asarray(new[row]).reshape(H)
     assert kernels.writes_tokens(buffer, axis)
-    out = kernels.write_token(buffer, new, slots, axis=axis, interpret=True)
+    write = jax.jit(functools.partial(kernels.write_token, axis=axis, interpret=True))
+    out = write(buffer, new, slots)
     np.testing.assert_array_equal(np.asarray(out), expected)
     assert not kernels.writes_tokens(buffer[:, : 8 if dtype == jnp.bfloat16 else 4], axis)
     assert not kernels.writes_tokens(buffer[..., :64], axis)
-    past = kernels.write_token(buffer, new, slots + (slots == S - 1), axis=axis, interpret=True)
+    past = write(buffer, new, slots + (slots == S - 1))
     np.testing.assert_array_equal(np.asarray(past), expected)

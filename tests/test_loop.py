@@ -1,5 +1,6 @@
 """The loop around a Trainer: order of things, skipped updates, records, compilations, the best one."""
 
+import dataclasses
 import itertools
 import json
 
@@ -17,6 +18,16 @@ from utils.errors import CheckpointError, TrainError
 
 # Ten rows of two batches each... five batches an epoch, in the file's order.
 IN_ORDER = dict(shuffle=False, lengths=(20,) * 10)
+
+
+class Under:
+    """A trainer's compiled programs under other settings of the loop around them."""
+
+    def __init__(self, of, **config):
+        self._of, self.config = of, dataclasses.replace(of.config, **config)
+
+    def __getattr__(self, name):
+        return getattr(self._of, name)
 
 
 def run(of, data, **options):
@@ -299,7 +310,9 @@ class Saves:
 def test_evaluations_and_saves_wait_for_a_rollouts_end_and_the_score_is_the_states(
     tmp_path, skipped, steps
 ):
-    of, data = trainer(eval_every=2), dataset(poisoned=skipped, lengths=(20,) * 20, shuffle=False)
+    of, data = Under(trainer(), eval_every=2), dataset(
+        poisoned=skipped, lengths=(20,) * 20, shuffle=False
+    )
     saves = Saves()
     options = dict(folder=tmp_path, checkpointer=saves, eval_data=StepAsScore())
     _, _, records = run(of, RolloutData(data), **options)
@@ -308,7 +321,7 @@ def test_evaluations_and_saves_wait_for_a_rollouts_end_and_the_score_is_the_stat
 
 
 def test_a_state_that_was_evaluated_is_saved_with_its_score_wherever_the_run_stops(tmp_path):
-    of, saves, records = trainer(save_every=0), Saves(), []
+    of, saves, records = Under(trainer(), save_every=0), Saves(), []
     session = Session(should_stop=lambda: len(records) >= 4)
     with MetricsLog(tmp_path, sinks=[records.append]) as log:
         options = dict(log=log, checkpointer=saves, eval_data=dataset(seed=1), session=session)
