@@ -1,9 +1,11 @@
 """How the tests have programs traced and compiled: tiny ones are compiled far longer than they run."""
 
+import contextlib
 import gc
 import glob
 import importlib.metadata
 import os
+from collections.abc import Iterator
 
 # Measured on a training step of two layers: 9.6 s of CPU time become 5.0 without LLVM's
 # optimisations and 1.6 if XLA's new emitters are not used either. A fifth of what programs of
@@ -29,6 +31,28 @@ def environment(optimized: bool) -> dict[str, str]:
         "XLA_FLAGS": " ".join(flags),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": disable,
     }
+
+
+@contextlib.contextmanager
+def without_emitters() -> Iterator[None]:
+    """What the environment's flags do for a process, for some of its programs; JAX has no public way."""
+    from jax._src import compiler  # here: it reads the environment
+
+    known = {}
+    for flag, versions in _KNOWN_TO.items():
+        name, _, value = flag.removeprefix("--").partition("=")
+        if _JAXLIB.startswith(versions):
+            known[name] = {"false": False}.get(value, 1)
+    of = compiler.get_compile_options
+
+    def options(*args, env_options_overrides=None, **more):
+        return of(*args, env_options_overrides=known | (env_options_overrides or {}), **more)
+
+    compiler.get_compile_options = options
+    try:
+        yield
+    finally:
+        compiler.get_compile_options = of
 
 
 def collect_seldom() -> None:

@@ -1,6 +1,8 @@
 """What all tests share: fixtures, and that the fast ones do not wait for XLA's optimisations."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ default_model generate chat train_cli on_policy resume gguf load cli tasks evalu
 """.split()
 # Files whose slow tests are about what a run does, whatever its tiny programs are compiled to.
 PLAIN = """
-on_policy resume branches adapters dpo_trainer distill_trainer distill_learns evaluate_task
+on_policy resume branches adapters dpo_trainer distill_trainer distill_learns evaluate_task chat int8
+lm_eval train_invariance gguf relatives
 """.split()
 
 
@@ -40,16 +43,28 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_in_haste(request: pytest.FixtureRequest) -> None:
-    """XLA optimises nothing in a file of PLAIN."""
+def compiled_in_haste(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA optimises nothing in a file of PLAIN: its slow tests compile in a third of the time."""
     import jax  # here: it reads the environment that pytest_configure makes
 
     plain = request.path.stem.removeprefix("test_") in PLAIN
     optimized = _optimized(request.config) and not plain
     jax.config.update("jax_disable_most_optimizations", not optimized)
+    hasty = plain and _optimized(request.config)
+    with compiling.without_emitters() if hasty else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")
 def default_model_path() -> Path:
     """The default model's GGUF file, fetched once into the user's cache as any user gets it."""
     return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A starter of programs for all tests of this process: it takes seconds to import JAX."""
+    from tests.programs import Programs  # here, as above
+
+    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
+        yield started

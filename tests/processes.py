@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests import cli
 from tests.programs import Done, Programs
 
 
@@ -79,22 +78,6 @@ def before(place: str, action: str) -> str:
         f"import errno, os, signal, time, {module}\nfrom utils import errors\n"
         f"def act(): {action}\nat({place}, act)\n"
     )
-
-
-def run_apart(count: int, program: str, *args: str) -> list[Done]:
-    """A program that Group does not start, in so many processes that a shell would start."""
-    port, started = free_port(), []
-    for i in range(count):
-        launch = f"coordinator=127.0.0.1:{port},processes={count},process={i},timeout=60"
-        argv = cli.command(program, *args, f"--distributed={launch}")
-        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        started.append(subprocess.Popen(argv, env=cli.environment(), text=True, **pipes))
-    try:
-        said = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [Done(process.returncode, *texts) for process, texts in zip(started, said)]
 
 
 def said(done: Done) -> list[str]:

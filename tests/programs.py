@@ -1,6 +1,5 @@
 """Starts train.py and evaluate.py as a user's shell would, and looks at what they leave behind."""
 
-import contextlib
 import json
 import re
 import subprocess
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
-import pytest
 
 from tests import cli
 from tests.small_runs import curve
@@ -66,13 +64,6 @@ class Programs:
         """Ends the server, which waits for nothing."""
         self._server.stdin.close()
         self._server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A starter for the tests of a module, which import this fixture."""
-    with contextlib.closing(Programs(tmp_path_factory.mktemp("programs"))) as started:
-        yield started
 
 
 def flags(options: dict[str, object]) -> list[str]:

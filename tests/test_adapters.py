@@ -21,7 +21,7 @@ from models.llama.load import load_checkpoint, save_adapter
 from models.llama.lora import LoRAConfig, init_lora, merge
 from models.llama.model import LLaMa, for_decoding
 from tests import cli, tiny
-from tests.programs import check_error, programs
+from tests.programs import check_error
 from tests.test_sft_trainer import fast
 from tests.test_torch_training import batch_of
 from tests.tiny_gguf import write_gguf

@@ -23,7 +23,20 @@ ROOT = Path(__file__).parents[1]
 CALLS = """mkdir openat flock write writev pwrite64 fsync fdatasync rename renameat renameat2 unlink
 unlinkat rmdir ftruncate""".split()
 EVERYTHING = "ALTIPLANO_EVERY_SYSCALL" in os.environ
-ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EROFS", "EFBIG")
+# From a call on, as on a full disk; or at one call alone, as of a bad sector.
+LASTING, ONCE = ("ENOSPC", "EDQUOT", "EROFS"), ("EIO", "EFBIG")
+# What is refused: the calls of that thread or of any, and which of them.
+REFUSED = [
+    # The first mkdir is of the folder, which is there.
+    ("writer", "mkdir", (2,)),
+    ("writer", "openat", (2, 30)),
+    ("writer", "write", (1, 2)),
+    ("writer", "fsync", (1, 9)),
+    ("writer", "rename", (1, 2)),
+    ("process", "mkdir", (2,)),
+    ("process", "writev", (1,)),
+    ("process", "rename", (1,)),
+]
 
 
 class Saver:
@@ -182,24 +195,12 @@ def test_killed_at_each_call_of_orbax(saver, name):
 
 @pytest.mark.slow
 @pytest.mark.covers("D17")
-@pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize(
-    "what,call,ns",
-    [
-        # The first mkdir is of the folder, which is there.
-        ("writer", "mkdir", (2,)),
-        ("writer", "openat", (2, 30)),
-        ("writer", "write", (1, 2)),
-        ("writer", "fsync", (1, 9)),
-        ("writer", "rename", (1, 2)),
-        ("process", "mkdir", (2,)),
-        ("process", "writev", (1,)),
-        ("process", "rename", (1,)),
-    ],
-)
-def test_refused(saver, what, call, ns, error):
-    """From the n-th call on, as on a full disk; or that one alone, as of a bad sector."""
-    more = "+" if error in ("ENOSPC", "EDQUOT", "EROFS") else ""
+@pytest.mark.parametrize("kinds", [LASTING, ONCE])
+@pytest.mark.parametrize("i", range(len(REFUSED)))
+def test_refused(saver, i, kinds):
+    """Each call with a lasting error and with one that comes once, in turn of all of its kind."""
+    (what, call, ns), error = REFUSED[i], kinds[i % len(kinds)]
+    more = "+" if kinds == LASTING else ""
     for n in ns:
         before = saver.check()
         assert saver.save(what, "-e", f"inject={call}:error={error}:when={n}{more}") == 6, (n, more)

@@ -64,7 +64,9 @@ def from_gguf(default_model_path):
     ).eval()
 
 
-def greedy(ours, prompts):
+@pytest.fixture(scope="module")
+def rows(ours, prompts):
+    """Greedy tokens behind each prompt."""
     config, params = ours
     done = generate(
         LLaMa(config),
@@ -87,8 +89,8 @@ def test_config_is_that_of_the_preset(ours):
 
 
 @pytest.mark.slow
-def test_40_greedy_tokens_equal_transformers_on_11_prompts(ours, prompts, from_gguf):
-    for i, row in enumerate(greedy(ours, prompts)):
+def test_40_greedy_tokens_equal_transformers_on_11_prompts(rows, prompts, from_gguf):
+    for i, row in enumerate(rows):
         assert len(row) == NEW
         assert row == their_greedy(from_gguf, prompts[i], row), f"prompt {i}"
 
@@ -105,7 +107,7 @@ def test_logits_at_far_positions_equal_transformers(ours, from_gguf):
 
 
 @pytest.mark.slow
-def test_the_export_is_what_transformers_and_we_load(ours, prompts, from_gguf, tmp_path):
+def test_the_export_is_what_transformers_and_we_load(ours, rows, prompts, from_gguf, tmp_path):
     config, params = ours
     save_checkpoint(tmp_path / "export", config, params, format="hf")
     again_config, again = load_checkpoint(tmp_path / "export")
@@ -114,6 +116,4 @@ def test_the_export_is_what_transformers_and_we_load(ours, prompts, from_gguf, t
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, from_gguf.state_dict()[name]), name
-    prompt = prompts[-1]
-    [row] = greedy((again_config, again), [prompt])
-    assert row == their_greedy(theirs, prompt, row)
+    assert rows[-1] == their_greedy(theirs, prompts[-1], rows[-1])

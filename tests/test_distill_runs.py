@@ -6,7 +6,7 @@ import types
 import pytest
 
 from tests import cli
-from tests.programs import assert_same_run, check_error, programs
+from tests.programs import assert_same_run, check_error
 from tests.test_grpo_cli import STEPS, prompts, training
 from trainers.distill_trainer import SoftTeacherFlags, Teacher, check_tokenizers
 from train import GRPOTaskFlags, PromptFlags

@@ -9,7 +9,7 @@ import pytest
 
 from models.llama.load import load_checkpoint
 from tests import cli
-from tests.programs import check_error, programs
+from tests.programs import check_error
 from tests.small_runs import curve
 
 SMALL = dict(batch_size=4, micro_batch_size=2, seq_len=96, max_steps=6, lr=0.01, eval_every=3)

@@ -6,7 +6,7 @@ import pytest
 
 from models.llama.load import save_checkpoint
 from tests import cli, small_episodes
-from tests.programs import assert_same_run, check_error, flags, programs
+from tests.programs import assert_same_run, check_error, flags
 from tests.test_verifiers import EXAMPLES
 
 STEPS = 4

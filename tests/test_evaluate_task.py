@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import cli
-from tests.programs import check_error, flags, programs
+from tests.programs import check_error, flags
 from trainers.rewards.accuracy import mean_interval, pass_at_k
 
 SUM = "reasoning_gym:chain_sum"
@@ -255,16 +255,20 @@ def ends_soon(pid: int) -> None:
 def test_the_default_model_adds_up_now_and_then(default_model_path, tmp_path):
     cli.share_default_model(default_model_path)
     out = tmp_path / "out.jsonl"
-    asked = dict(task=SUM, task_args=ONE_DIGIT, size=32, samples=8, k="1,8", json=True, out=out)
+    asked = dict(task=SUM, task_args=ONE_DIGIT, size=32, samples=4, k="1,4", json=True)
     done = cli.run(
-        "evaluate.py", "task", *flags(asked), timeout=900, env=cli.environment(optimized=True)
+        "evaluate.py",
+        "task",
+        *flags(asked | dict(out=out, batch_size=32)),
+        timeout=900,
+        env=cli.environment(optimized=True),
     )
     assert done.returncode == 0, done.stderr
     found, rows = json.loads(done.stdout), lines(out)
     measures = found["rewards"]["lenient"]
-    # Measured on 128 samples: 15 % right, and 69 % with eight tries.
-    assert 0.08 < measures["pass@1"]["value"] < 0.25 and 0.4 < measures["pass@8"]["value"] < 0.9
-    assert measures["pass@8"]["low"] > measures["pass@1"]["high"]
+    # Measured on 256 samples: 18 % right, and 47 % with four tries.
+    assert 0.08 < measures["pass@1"]["value"] < 0.25 and 0.3 < measures["pass@4"]["value"] < 0.65
+    assert measures["pass@4"]["low"] > measures["pass@1"]["high"]
     # An oracle of its own for what is right: the last number in the text.
     right = 0
     for row in rows:

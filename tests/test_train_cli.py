@@ -1,6 +1,7 @@
 """train.py and evaluate.py as programs: flags, files, exit codes, signals, kills, and going on."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import generate
 import train
 from tests import cli
 from tests import programs as shared
-from tests.programs import CODES, INT, TERM, check_error, flags, programs, wait_for_lines
+from tests.programs import CODES, INT, TERM, check_error, flags, wait_for_lines
 from tests.small_runs import curve
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.sft_trainer import SFTConfig
@@ -414,13 +415,14 @@ def test_every_difference_to_the_old_run_is_named_at_once(programs, files, whole
 
 @pytest.mark.slow
 @pytest.mark.covers("R38")
-@pytest.mark.parametrize("lora", [{}, dict(lora_rank=2)])
-def test_an_export_has_the_dtype_of_the_files_it_came_from(programs, files, tmp_path, lora):
+@pytest.mark.parametrize("lora, dtypes", [({}, [None, "float32"]), (dict(lora_rank=2), [None])])
+def test_an_export_has_the_dtype_of_the_files_it_came_from(programs, files, tmp_path, lora, dtypes):
     source = Path(shutil.copytree(cli.checkpoint(), tmp_path / "bf16"))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(source)
     options = dict(ckpt_dir=source, export=True, max_steps=1, save_every=0) | lora
-    for asked, dtype in ((None, "bfloat16"), ("float32", "float32")):
+    for asked in dtypes:
+        dtype = asked or "bfloat16"
         out = tmp_path / dtype
         wanted = {} if asked is None else dict(export_dtype=asked)
         done = programs.run("train.py", "sft", **training(files, out, **options, **wanted))
@@ -507,8 +509,7 @@ def signals_at(place: str, *signals: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.covers("D19")
-@pytest.mark.parametrize("number", [TERM, INT])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place, number", zip(PLACES, itertools.cycle([TERM, INT])))
 def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path, place, number):
     # With an export to come, even the last step is not the end.
     options = training(files, tmp_path, export=True)
@@ -528,19 +529,21 @@ def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path,
 def test_an_export_on_several_devices_is_that_of_one(programs, files, tmp_path, lora_rank):
     run = training(files, tmp_path / "run", lora_rank=lora_rank, max_steps=2)
     assert programs.run("train.py", "sft", **run).code == 0
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    for out, more in (("one", {}), ("four", devices)):
-        words = ["--run", str(tmp_path / "run"), "--out", str(tmp_path / out)]
-        done = cli.run("train.py", "export", *words, env=cli.environment() | more)
-        assert done.returncode == 0, done.stderr
+    devices = (
+        "import os, jax\nos.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=4'\n"
+    )
+    devices += "assert jax.device_count() == 4\n"
+    for out, patch in (("one", ""), ("four", devices)):
+        folders = dict(run=tmp_path / "run", out=tmp_path / out)
+        done = programs.run("train.py", "export", patch=patch, **folders)
+        assert done.code == 0, done.stderr
     one, four = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("one", "four"))
     assert one == four
 
 
 @pytest.mark.slow
 @pytest.mark.covers("R4")
-@pytest.mark.parametrize("resume", [True, "auto"])
-def test_a_run_that_resumes_on_another_day_is_the_same_run(programs, files, tmp_path, resume):
+def test_a_run_that_resumes_on_another_day_is_the_same_run(programs, files, tmp_path):
     """Its template writes today's date: rows, bits and curve are those of the day it began."""
     model = Path(shutil.copytree(cli.checkpoint(), tmp_path / "model"))
     names = json.loads((model / "tokenizer_config.json").read_text())
@@ -558,14 +561,16 @@ def test_a_run_that_resumes_on_another_day_is_the_same_run(programs, files, tmp_
 
     on(1, "whole"), on(1, "resumed", signals_at("stepping", TERM)), on(2, "other")
     assert CheckpointReader(tmp_path / "resumed" / "checkpoints").steps[-1] == 2
-    assert_same_run(on(2, "resumed", resume=resume), tmp_path / "whole")
+    shutil.copytree(tmp_path / "resumed", tmp_path / "auto")
+    assert_same_run(on(2, "resumed", resume=True), tmp_path / "whole")
+    assert_same_run(on(2, "auto", resume="auto"), tmp_path / "whole")
     losses = [[line["loss"] for line in curve(tmp_path / name)] for name in ("whole", "other")]
     assert all(a != b for a, b in zip(*losses, strict=True))  # the date is read
 
 
 @pytest.mark.slow
 @pytest.mark.covers("D19")
-@pytest.mark.parametrize("place", [place for place in PLACES if place != "the last step"])
+@pytest.mark.parametrize("place", ["preflight and its compilation", "stepping", "saving"])
 def test_a_second_signal_leaves_at_once(programs, files, whole, tmp_path, place):
     patch = signals_at(place, TERM, INT)
     # The action does not return: what it interrupts is not finished.
@@ -600,7 +605,7 @@ def test_where_there_is_nothing_to_finish_the_first_signal_leaves_at_once(
 
 @pytest.mark.slow
 @pytest.mark.covers("D16", "D24")
-@pytest.mark.parametrize("step", range(STEPS + 1))
+@pytest.mark.parametrize("step", [0, 1, 3, STEPS])
 def test_killed_at_a_step_and_gone_on_with(programs, files, whole, tmp_path, step):
     options = training(files, tmp_path)
     # A step takes a millisecond: without a pause the run would be over before it is killed.
@@ -626,7 +631,7 @@ def test_killed_at_a_step_and_gone_on_with(programs, files, whole, tmp_path, ste
 @pytest.mark.covers("D16")
 def test_killed_at_random_times_again_and_again(programs, files, whole, tmp_path):
     options, rng, kills = training(files, tmp_path), random.Random(0), 0
-    while kills < 6:
+    while kills < 4:
         saved = bool(list((tmp_path / "checkpoints").glob("step-*")))
         before = len(curve(tmp_path)) if (tmp_path / "metrics.jsonl").exists() else 0
         pid, wait = programs.start("train.py", "sft", **options, resume=saved)
@@ -673,10 +678,7 @@ def test_the_perplexity_is_that_of_transformers_however_it_is_batched(programs, 
     expected, count = perplexity(files / "train.jsonl")
     options = dict(data=files / "train.jsonl", ckpt_dir=cli.checkpoint(), json=True)
     for more in (
-        dict(),
-        dict(batch_size=1),
         dict(batch_size=5, seq_len=100),
-        dict(packing=True, seq_len=200),
         dict(packing=True, seq_len=130, batch_size=3),
     ):
         done = programs.run("evaluate.py", "ppl", **options, **more)
