@@ -412,7 +412,7 @@ def test_groups_may_be_cut_and_batches_split_without_a_change():
     of = trainer(beta=0.1)
     state, frozen = start(of)
     found = []
-    for branches, micro in ((4, None), (2, 3), (1, 1)):
+    for branches, micro in ((4, None), (2, 3)):
         cut = dataclasses.replace(of, config=dataclasses.replace(of.config, micro_batch_size=micro))
         with sampler(cut, branches=branches) as by:
             batches = by.batches()
@@ -420,9 +420,8 @@ def test_groups_may_be_cut_and_batches_split_without_a_change():
             batch = next(batches)
         assert batch["tokens"].shape[:2] == (16 // branches, branches)
         found.append(cut.gradients(state.params, frozen, batch, state.key)[0])
-    for other in found[1:]:
-        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other)):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.mark.slow
