@@ -38,12 +38,7 @@ def without_emitters() -> Iterator[None]:
     """What the environment's flags do for a process, for some of its programs; JAX has no public way."""
     from jax._src import compiler  # here: it reads the environment
 
-    known = {}
-    for flag, versions in _KNOWN_TO.items():
-        name, _, value = flag.removeprefix("--").partition("=")
-        if _JAXLIB.startswith(versions):
-            known[name] = {"false": False}.get(value, 1)
-    of = compiler.get_compile_options
+    known, of = _options(), compiler.get_compile_options
 
     def options(*args, env_options_overrides=None, **more):
         return of(*args, env_options_overrides=known | (env_options_overrides or {}), **more)
@@ -53,6 +48,24 @@ def without_emitters() -> Iterator[None]:
         yield
     finally:
         compiler.get_compile_options = of
+
+
+def in_haste() -> dict[str, bool | int]:
+    """Options to compile a program that is looked at and never run: in a third or sixth of the time.
+
+    XLA's fused products and its buffers are those of users' programs, the code in them is not.
+    """
+    return {"xla_backend_optimization_level": 0} | _options()
+
+
+def _options() -> dict[str, bool | int]:
+    """The known flags as a compilation's options."""
+    known = {}
+    for flag, versions in _KNOWN_TO.items():
+        name, _, value = flag.removeprefix("--").partition("=")
+        if _JAXLIB.startswith(versions):
+            known[name] = {"false": False}.get(value, 1)
+    return known
 
 
 def collect_seldom() -> None:

@@ -18,6 +18,7 @@ from models.llama import decoding
 from models.llama.presets import PRESETS
 from models.llama.lora import LoRAConfig
 from models.llama.model import LLaMa, for_decoding, init_params
+from tests import compiling
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.planning.hlo_text import parse
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -141,7 +142,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_program_has_a_wrong_form(name):
     traced = PROGRAMS[name]()
-    assert not wrong_forms(traced.lower().compile().as_text())
+    assert not wrong_forms(traced.lower().compile(compiling.in_haste()).as_text())
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     inexact = [x for x in products if "xbf16>" not in x and "precision = [HIGHEST" not in x]
