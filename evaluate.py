@@ -21,10 +21,9 @@ from models.llama.load import DecodingModelFlags, ModelFlags, load_model, open_m
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
 from trainers.environments.episodes import EpisodeConfig
-from trainers.environments.player import Player
+from trainers.environments.player import scorer_of
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.flags import TaskFlags
-from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import task_names
 from trainers.runs.run import load_source
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -194,12 +193,7 @@ def task(
             cli.note(f"data: {asked.counted}")
         params = source.checkpoint.params(source.dtype, decoding=True, progress=report)
         llama, rows = LLaMa(source.checkpoint.config, source.dtype), []
-        pool = (
-            RewardPool(asked.rewards, timeout=task.reward_timeout)
-            if asked.environment is None
-            else Player(asked, episodes)
-        )
-        with pool:
+        with scorer_of(asked, episodes, task.reward_timeout) as pool:
             found = evaluate_task(
                 llama,
                 params,

@@ -229,6 +229,7 @@ def distill(
     model: ModelFlags,
     teacher: TeacherFlags,
     rollout: SamplesConfig,
+    episodes: EpisodeConfig,
     training: DistillConfig,
     lora: LoRAFlags,
     run: RunConfig,
@@ -238,7 +239,8 @@ def distill(
 
     Example: python train.py distill --teacher big --task reasoning_gym:chain_sum --out_dir run
     """
-    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, teacher=teacher)
+    more = dict(teacher=teacher, episodes=episodes)
+    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, **more)
 
 
 def _on_policy(

@@ -15,6 +15,7 @@ import pytest
 from tests import cli
 from tests.processes import Group, arrays, before, gone_within, said
 from tests.programs import check_error, flags, wait_for_lines
+from tests.small_episodes import training as episodes
 from tests.small_runs import curve
 from tests.test_lm_eval import tasks
 from tests.test_train_cli import rows
@@ -132,15 +133,21 @@ def test_four_processes_with_two_devices_each(group, files, alone, tmp_path):
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
-def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert programs.run("train.py", "grpo", **grpo(files, one)).code == 0
-    done = group.run(2, "train.py", "grpo", **grpo(files, two))
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path, in_turns):
+    """In turns, the first process alone has the environments, and the other hears what they say."""
+    one, two = (
+        episodes(tmp_path / name, max_steps=2) if in_turns else grpo(files, tmp_path / name)
+        for name in ("one", "two")
+    )
+    assert programs.run("train.py", "grpo", **one).code == 0
+    done = group.run(2, "train.py", "grpo", **two)
     assert codes(done) == [0, 0], done
     rollouts = lambda folder: [
         [one["ids"] for prompt in json.loads(line)["prompts"] for one in prompt["completions"]]
         for line in (folder / "rollouts.jsonl").read_text().splitlines()
     ]
+    one, two = one["out_dir"], two["out_dir"]
     assert rollouts(one) == rollouts(two)
     for got, wanted in zip(losses(two, "loss", "reward"), losses(one, "loss", "reward")):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6)

@@ -4,28 +4,12 @@ import json
 
 import pytest
 
-from models.llama.load import save_checkpoint
-from tests import cli, small_episodes
+from tests import cli
 from tests.programs import assert_same_run, check_error, flags
+from tests.small_episodes import checkpoint, training
 from tests.test_verifiers import EXAMPLES
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Random weights that say a stop token once in a while."""
-    folder = tmp_path_factory.mktemp("model")
-    (llama, params, _), _ = small_episodes.model(), small_episodes.tokenizer()
-    save_checkpoint(folder, llama.config, params, tokenizer=small_episodes.folder())
-    return folder
-
-
-def training(checkpoint, out_dir, **options):
-    known = dict(env="tests.talkers:Chatter", env_args='{"low": 2}', out_dir=out_dir, export=False)
-    known |= dict(ckpt_dir=checkpoint, max_steps=STEPS, prompts_per_step=3, group_size=4)
-    known |= dict(max_completion_len=64, max_turn_len=8, max_turns=3, max_seq_len=128, save_every=1)
-    return known | dict(lr=0.01, task_size=20) | options
 
 
 def rollouts(folder):
@@ -33,10 +17,10 @@ def rollouts(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(programs, checkpoint, tmp_path_factory):
+def whole(programs, tmp_path_factory):
     """The folder of a run that nothing disturbed. Read, never written."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = programs.run("train.py", "grpo", **training(checkpoint, folder, eval_size=4))
+    done = programs.run("train.py", "grpo", **training(folder, eval_size=4))
     assert done.code == 0, done.stderr
     assert "20 prompts, the longest of" in done.stderr
     found = [c for line in rollouts(folder) for p in line["prompts"] for c in p["completions"]]
@@ -47,12 +31,12 @@ def whole(programs, checkpoint, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.covers("D16")
-def test_killed_within_an_episode_and_gone_on_with(programs, checkpoint, whole, tmp_path):
+def test_killed_within_an_episode_and_gone_on_with(programs, whole, tmp_path):
     patch = "import os, signal, trainers.environments.player as player\n"
     patch += (
         "at(player._Stage, '_take_answer', 112, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
     )
-    options = training(checkpoint, tmp_path, eval_size=4)
+    options = training(tmp_path, eval_size=4)
     done = programs.run("train.py", "grpo", patch=patch, **options)
     assert done.code == -9, done.stderr
     slow = options | {"env_args": '{"low": 2, "slow": 0.05}'}
@@ -74,10 +58,22 @@ def test_replay_and_report(programs, whole):
 
 
 @pytest.mark.slow
-def test_a_model_is_measured_in_an_environment(programs, checkpoint, tmp_path):
+def test_a_student_is_taught_where_it_talks(programs, tmp_path):
+    options = training(tmp_path, teacher=checkpoint(), max_steps=2)
+    done = programs.run("train.py", "distill", **options)
+    assert done.code == 0, done.stderr
+    found = [c for line in rollouts(tmp_path) for p in line["prompts"] for c in p["completions"]]
+    assert any(0 in c["mask"] for c in found)
+    # The teacher is the student: it has nothing to say at first, whoever speaks.
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(first["loss"]) < 1e-6 and first["turns"] > 1
+
+
+@pytest.mark.slow
+def test_a_model_is_measured_in_an_environment(programs, tmp_path):
     out = tmp_path / "episodes.jsonl"
-    options = dict(env="guess", env_args='{"high": 8, "turns": 3}', ckpt_dir=checkpoint, size=5)
-    options |= dict(max_completion_len=64, max_turn_len=8, samples=4, max_seq_len=128, json=True)
+    options = dict(env="guess", env_args='{"high": 8, "turns": 3}', ckpt_dir=checkpoint(), size=5)
+    options |= dict(max_completion_len=64, max_turn_len=8, samples=4, json=True)
     done = programs.run("evaluate.py", "task", out=out, **options)
     assert done.code == 0, done.stderr
     found, rows = json.loads(done.stdout), [json.loads(x) for x in out.read_text().splitlines()]
@@ -86,14 +82,14 @@ def test_a_model_is_measured_in_an_environment(programs, checkpoint, tmp_path):
 
 
 @pytest.mark.covers("V3")
-def test_flags_that_do_not_go_together(programs, checkpoint, tmp_path):
+def test_flags_that_do_not_go_together(programs, tmp_path):
     for wrong, told in (
         (dict(task="reasoning_gym:chain_sum"), "pass either --task or --data, or an --env"),
         (dict(reward="exact_match"), "--env rewards by itself: leave out --reward"),
         (dict(env="gess"), "environment 'gess': expected module:Class, .*did you mean 'guess'"),
         (dict(env_args='{"depth": 3}'), "Chatter|'m:E'|unexpected keyword argument 'depth'"),
     ):
-        done = programs.run("train.py", "grpo", **training(checkpoint, tmp_path) | wrong)
+        done = programs.run("train.py", "grpo", **training(tmp_path) | wrong)
         check_error(done, 2, told)
 
 

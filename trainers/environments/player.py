@@ -28,6 +28,7 @@ from sampling import Sampler
 from trainers.environments.episodes import EpisodeConfig, Played, Turn
 from trainers.environments.process import Episode
 from trainers.rewards.failures import Failure, FailureLog
+from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
 from trainers.rollout import Prompt
 from utils import distributed
@@ -131,6 +132,15 @@ class Player:
             raise TrainError(failed[0].line)
         self.failed.count(failed, len(rows))
         return rows
+
+
+def scorer_of(
+    task: Task, episodes: EpisodeConfig, timeout: float, on_failure: str = "unscorable"
+) -> RewardPool | Player:
+    """What scores a task's completions, to be closed: plays its environment, or runs its rewards."""
+    if task.environment is not None:
+        return Player(task, episodes, on_failure)
+    return RewardPool(task.rewards, timeout=timeout, on_failure=on_failure)
 
 
 class _Stage:

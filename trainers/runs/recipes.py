@@ -15,7 +15,7 @@ from trainers.distill_trainer import DistillConfig, DistillTrainer, SamplesConfi
 from trainers.distill_trainer import Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig, DPOTrainer
 from trainers.environments.episodes import EpisodeConfig
-from trainers.environments.player import Player
+from trainers.environments.player import scorer_of
 from trainers.environments.rollouts import EpisodeData
 from trainers.grpo_trainer import GRPOConfig, GRPOTrainer
 from trainers.loop import Data, Evaluation
@@ -26,7 +26,6 @@ from trainers.planning.estimate import grpo_bytes, sft_bytes, teacher_bytes
 from trainers.planning.job import rows_at_once
 from trainers.report.rollouts import recorder
 from trainers.rewards.accuracy import EvaluationConfig, TaskEvaluation
-from trainers.rewards.pool import RewardPool
 from trainers.rewards.tasks import Task
 from trainers.rollout import Layout, Rollout, RolloutConfig, check_context
 from trainers.sft_trainer import SFTConfig, SFTTrainer
@@ -206,12 +205,6 @@ class GRPORecipe(Recipe):
         limit = limit if limit < model.config.vocab_size else None
         return GRPOTrainer(model, _in_whole_rounds(self.config), self.lora, limit)
 
-    def _scorer(self) -> RewardPool | Player:
-        on_failure = self.reward_failure
-        if self.task.environment is not None:
-            return Player(self.task, self.episodes, on_failure)
-        return RewardPool(self.task.rewards, timeout=self.reward_timeout, on_failure=on_failure)
-
     def _check_rows(self) -> None:
         """A row is a prompt with `branches` of its completions; flags count completions."""
         c = self.rollout
@@ -234,7 +227,8 @@ class GRPORecipe(Recipe):
         }
 
     def open(self, trainer, folder, start_step, stack, table):
-        pool = stack.enter_context(self._scorer())
+        how = self.reward_timeout, self.reward_failure
+        pool = stack.enter_context(scorer_of(self.task, self.episodes, *how))
         record, evaluation = None, None
         if self.rollouts:
             log = MetricsLog(folder, name="rollouts.jsonl", start_step=start_step)
@@ -286,7 +280,7 @@ class Taught(Recipe):
 class DistillRecipe(Taught, GRPORecipe):
     """On-policy distillation on the prompts of a task; its rewards are only measured."""
 
-    configs = (DistillConfig, SamplesConfig, TeacherFlags)
+    configs = (DistillConfig, SamplesConfig, EpisodeConfig, TeacherFlags)
     config: DistillConfig
 
     def trainer(self, model: LLaMa) -> DistillTrainer:
