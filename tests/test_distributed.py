@@ -137,7 +137,11 @@ def test_four_processes_with_two_devices_each(group, files, alone, tmp_path):
 def test_a_policy_is_trained_by_two_as_by_one(group, programs, files, tmp_path, in_turns):
     """In turns, the first process alone has the environments, and the other hears what they say."""
     one, two = (
-        episodes(tmp_path / name, max_steps=2) if in_turns else grpo(files, tmp_path / name)
+        (
+            episodes(tmp_path / name, max_steps=2, prompts_per_step=4)
+            if in_turns
+            else grpo(files, tmp_path / name)
+        )
         for name in ("one", "two")
     )
     assert programs.run("train.py", "grpo", **one).code == 0

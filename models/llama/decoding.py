@@ -241,7 +241,7 @@ def decode(model: LLaMa, params, rules: Rules, state: DecodeState, steps: Array)
         return step + 1, sample(state, logits_R1V[:, 0], rules)
 
     # XLA may shard a loop's result differently from its steps.
-    return _everywhere(jax.lax.while_loop(going, body, (jnp.int32(0), state))[1])
+    return everywhere(jax.lax.while_loop(going, body, (jnp.int32(0), state))[1])
 
 
 def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
@@ -269,10 +269,10 @@ def sample(state: DecodeState, logits_RV: Array, rules: Rules) -> DecodeState:
         reason_R=jnp.where(state.reason_R == RUNNING, ended_R, state.reason_R),
         seen_RV=seen_RV,
     )
-    return _everywhere(state)
+    return everywhere(state)
 
 
-def _everywhere(state: DecodeState) -> DecodeState:
+def everywhere(state: DecodeState) -> DecodeState:
     """Replicates the state on every device of a mesh, except for the cache, which they share."""
     buffers = {"k": state.cache.k, "v": state.cache.v}
     state = sharding.replicate(state.replace(cache=state.cache.replace(k=(), v=())))

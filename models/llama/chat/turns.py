@@ -16,7 +16,8 @@ import numpy as np
 
 from models.llama.chat.messages import Message, Tools
 from models.llama.chat_format import ChatFormat
-from models.llama.decoding import LENGTH, NOT_FINITE, RUNNING, DecodeState, Rules, sample
+from models.llama.decoding import LENGTH, NOT_FINITE, RUNNING
+from models.llama.decoding import DecodeState, Rules, everywhere, sample
 from models.llama.generation import Generation
 from models.llama.model import LLaMa, Params
 from utils import sharding
@@ -74,7 +75,7 @@ def read(
     bad_r = ~ready_r & (lengths_r > 0) & ~jnp.isfinite(jnp.max(logits_r1V[:, 0], axis=-1))
     reason_r = jnp.where(ready_r, done.reason_R, jnp.where(bad_r, NOT_FINITE, part.reason_R))
     done = done.replace(reason_R=reason_r)
-    return done if rows_r is None else _put(state, done, rows_r)
+    return everywhere(done) if rows_r is None else _put(state, done, rows_r)
 
 
 def _take(state: DecodeState, rows_r: Array) -> DecodeState:
