@@ -20,7 +20,6 @@ from models.llama.decoding import GenerationConfig
 from models.llama.load import DecodingModelFlags, ModelFlags, load_model, open_model
 from models.llama.model import LLaMa
 from trainers.data import OVERLONG, WINDOWS, DataConfig, DataFlags, Dataset, load_dataset
-from trainers.environments.episodes import EpisodeConfig
 from trainers.environments.player import scorer_of
 from trainers.rewards.accuracy import EvaluationConfig, evaluate_task
 from trainers.rewards.flags import TaskFlags
@@ -170,7 +169,6 @@ def task(
     *,
     task: MeasuredTaskFlags,
     sampling: SamplingConfig,
-    episodes: EpisodeConfig,
     model: ModelFlags,
     output: TableFlags,
     processes: cli.ProcessFlags,
@@ -193,7 +191,7 @@ def task(
             cli.note(f"data: {asked.counted}")
         params = source.checkpoint.params(source.dtype, decoding=True, progress=report)
         llama, rows = LLaMa(source.checkpoint.config, source.dtype), []
-        with scorer_of(asked, episodes, task.reward_timeout) as pool:
+        with scorer_of(asked, task.episodes, task.reward_timeout) as pool:
             found = evaluate_task(
                 llama,
                 params,

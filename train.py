@@ -22,7 +22,6 @@ from models.llama.load import ModelFlags
 from models.llama.lora import LoRAConfig
 from models.llama.tokenizer import Tokenizer
 from trainers.data import DataConfig, DataFlags, Dataset, load_dataset
-from trainers.environments.episodes import EpisodeConfig
 from trainers.distill_trainer import DistillConfig, SamplesConfig
 from trainers.distill_trainer import SoftTeacherFlags, Teacher, TeacherFlags
 from trainers.dpo_trainer import DPOConfig
@@ -211,7 +210,6 @@ def grpo(
     task: GRPOTaskFlags,
     model: ModelFlags,
     rollout: RolloutConfig,
-    episodes: EpisodeConfig,
     training: GRPOConfig,
     lora: LoRAFlags,
     run: RunConfig,
@@ -221,7 +219,7 @@ def grpo(
 
     Example: python train.py grpo --task reasoning_gym:chain_sum --out_dir run --lora_rank 16
     """
-    return _on_policy(GRPORecipe, task, model, rollout, training, lora, run, episodes=episodes)
+    return _on_policy(GRPORecipe, task, model, rollout, training, lora, run)
 
 
 def distill(
@@ -229,7 +227,6 @@ def distill(
     model: ModelFlags,
     teacher: TeacherFlags,
     rollout: SamplesConfig,
-    episodes: EpisodeConfig,
     training: DistillConfig,
     lora: LoRAFlags,
     run: RunConfig,
@@ -239,8 +236,7 @@ def distill(
 
     Example: python train.py distill --teacher big --task reasoning_gym:chain_sum --out_dir run
     """
-    more = dict(teacher=teacher, episodes=episodes)
-    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, **more)
+    return _on_policy(DistillRecipe, task, model, rollout, training, lora, run, teacher=teacher)
 
 
 def _on_policy(
@@ -268,6 +264,7 @@ def _on_policy(
         rollout=dataclasses.replace(rollout, branches=branches),
         lora=lora.config,
         task=prompts,
+        episodes=task.episodes,
         evaluated=evaluated,
         eval_samples=task.eval_samples,
         tokenizer=source.tokenizer,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from models.llama.chat_format import TemplateFlags
 from models.llama.tokenizer import Tokenizer
+from trainers.environments.episodes import EpisodeConfig
 from trainers.environments.process import EnvironmentServer, load_environment
 from trainers.rewards.functions import Reward, load_reward
 from trainers.rewards.tasks import PromptEncoder, Task, load_episodes, load_prompts, load_task
@@ -17,7 +18,7 @@ from utils.files import parse_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskFlags(Config):
-    """Flags that name a task: one of reasoning_gym, or a file of prompts with rewards."""
+    """Flags that name a task: one of reasoning_gym, a file of prompts with rewards, or an environment."""
 
     needs_reward: ClassVar[bool] = True
     task: str | None = field(
@@ -30,6 +31,8 @@ class TaskFlags(Config):
         "(calculator, guess, search, verifiers)",
     )
     env_args: str | None = field(None, "JSON object with the environment's own arguments")
+    max_turns: int = again(EpisodeConfig, "max_turns", 8)
+    max_turn_len: int | None = again(EpisodeConfig, "max_turn_len", None)
     data: str | None = field(
         None,
         'instead of a task: a .jsonl, .jsonl.gz or .parquet file of {"prompt": …}; its other fields are '
@@ -75,6 +78,11 @@ class TaskFlags(Config):
             except ConfigError as e:
                 out.append(str(e))
         return out
+
+    @property
+    def episodes(self) -> EpisodeConfig:
+        """The limits of its episodes, if it has an environment."""
+        return EpisodeConfig(max_turns=self.max_turns, max_turn_len=self.max_turn_len)
 
     @functools.cached_property
     def args(self) -> dict[str, Any] | None:
