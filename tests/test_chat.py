@@ -263,11 +263,12 @@ def test_an_empty_system_message_is_a_message(tmp_path):
         (["--system", "x"], "/system\n", False),
     ):
         file = tmp_path / "said.json"
-        cli.inside("chat.py", *TINY, *args, input=f"{typed}one\n/save {file}\n")
+        cli.inside("chat.py", *TINY, "--max_gen_len=1", *args, input=f"{typed}one\n/save {file}\n")
         messages = json.loads(file.read_text())["messages"]
         assert messages[:-2] == [{"role": "system", "content": ""}] * empty
-        by_generate = cli.inside("generate.py", *TINY, "--chat", "--prompt=one", "--json", *args)
         if not typed:
+            chat = ("--chat", "--prompt=one", "--json", "--max_gen_len=0")
+            by_generate = cli.inside("generate.py", *TINY, *chat, *args)
             ids = json.loads(by_generate.stdout)["prompt_tokens"]
             assert ids == encode(messages[:-1])
 
@@ -296,10 +297,12 @@ def run(text, *args, **options):
 
 def test_messages_and_commands_by_pipe(tmp_path):
     saved = tmp_path / "conversation.json"
-    done = run(
-        f"one\n\n/save {saved}\n/reset\none\n/regen\n/help\n/set temperature 1.5\n/set\n"
+    done = cli.inside(
+        "chat.py",
+        *TINY,
+        input=f"one\n\n/save {saved}\n/reset\none\n/regen\n/help\n/set temperature 1.5\n/set\n"
         f'/set max_gen_len 0\n/system Be brief.\nfirst \\\nsecond\n"""\n/not a command\n\n  x\n"""\n'
-        f"/save {tmp_path / 'second.json'}\n/load {saved}\n/set max_gen_len 3\n/quit\nnever read"
+        f"/save {tmp_path / 'second.json'}\n/load {saved}\n/set max_gen_len 3\n/quit\nnever read",
     )
     assert done.returncode == 0, done.stderr
     first, second = (
