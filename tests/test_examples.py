@@ -1,14 +1,32 @@
 """The examples run, and do what they promise."""
 
+import os
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from nbclient import NotebookClient
 
 from examples import arithmetic, custom_loss, grpo_step, guess, sft_json
+from tests import compiling
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The next seed's trainers are new, their programs are not: XLA reads them from files."""
+
+    def keep(folder: str | None, seconds: float) -> None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        compilation_cache.reset_cache()
+
+    keep(str(tmp_path_factory.mktemp("xla")), 0)
+    yield
+    keep(None, 1)
 
 
 @pytest.mark.slow
@@ -17,7 +35,8 @@ def test_the_notebook_runs(tmp_path, name):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     first = f"import sys; sys.path.insert(0, {str(EXAMPLES.parent)!r})"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}})
+    client.execute(env=os.environ | compiling.environment(optimized=False))
 
 
 @pytest.mark.slow
