@@ -195,8 +195,8 @@ def test_killed_at_each_call_of_orbax(saver, name):
 
 @pytest.mark.slow
 @pytest.mark.covers("D17")
-@pytest.mark.parametrize("kinds", [LASTING, ONCE])
-@pytest.mark.parametrize("i", range(len(REFUSED)))
+@pytest.mark.parametrize("kinds", [LASTING, ONCE], ids=["lasting", "once"])
+@pytest.mark.parametrize("i", range(len(REFUSED)), ids=[f"{who}-{c}" for who, c, _ in REFUSED])
 def test_refused(saver, i, kinds):
     """Each call with a lasting error and with one that comes once, in turn of all of its kind."""
     (what, call, ns), error = REFUSED[i], kinds[i % len(kinds)]
