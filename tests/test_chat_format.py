@@ -197,7 +197,7 @@ TOOL = {"role": "tool", "content": "z"}
 
 @pytest.mark.covers("B7", "B8")
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_control_token_originates_in_a_message(make, case, data):
     kind, template = cases(make)[case]

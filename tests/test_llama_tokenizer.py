@@ -19,7 +19,7 @@ from tests.oracles import tokenizer_files as oracle
 from tests.test_tokenizer_save import PATTERN_NAMES, small_metadata
 from utils.errors import ArtifactError, DataError, SamplingError
 
-TEXTS = [*oracle.HOSTILE, *oracle.random_texts(150)]
+TEXTS = [*oracle.HOSTILE, *oracle.random_texts(80)]
 KINDS = ["llama3", "llama3_json", "smollm_gguf", "smollm_json"]
 KINDS += ["sentencepiece", "sentencepiece_gguf", "llama2_json", "llama2_json_legacy"]
 
@@ -263,7 +263,7 @@ def test_sentencepiece_equals_sentencepiece(load):
 
 @pytest.mark.covers("B7")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_text_never_becomes_a_control_token(load, kind, data):
     tokenizer = load(kind)
@@ -332,7 +332,7 @@ def test_user_defined_pieces_of_sentencepiece(tmp_path):
 
 @pytest.mark.covers("B9")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(text=st.text(max_size=40))
 def test_round_trip(load, kind, text):
     assert load(kind).decode(load(kind).encode(text)) == after_round_trip(kind, text)
@@ -357,17 +357,17 @@ UNITS = ["a", " ", "\n", "^", "-", "0", "😀", "e\u0301\u0302", "漢"]
 @pytest.mark.parametrize("kind", ["llama3", "llama3_json", "smollm_gguf", "sentencepiece"])
 def test_time_is_linear_in_the_text(load, kind):
     # Of the processor: what else the machine does meanwhile has no part in it.
-    def seconds(unit: str, size: int) -> float:
+    def seconds(unit: str, size: int, tries: int) -> float:
         text = unit * (size // len(unit.encode()))
         best = float("inf")
-        for _ in range(2):
+        for _ in range(tries):
             start = time.process_time()
             load(kind).encode(text)
             best = min(best, time.process_time() - start)
         return best
 
     for unit in UNITS:
-        small, large = (seconds(unit, size) for size in (15_000, 120_000))
+        small, large = seconds(unit, 15_000, tries=2), seconds(unit, 120_000, tries=1)
         # Eight times the text; quadratic would be 64 times the time.
         assert large < 25 * max(small, 0.002), (unit, small, large)
     start = time.process_time()
@@ -393,7 +393,7 @@ def test_long_runs_are_cut_as_metas_reference_cuts_them(load):
 
 @pytest.mark.covers("B12")
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_stream_joins_to_decode(load, kind, data):
     tokenizer = load(kind)

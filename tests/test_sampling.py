@@ -44,7 +44,7 @@ FILTERS = [
     ids=lambda x: str(x) if isinstance(x, dict) else f"V={len(x)}",
 )
 def test_draws_follow_the_exact_distribution(numbers, logits):
-    n = 20000 if len(logits) == V else 5000
+    n = 10000 if len(logits) == V else 5000
     exact = probabilities(logits, **numbers)
     tokens, logprobs = draw(traced(TopP(**numbers)), logits, n)
     counts = np.bincount(tokens, minlength=len(logits))
