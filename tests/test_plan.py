@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from models.llama.presets import PRESETS
 from models.llama.formats import hf
-from tests.cli import run
+from tests.cli import inside, run
 from trainers.planning.chips import CHIPS, parse_topologies, parse_topology, roofline
 from trainers.planning.compile import Compiler, attention_cost, device_bytes, needed_bytes
 from trainers.planning.estimate import estimate_job
@@ -248,7 +248,7 @@ def test_the_search_takes_most_rows_and_cuts_groups_and_rows_where_it_must():
 
 
 def cli(*args):
-    done = run("plan.py", "--estimate", *args)
+    done = inside("plan.py", "--estimate", *args)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -346,8 +346,8 @@ def test_the_closed_form_of_a_real_step_compiled_for_a_tpu(flags):
     flags = f"--model llama-3.2-1b --topology v5e:2x2 --seq 2048 --json {flags}".split()
     done = run("plan.py", *flags, timeout=600)
     assert done.returncode == 0, done.stderr
-    found, estimate = json.loads(done.stdout), json.loads(
-        run("plan.py", "--estimate", *flags).stdout
+    found, estimate = (
+        json.loads(x.stdout) for x in (done, inside("plan.py", "--estimate", *flags))
     )
     assert found["compiled"] and not estimate["compiled"]
     exact, close = ("argument_bytes", "flops"), ("temp_bytes", "peak_bytes", "collective_bytes")
