@@ -337,7 +337,6 @@ def test_a_program_that_xla_refuses_does_not_fit_beside_the_training_state():
 @pytest.mark.parametrize(
     "flags",
     [
-        "--batch 4 --remat block --param_dtype bfloat16 --state_dtype bfloat16",
         "--batch 4 --remat none --job lora --mesh fsdp=2,tensor=2",
         "--batch 2 --remat block --mesh fsdp=2,context=2",
     ],

@@ -12,6 +12,7 @@ import pytest
 
 from models.llama.formats import hf
 from models.llama.presets import PRESETS
+from tests import cli
 
 ATTENTION = """
 import re
@@ -128,6 +129,10 @@ def test_a_training_step(model, topology, batch, seq, budget, added_up):
     shape = {"model": model, "topology": topology, "batch": batch, "seq": seq, "remat": "block"}
     found, [arrays] = compiled(**shape, **bits)
     assert found["temp_bytes"] <= found["reserved_bytes"] <= budget * 2**30
+    flags = [f"--{name}={value}" for name, value in (shape | bits).items()]
+    estimate = json.loads(cli.inside("plan.py", "--estimate", "--json", *flags).stdout)
+    for key, rel in dict(argument_bytes=0.005, flops=0.005, temp_bytes=0.1, peak_bytes=0.1).items():
+        assert estimate[key] == pytest.approx(found[key], rel=rel), key
     # The sharded state is given, and no device has more than its part of it.
     parts, devices = found["mesh"]["fsdp"], math.prod(found["mesh"].values())
     assert found["argument_bytes"] == pytest.approx(config.n_params * 8 / parts, rel=0.01)
