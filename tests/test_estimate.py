@@ -133,16 +133,16 @@ GRPO = "--reward tests.grpo_rewards:ones --prompts_per_step 4 --group_size 4 --m
     "words", ["sft --seq_len 64 --batch_size 4", f"grpo {GRPO}", f"grpo {GRPO} --lora_rank 8"]
 )
 def test_a_run_of_many_saves_holds_what_was_announced(tmp_path, words):
-    """Of 46M parameters, whose state is three times what the interpreter holds."""
+    """Of 44M parameters, whose state is three times what the interpreter holds."""
     model = shutil.copytree(cli.checkpoint(), tmp_path / "model")
-    sizes = dict(vocab_size=16384, hidden_size=512, intermediate_size=1536, num_hidden_layers=12)
+    sizes = dict(vocab_size=16384, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2)
     sizes |= dict(num_attention_heads=8, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
     tiny.random_model(LlamaConfig(**(tiny.BASE | sizes))).save_pretrained(model)
     row = {"prompt": "How many?", "completion": "twelve " * 4}
     (tmp_path / "data.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     files = dict(ckpt_dir=model, data=tmp_path / "data.jsonl", out_dir=tmp_path / "run")
     words += "".join(f" --{name} {path}" for name, path in files.items())
-    words += " --max_steps 4 --save_every 1 --noexport"
+    words += " --max_steps 3 --save_every 1 --noexport"
     done = subprocess.run(
         [sys.executable, "-c", SLOW_SAVES, *words.split()],
         cwd=cli.ROOT,
