@@ -70,24 +70,31 @@ def exact_match(llama, params, tokenizer, rows: list[dict]) -> float:
     return sum(a == r["messages"][1]["content"] for a, r in zip(answers, rows)) / len(rows)
 
 
-def run(folder: Path, max_steps: int = 40, seed: int = 0) -> tuple[float, float]:
-    """Exact match (before, after) training; the folder keeps metrics.jsonl."""
+def run(
+    folder: Path, *, n_train: int = 600, n_held_out: int = 50, seed: int = 0, **settings
+) -> tuple[float, float]:
+    """Exact match (before, after) training; the folder keeps metrics.jsonl.
+
+    Args:
+        n_train, n_held_out: sentences.
+        settings: of SFTConfig, instead of those here.
+    """
     path = resolve("smollm2-135m-instruct")
     model_config, params = load_checkpoint(path, dtype="float32")
     tokenizer, llama = load_tokenizer(path), LLaMa(model_config)
-    rows, held_out = conversations(600, 50)
+    rows, held_out = conversations(n_train, n_held_out)
     before = exact_match(llama, params, tokenizer, held_out)
 
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = load_dataset(data, tokenizer, DataConfig(seq_len=128, batch_size=8, seed=seed))
-    trainer = SFTTrainer(
-        LLaMa(model_config, remat="dots"),
-        SFTConfig(learning_rate=5e-4, warmup_steps=4, max_steps=max_steps),
-        LoRAConfig(rank=16),
-    )
+    dataset = load_dataset(data, tokenizer, DataConfig(seq_len=80, batch_size=8, seed=seed))
+    config = SFTConfig(**dict(learning_rate=5e-4, warmup_steps=4, max_steps=40) | settings)
+    trainer = SFTTrainer(LLaMa(model_config, remat="dots"), config, LoRAConfig(rank=16))
     state, frozen = trainer.init(params, jax.random.key(seed))
-    with StepTable(max_steps) as table, MetricsLog(folder, sinks=[table], watch=table.watch) as log:
+    with (
+        StepTable(config.max_steps) as table,
+        MetricsLog(folder, sinks=[table], watch=table.watch) as log,
+    ):
         state, _ = fit(trainer, state, frozen, dataset, log=log)
     after = exact_match(llama, trainer.export_params(state, frozen), tokenizer, held_out)
     return before, after

@@ -28,7 +28,7 @@ def answers(prompts: Path, *flags: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.covers("D31")
 def test_the_export_answers_as_trained(tmp_path):
-    rows, held_out = conversations(400, 40)
+    rows, held_out = conversations(160, 8)
     data, prompts, out = tmp_path / "data.jsonl", tmp_path / "prompts.txt", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts.write_text("".join(row["messages"][0]["content"] + "\n" for row in held_out))
@@ -37,13 +37,14 @@ def test_the_export_answers_as_trained(tmp_path):
     exact = lambda texts: sum(a == b for a, b in zip(texts, wanted, strict=True)) / len(wanted)
     assert exact(answers(prompts, *greedy)) < 0.1
 
-    settings = "--lora_rank 16 --lr 5e-4 --max_steps 30 --seq_len 128 --save_every 10".split()
-    run("train.py", "sft", "--data", str(data), "--out_dir", str(out), *settings)
+    settings = "--lora_rank 16 --lr 1e-3 --warmup_steps 2 --max_steps 14 --save_every 5"
+    flags = f"--data {data} --out_dir {out} --seq_len 80 {settings}".split()
+    run("train.py", "sft", *flags)
     export = str(out / "export")
     ours = answers(prompts, *greedy, "--ckpt_dir", export)
     assert exact(ours) > 0.9
     losses = [json.loads(x)["loss"] for x in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 30 and losses[-1] < 0.1 * losses[0]
+    assert len(losses) == 14 and losses[-1] < 0.1 * losses[0]
 
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForCausalLM.from_pretrained(export)
