@@ -509,7 +509,7 @@ def signals_at(place: str, *signals: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.covers("D19")
-@pytest.mark.parametrize("place, number", zip(PLACES, itertools.cycle([TERM, INT])))
+@pytest.mark.parametrize("place, number", [*zip(PLACES, itertools.cycle([TERM, INT]))])
 def test_a_signal_ends_the_run_behind_its_step(programs, files, whole, tmp_path, place, number):
     # With an export to come, even the last step is not the end.
     options = training(files, tmp_path, export=True)
