@@ -94,6 +94,24 @@ def test_several_turns_are_one_pass_over_the_whole_row():
         np.testing.assert_allclose(logprobs[r], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_row_may_fill_its_room():
+    """The padding of its last piece has a place behind it."""
+    model, params, decoding = load()
+    prompt, more = list(range(30, 40)), list(range(60, 105))
+    run = Turns(model, decoding, SAMPLER, GenerationConfig(max_new_tokens=8))
+    run.start([prompt] * ROWS, key=jax.random.key(3), room=64)
+    run.advance()
+    run.read(dict.fromkeys(range(ROWS), more), dict.fromkeys(range(ROWS), 1))
+    done = run.completions()
+    row = prompt + done.row(0)[:8] + more + done.row(0)[8:]
+    assert len(row) == 64
+    logits = model.apply({"params": params}, jnp.asarray([row]))[0][0]
+    expected = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    at = [*range(10, 18), 63]
+    np.testing.assert_allclose(done.logprobs[0], [expected[i - 1, row[i]] for i in at], atol=1e-4)
+
+
 def test_a_row_does_not_depend_on_when_it_reads_or_on_its_batch_mates():
     asked = prompts()
     assert len(asked) > ROWS

@@ -19,7 +19,9 @@ Array = jax.Array
 
 _LEVELS = 127  # of a weight, on either side of 0
 _BLOCK = 2048  # inputs that are rounded with a step of their own, for a single row
-_TILE = 512  # rows of a matrix that are converted together: a tile stays in the processor's cache
+# Bytes of a matrix that are converted to float32 together, for few rows and for many: what was fastest
+# where the last cache has 32 MB.
+_TILES, _MANY = (1 << 20, 1 << 23), 64
 
 
 @flax.struct.dataclass
@@ -119,8 +121,9 @@ def _of_one_row(x: Array, weight: Int8) -> Array:
 def _by_tiles(x: Array, weight: Int8) -> Array:
     *lead, width = x.shape
     x_RD, out = x.reshape(-1, width).astype(jnp.float32), len(weight)
-    tile = max(n for n in range(1, _TILE + 1) if out % n == 0)
-    if tile < _TILE // 8 or tile == out:
+    most = min(_TILES[len(x_RD) >= _MANY] // (4 * width), out)
+    tile = max((n for n in range(1, most + 1) if out % n == 0), default=1)
+    if tile < most // 8 or tile == out:
         return _converted(x.astype(jnp.float32), weight)
     tiles = weight.values.reshape(-1, tile, width)
     y = jax.lax.map(lambda part: matmul(x_RD, part.astype(jnp.float32), -1, 1), tiles)

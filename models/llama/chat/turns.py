@@ -112,7 +112,9 @@ class Turns(Generation):
             key: as for `generate`.
             room: tokens of the longest row, all turns together; 0: there is one turn.
         """
-        super().start(prompts, key=key, room=room + WIDTHS[0] if room else 1)
+        # Only the last, narrow piece of a text is padded; on a mesh, rows that read nothing are too.
+        padding = WIDTHS[0] if self._on_mesh else WIDTHS[-1] - 1
+        super().start(prompts, key=key, room=room + padding if room else 1)
 
     def read(self, said: Mapping[int, Sequence[int]], limit: Mapping[int, int]) -> None:
         """Lets rows that have ended read what others said, and sample the first token of a turn.
@@ -156,8 +158,11 @@ class Turns(Generation):
     @property
     def _places(self) -> int | None:
         """Rows that read together; None: all of them, on a mesh."""
-        on_mesh = sharding.axis_size(sharding.DECODING.batch + sharding.DECODING.heads) > 1
-        return None if on_mesh else min(ROWS, len(self.state.counts_R))
+        return None if self._on_mesh else min(ROWS, len(self.state.counts_R))
+
+    @property
+    def _on_mesh(self) -> bool:
+        return sharding.axis_size(sharding.DECODING.batch + sharding.DECODING.heads) > 1
 
     def _read(self, rows_r: np.ndarray, batch: tuple[Array, Array, Array]) -> None:
         rows = None if self._places is None else jnp.asarray(rows_r)
