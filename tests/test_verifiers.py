@@ -3,6 +3,7 @@
 Nothing here imports verifiers before a slow test runs.
 """
 
+import gc
 import importlib
 import json
 import sys
@@ -15,6 +16,13 @@ from trainers.environments.verifiers import Verifiers
 from utils.errors import ConfigError
 
 EXAMPLES = Path(__file__).parent / "verifiers_examples"
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """An environment that nobody has any more ends its loop now, and not within another one."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
