@@ -290,7 +290,8 @@ def _start() -> cli.Signals:
 
 def _say_counts(use: str, name: str, dataset: Dataset) -> None:
     """Says in one line how many rows there are, and how many were left out or changed."""
-    count = {what: number for what, number in dataset.counts.items() if what != "read"}
+    count = dict(dataset.counts)
+    del count["read"]
     ignored = ", ".join(count.pop("ignored"))
     steps = len(dataset) / dataset.config.batch_size
     parts = [

@@ -47,10 +47,9 @@ def compiled_in_haste(request: pytest.FixtureRequest) -> Iterator[None]:
     """XLA optimises nothing in a file of PLAIN: its slow tests compile in a third of the time."""
     import jax  # here: it reads the environment that pytest_configure makes
 
-    plain = request.path.stem.removeprefix("test_") in PLAIN
-    optimized = _optimized(request.config) and not plain
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-    hasty = plain and _optimized(request.config)
+    optimized = _optimized(request.config)
+    hasty = optimized and request.path.stem.removeprefix("test_") in PLAIN
+    jax.config.update("jax_disable_most_optimizations", hasty or not optimized)
     with compiling.without_emitters() if hasty else contextlib.nullcontext():
         yield
 

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from tests.small_runs import POISON, SFTTrainer, curve, dataset, digest, start, trainer
-from trainers import loop
 from trainers.runs import checkpoint
 from trainers.runs.checkpoint import Checkpointer, CheckpointReader
 from trainers.loop import Batches, Evaluation, Progress, Session, fit
@@ -310,9 +309,8 @@ class Saves:
 def test_evaluations_and_saves_wait_for_a_rollouts_end_and_the_score_is_the_states(
     tmp_path, skipped, steps
 ):
-    of, data = Under(trainer(), eval_every=2), dataset(
-        poisoned=skipped, lengths=(20,) * 20, shuffle=False
-    )
+    of = Under(trainer(), eval_every=2)
+    data = dataset(poisoned=skipped, lengths=(20,) * 20, shuffle=False)
     saves = Saves()
     options = dict(folder=tmp_path, checkpointer=saves, eval_data=StepAsScore())
     _, _, records = run(of, RolloutData(data), **options)

@@ -137,7 +137,7 @@ class Player:
 def scorer_of(
     task: Task, episodes: EpisodeConfig, timeout: float, on_failure: str = "unscorable"
 ) -> RewardPool | Player:
-    """What scores a task's completions, to be closed: plays its environment, or runs its rewards."""
+    """Opens what scores a task's completions: a Player of its environment, or a pool of its rewards."""
     if task.environment is not None:
         return Player(task, episodes, on_failure)
     return RewardPool(task.rewards, timeout=timeout, on_failure=on_failure)
