@@ -110,9 +110,11 @@ _project_all.defvjp(_project_forward, _project_backward)
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts an axis of a with an axis of b, accumulated in float32."""
     dot = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
-    if a.dtype == jnp.float32 or a.size < 256 * a.shape[a_axis]:
+    if a.dtype == jnp.float32:
         return dot(a, b)
-    return detours.dot_of_many_rows(dot, a, b)
+    if a_axis == 0:
+        return detours.dot_of_transposed(functools.partial(_dot, b_axis=b_axis), a.T, b)
+    return dot(a, b) if a.size < 256 * a.shape[a_axis] else detours.dot_of_many_rows(dot, a, b)
 
 
 def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:

@@ -173,7 +173,7 @@ class LLaMa(nn.Module):
         rope = detours.computed_once(rope)
         x_BTD = _embed(embed_VD, tokens_BT, self.dtype, TRAINING if cache is None else DECODING)
         if cache is None and not isinstance(self.variables["params"].get("layers"), tuple):
-            x_BTD, _ = self._scanned_layers()(x_BTD, rope, masks)
+            x_BTD = self._scanned_layers(x_BTD, rope, masks)
         else:
             x_BTD, cache = self._unrolled_layers(x_BTD, rope, masks, cache, tokens_BT)
         if logits_at_BM is not None:
@@ -190,19 +190,25 @@ class LLaMa(nn.Module):
             logits_BTV = share_rows(constrain(logits_BTV, DECODING, "batch", None, "vocab"))
         return logits_BTV, cache
 
-    def _scanned_layers(self):
+    def _scanned_layers(self, x_BTD, rope, masks):
         """All layers as one loop: compile time does not grow with depth."""
-        block = TransformerBlock
+        if self.is_initializing():
+            stack = nn.scan(
+                TransformerBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.config.n_layers,
+            )
+            return stack(self.config, name="layers")(x_BTD, rope, masks)[0]
+
+        def block(x_BTD, layer, constants):
+            return _block(self.config, layer, x_BTD, *constants, None)[0]
+
         if (policy := _REMAT[self.remat]) is not None:
             # The loop over layers is barrier enough against merging both computations.
-            block = nn.remat(block, policy=policy, prevent_cse=False)
-        return nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.n_layers,
-        )(self.config, name="layers")
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        return detours.scan(block, x_BTD, self.variables["params"]["layers"], (rope, masks))
 
     def _unrolled_layers(self, x_BTD, rope, masks, cache, tokens_BT):
         """Layer after layer, so that XLA updates each layer's cache in place and copies no weights."""
