@@ -92,6 +92,22 @@ def dot_of_one_row(dot: Dot, x: Array, weight: Array) -> Array:
     return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=dot)
 
 
+def dot_of_few_rows(dot: Dot, x: Array, weight: Array) -> Array:
+    """dot(x, weight) of 2 to 32 rows; on a CPU as (weight @ x.T).T in float32, and tied in bfloat16."""
+
+    def on_cpu(x, weight):
+        x, weight = tied(x, weight)
+        if x.dtype != jnp.float32:
+            return dot(x, weight)
+        rows = x.reshape(-1, x.shape[-1])
+        y = dot(weight, jax.lax.optimization_barrier(rows[None])[0])
+        return jax.lax.optimization_barrier(y[None])[0].T.reshape(*x.shape[:-1], -1)
+
+    if x.size == x.shape[-1] or x.dtype == jnp.float16:
+        return dot(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=dot)
+
+
 def dot_of_many_rows(dot: Dot, a: Array, b: Array) -> Array:
     """dot(a, b) of many bfloat16 rows; on a CPU without products of bfloat16, in float32.
 

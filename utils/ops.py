@@ -110,11 +110,14 @@ _project_all.defvjp(_project_forward, _project_backward)
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts an axis of a with an axis of b, accumulated in float32."""
     dot = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
+    rows = a.size // a.shape[a_axis]
+    if rows <= 32 and b_axis == 1 and a_axis % a.ndim == a.ndim - 1:
+        return detours.dot_of_few_rows(_dot, a, b)
     if a.dtype == jnp.float32:
         return dot(a, b)
     if a_axis == 0:
         return detours.dot_of_transposed(functools.partial(_dot, b_axis=b_axis), a.T, b)
-    return dot(a, b) if a.size < 256 * a.shape[a_axis] else detours.dot_of_many_rows(dot, a, b)
+    return dot(a, b) if rows < 256 else detours.dot_of_many_rows(dot, a, b)
 
 
 def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
