@@ -2,10 +2,11 @@
 
 import signal
 
-from utils.console import usage
+from utils.console import pages, usage
 
 if __name__ == "__main__":  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    pages.use_huge_pages()
     usage.require_command()
 
 import dataclasses

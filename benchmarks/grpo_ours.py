@@ -9,12 +9,17 @@ import time
 import warnings
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 # Before this folder, whose `generate` is another one.
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from utils.console import pages  # noqa: E402
+
+if __name__ == "__main__":  # as train.py does
+    pages.use_huge_pages()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
 from benchmarks.grpo_products import Products  # noqa: E402
 from benchmarks.grpo_reward import distinct_ids  # noqa: E402

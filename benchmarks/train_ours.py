@@ -3,6 +3,11 @@
 import dataclasses
 import time
 
+from utils.console import pages
+
+if __name__ == "__main__":  # as train.py does
+    pages.use_huge_pages()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
