@@ -47,12 +47,12 @@ def seconds(form: Form, x, weight) -> float:
 
 def straight(x, weight):
     """As XLA does it by itself."""
-    return ops._dot(x, weight)
+    return ops._dot(x, weight, 1, 1)
 
 
 def two_rows(x, weight):
     """The row twice."""
-    return ops._dot(jnp.broadcast_to(x, (2, x.shape[1])), weight)[:1]
+    return ops._dot(jnp.broadcast_to(x, (2, x.shape[1])), weight, 1, 1)[:1]
 
 
 def transposed(x, weight):
@@ -62,7 +62,7 @@ def transposed(x, weight):
 
 def in_float32(x, weight):
     """Both converted."""
-    return ops._dot(x.astype(jnp.float32), weight.astype(jnp.float32))
+    return ops._dot(x.astype(jnp.float32), weight.astype(jnp.float32), 1, 1)
 
 
 def converted(x, weight):

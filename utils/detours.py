@@ -17,7 +17,6 @@ import jaxlib
 from utils import sharding
 
 Array = jax.Array
-Dot = Callable[[Array, Array], Array]
 Block = Callable[[Array, Any, Any], Array]
 
 
@@ -72,69 +71,78 @@ def ready_together(*arrays: Array) -> tuple[Array, ...]:
     return jax.lax.optimization_barrier(arrays)
 
 
-def dot_of_one_row(dot: Dot, x: Array, weight: Array) -> Array:
-    """dot(x, weight) of a single bfloat16 row x; on a CPU, in the form that this XLA compiles well.
+def product(dot: Callable[..., Array], a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    """dot(a, b, a_axis, b_axis), which contracts an axis of a with one of b; on a CPU in its best form.
 
-    The straight form reads the matrix at 2 GB/s there, x @ weight.T at 40 to 50 up to jaxlib 0.11.0 and
-    at 4 since, that row twice at 20 to 40 (Zen 5).
+    Args:
+        dot: what computes it elsewhere, of any arrays and axes.
+        a: float32 or bfloat16, of any rank.
+        b: a matrix of a's dtype.
+        a_axis, b_axis: counted from 0.
     """
+    on_cpu, straight = None, functools.partial(dot, a_axis=a_axis, b_axis=b_axis)
+    rows, narrow = a.size // a.shape[a_axis], a.dtype == jnp.bfloat16
+    if a_axis == a.ndim - 1 and b_axis == 1 and 1 < rows <= 32:
+        on_cpu = _of_few_rows
+    elif narrow and a_axis == a.ndim - 1 and b_axis == 1 and rows == 1:
+        on_cpu = _of_one_row
+    elif narrow and not multiplies_bfloat16() and (rows >= 256 or a_axis == 0):
+        on_cpu = _in_float32
+    elif narrow and multiplies_bfloat16() and a_axis == 0:
+        on_cpu = _of_copy
+    if on_cpu is None:
+        return straight(a, b)
+    on_cpu = functools.partial(on_cpu, dot, a_axis, b_axis)
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=straight)
 
-    def of_two_rows(x, weight):
-        x, weight = tied(x, weight)
-        return dot(jnp.broadcast_to(x, (2, *x.shape[1:])), weight)[:1]
 
-    def of_transposed(x, weight):
-        x, weight = tied(x, weight)
+def _of_one_row(dot: Callable, a_axis: int, b_axis: int, x: Array, weight: Array) -> Array:
+    """XLA reads the matrix at 2 GB/s for one row of bfloat16.
+
+    x @ weight.T is read at 40 to 50 up to jaxlib 0.11.0 and at 4 since, that row twice at 20 to 40
+    (Zen 5).
+    """
+    x, weight = tied(x, weight)
+    if jaxlib.version.__version_info__ < (0, 11, 1):
         row = apart_from_dot(x.reshape(1, -1).astype(jnp.float32))
         return jnp.dot(row, weight.astype(jnp.float32).T).reshape(*x.shape[:-1], -1)
-
-    on_cpu = of_transposed if jaxlib.version.__version_info__ < (0, 11, 1) else of_two_rows
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=dot)
+    return dot(jnp.broadcast_to(x, (2, *x.shape[1:])), weight, a_axis, b_axis)[:1]
 
 
-def dot_of_few_rows(dot: Dot, x: Array, weight: Array) -> Array:
-    """dot(x, weight) of 2 to 32 rows; on a CPU as (weight @ x.T).T in float32, and tied in bfloat16."""
+def _of_few_rows(dot: Callable, a_axis: int, b_axis: int, x: Array, weight: Array) -> Array:
+    """XLA packs the second operand anew in each product: so the few rows are the second one.
 
-    def on_cpu(x, weight):
-        x, weight = tied(x, weight)
-        if x.dtype != jnp.float32:
-            return dot(x, weight)
-        rows = x.reshape(-1, x.shape[-1])
-        y = dot(weight, jax.lax.optimization_barrier(rows[None])[0])
-        return jax.lax.optimization_barrier(y[None])[0].T.reshape(*x.shape[:-1], -1)
-
-    if x.size == x.shape[-1] or x.dtype == jnp.float16:
-        return dot(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=dot)
-
-
-def dot_of_many_rows(dot: Dot, a: Array, b: Array) -> Array:
-    """dot(a, b) of many bfloat16 rows; on a CPU without products of bfloat16, in float32.
-
-    XLA does 150 GFLOP/s in bfloat16 there, and 240 in float32. On 2 cores that have them (Zen 4) it is
-    the other way round, 419 and 190 at most: prefill takes 1.8 times as long in float32.
+    A float32 decode step of 16 rows takes 32 ms so, and 40 without (Zen 5). In bfloat16 the straight
+    form is as fast, if no copy of the matrix is turned before a loop begins: 23 and 25.5 ms.
     """
-    on_cpu = dot if multiplies_bfloat16() else functools.partial(_in_float32, dot)
-    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=dot)
+    x, weight = tied(x, weight)
+    if x.dtype != jnp.float32:
+        return dot(x, weight, a_axis, b_axis)
+    y = dot(weight, _laid_out(x.reshape(-1, x.shape[-1])), 1, 1)
+    return _laid_out(y).T.reshape(*x.shape[:-1], -1)
 
 
-def dot_of_transposed(dot: Dot, a: Array, b: Array) -> Array:
-    """dot(a, b) of bfloat16, where a [R, K] is a transposed matrix; on a CPU, of a's copy by rows.
+def _of_copy(dot: Callable, a_axis: int, b_axis: int, a: Array, b: Array) -> Array:
+    """XLA would multiply in float32 what is contracted over its first axis.
 
-    XLA for CPU would multiply in float32: 350 GFLOP/s, where the copy and its product make 760 (Zen 5).
+    That makes 350 GFLOP/s, and a copy by columns with its product 760 (Zen 5). The result is laid out
+    too: XLA cannot compute a product of bfloat16 into which it has moved a transposition.
     """
-
-    def of_copy(a, b):
-        # Not a barrier alone: only a reshape gives the dot an operand that is laid out by rows.
-        return dot(jax.lax.optimization_barrier(a[None])[0], b)
-
-    on_cpu = of_copy if multiplies_bfloat16() else functools.partial(_in_float32, dot)
-    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=dot)
+    return _laid_out(dot(_laid_out(a.T), b, 1, b_axis))
 
 
-def _in_float32(dot: Dot, a: Array, b: Array) -> Array:
+def _in_float32(dot: Callable, a_axis: int, b_axis: int, a: Array, b: Array) -> Array:
+    """On a CPU without products of bfloat16 XLA does 150 GFLOP/s in it, and 240 in float32.
+
+    On 2 cores that have them (Zen 4) it is the other way round, 419 and 190 at most.
+    """
     a, b = tied(a, b)
-    return dot(a.astype(jnp.float32), b.astype(jnp.float32))
+    return dot(a.astype(jnp.float32), b.astype(jnp.float32), a_axis, b_axis)
+
+
+def _laid_out(x: Array) -> Array:
+    """A matrix, as one that XLA lays out row after row. Only a barrier and a reshape make it so."""
+    return jax.lax.optimization_barrier(x[None])[0]
 
 
 def sum_of_squares(x: Array) -> Array:

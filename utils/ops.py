@@ -80,11 +80,7 @@ def project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
 
 @jax.custom_vjp
 def _project_all(x: Array, weights: tuple[Array, ...]) -> tuple[Array, ...]:
-    if x.size == x.shape[-1] and x.dtype != jnp.float32:
-        one = functools.partial(detours.dot_of_one_row, _dot)
-    else:
-        one = functools.partial(matmul, a_axis=x.ndim - 1, b_axis=1)
-    return tuple(one(x, weight) for weight in weights)
+    return tuple(matmul(x, weight, x.ndim - 1, 1) for weight in weights)
 
 
 def _project_forward(x: Array, weights: tuple[Array, ...]):
@@ -109,19 +105,11 @@ _project_all.defvjp(_project_forward, _project_backward)
 
 def matmul(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     """Contracts an axis of a with an axis of b, accumulated in float32."""
-    dot = functools.partial(_dot, a_axis=a_axis, b_axis=b_axis)
-    rows = a.size // a.shape[a_axis]
-    if rows <= 32 and b_axis == 1 and a_axis % a.ndim == a.ndim - 1:
-        return detours.dot_of_few_rows(_dot, a, b)
-    if a.dtype == jnp.float32:
-        return dot(a, b)
-    if a_axis == 0:
-        return detours.dot_of_transposed(functools.partial(_dot, b_axis=b_axis), a.T, b)
-    return dot(a, b) if rows < 256 else detours.dot_of_many_rows(dot, a, b)
+    return detours.product(_dot, a, b, a_axis % a.ndim, b_axis)
 
 
-def _dot(a: Array, b: Array, a_axis: int = -1, b_axis: int = 1) -> Array:
-    axes = (((a_axis % a.ndim,), (b_axis,)), ((), ()))
+def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
+    axes = (((a_axis,), (b_axis,)), ((), ()))
     return jax.lax.dot_general(a, b, axes, precision(a), preferred_element_type=jnp.float32)
 
 
