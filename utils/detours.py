@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from utils import sharding
-
 Array = jax.Array
 Block = Callable[[Array, Any, Any], Array]
 
@@ -205,7 +203,8 @@ def scan(block: Block, x: Array, layers: Any, constants: Any) -> Array:
         layers: a tree of arrays with the layers on their first axis.
         constants: a tree of arrays that all layers see, which get no gradient.
     """
-    if jax.default_backend() != "cpu" or sharding.current_mesh() is not None:
+    # A mesh, also of one device, may be that of another platform: plan.py compiles for TPUs on a CPU.
+    if jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
         return jax.lax.scan(lambda x, layer: (block(x, layer, constants), None), x, layers)[0]
     return _scan_on_cpu(block, x, layers, constants)
 

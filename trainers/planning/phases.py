@@ -269,7 +269,7 @@ class StepOnCPU(Step):
         super().__init__(job, ONE_DEVICE)
 
     def saved(self, remat: str) -> int:
-        """Float32 for all: XLA widens bfloat16 activations in one go before the loop over layers."""
+        """Those of "none" in float32, which norms and activations have inside in any dtype."""
         model, numbers = self.model, self.model.dim
         if remat == "dots":  # and q, k, v, o, gate, up; the result of down is only added
             numbers += model.dim + self.q_dim + 2 * self.kv_dim + 2 * model.ffn_dim
@@ -277,7 +277,8 @@ class StepOnCPU(Step):
             # The residual stream twice, each normed without and with the weight; q, the weighted values
             # and their quotients; six arrays on the way from gate and up to down.
             numbers = 6 * model.dim + 3 * self.q_dim + self.qk_norms + 6 * model.ffn_dim
-        return (self.tokens * numbers + (remat == "none") * self._scores()) * F32
+        size = F32 if remat == "none" else self.size
+        return (self.tokens * numbers + (remat == "none") * self._scores()) * size
 
     def _scores(self) -> int:
         """Numbers that attention keeps: each block of queries its scores, and keys and values up to its
@@ -297,20 +298,17 @@ class StepOnCPU(Step):
 
     def _everywhere(self) -> dict[str, int]:
         """Held in both phases of the backward pass."""
-        job, cast, widened = self.job, 0, 0
-        if self.size < self.param_size:
+        job, cast = self.job, 0
+        if self.size < self.param_size and not job.lora_rank:  # a frozen base has the smaller size
             cast = self.head * self.size
             if job.remat == "none":  # each layer's matrices are saved as they were multiplied with
-                cast += self.matrices * F32
+                cast += self.matrices * self.size
         if job.quantize:
             cast = self.head * F32
-        elif (self.size if job.lora_rank else self.param_size) < F32:
-            widened = self.model.n_params * F32  # XLA on CPU widens all layers before the loop
         return {
             "gradients": self.trained * self.param_size,
             "gradient of the embedding": self._embedding(),
             "cast weights": cast,
-            "widened weights": widened,
         }
 
     def _loss(self) -> dict[str, int]:
