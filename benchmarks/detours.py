@@ -7,6 +7,7 @@ A detour that loses here is a reason to change `utils/detours.py`: by instructio
 never by a timing while a model runs.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from utils import detours, int8, ops  # noqa: E402
 
 MATRICES = ((49152, 576), (3072, 576), (576, 1536), (16384, 2048))  # out, in
-ROWS = 1024
+FEW, ROWS = 16, 1024
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -80,28 +81,86 @@ def rows_of(rows: int, kind: str) -> dict[str, Form]:
     return forms | ({"transposed": transposed} if rows == 1 else {})
 
 
+# The gradient by a matrix: of its product's gradient [rows, out] and of x [rows, in].
+GRADIENTS = {
+    "ours": lambda x, dy: ops.matmul(dy, x, 0, 0),
+    "straight": lambda x, dy: ops._dot(dy, x, 0, 0),
+}
+
+
+def measure(console: rich.console.Console, title: str, unit: str, forms_of: Callable) -> None:
+    """Prints a table: forms_of(out, width, kind) gives (x, weight or dy, work, forms by name)."""
+    table = rich.table.Table(title=f"{title}, {unit}")
+    for name in ("matrix", "weights", "form", unit):
+        table.add_column(name)
+    for out, width in MATRICES:
+        for kind in ("float32", "bfloat16", "int8"):
+            x, other, work, forms = forms_of(out, width, kind)
+            for name, form in forms.items():
+                speed = f"{work / seconds(form, x, other) / 1e9:.1f}"
+                table.add_row(f"{out} x {width}", kind, name, speed)
+    console.print(table)
+
+
+def random(*shape: int, dtype: str = "float32") -> jax.Array:
+    """Normal numbers."""
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)
+
+
+def products(rows: int, out: int, width: int, kind: str) -> tuple:
+    """x [rows, width] and a matrix; the work is its bytes for few rows, else FLOPs."""
+    whole = random(out, width)
+    weight = int8.quantize(whole) if kind == "int8" else whole.astype(kind)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    work = size if rows <= FEW else 2 * rows * out * width
+    x = random(rows, width, dtype="float32" if kind == "int8" else kind)
+    return x, weight, work, rows_of(rows, kind)
+
+
+def gradients(out: int, width: int, kind: str) -> tuple:
+    """x and dy, if the matrix is trained."""
+    if kind == "int8":
+        return None, None, 0, {}
+    x, dy = random(ROWS, width, dtype=kind), random(ROWS, out, dtype=kind)
+    return x, dy, 2 * ROWS * out * width, GRADIENTS
+
+
+def loops(console: rich.console.Console) -> None:
+    """Prints how long a forward and a backward pass take over a stack of layers."""
+    layers, rows, width = 16, 1024, 1024
+    for kind in ("float32", "bfloat16"):
+        x, stack = random(rows, width, dtype=kind), random(layers, width, width, dtype=kind) / 32
+
+        def block(x, layer, _):
+            return x + ops.linear(x, layer)
+
+        def by_jax(x, stack):
+            return jax.lax.scan(lambda x, layer: (block(x, layer, None), None), x, stack)[0]
+
+        def by_us(x, stack):
+            return detours.scan(block, x, stack, None)
+
+        times = {
+            name: seconds(jax.grad(lambda x, w: scan(x, w).astype("float32").sum(), 1), x, stack)
+            for name, scan in (("ours", by_us), ("straight", by_jax))
+        }
+        listed = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in times.items())
+        console.print(f"gradient of {layers} layers in {kind}: {listed}")
+
+
 def main() -> None:
-    """Prints a table for one row, in GB/s of weights, and one for many, in GFLOP/s."""
+    """Prints tables for one row and some, in GB/s of weights, and for many, in GFLOP/s."""
     console = rich.console.Console()
     native = "has" if detours.multiplies_bfloat16() else "has no"
     console.print(f"jax {jax.__version__}; this CPU {native} products of bfloat16")
-    draw = np.random.default_rng(0).standard_normal
-    for rows, unit in ((1, "GB/s"), (ROWS, "GFLOP/s")):
-        table = rich.table.Table(title=f"{rows} row{'s'[: rows > 1]}, {unit}")
-        for name in ("matrix", "weights", "form", unit):
-            table.add_column(name)
-        for out, width in MATRICES:
-            whole = jnp.asarray(draw((out, width), np.float32))
-            for kind in ("float32", "bfloat16", "int8"):
-                weight = int8.quantize(whole) if kind == "int8" else whole.astype(kind)
-                dtype = "float32" if kind == "int8" else kind
-                x = jnp.asarray(draw((rows, width), np.float32), dtype)
-                size = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
-                for name, form in rows_of(rows, kind).items():
-                    work = size if rows == 1 else 2 * rows * out * width
-                    speed = work / seconds(form, x, weight) / 1e9
-                    table.add_row(f"{out} x {width}", kind, name, f"{speed:.1f}")
-        console.print(table)
+    for rows, title, unit in (
+        (1, "1 row", "GB/s"),
+        (FEW, f"{FEW} rows", "GB/s"),
+        (ROWS, f"{ROWS} rows", "GFLOP/s"),
+    ):
+        measure(console, title, unit, functools.partial(products, rows))
+    measure(console, f"gradient by the matrix, {ROWS} rows", "GFLOP/s", gradients)
+    loops(console)
 
 
 if __name__ == "__main__":

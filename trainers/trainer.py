@@ -258,8 +258,9 @@ class Trainer(abc.ABC):
     ) -> tuple[TrainState, dict[str, Array]]:
         specs = self.specs(state)
         sums = sharding.constrain_tree(sums, specs.params)
-        # The norm is taken of the sums: of their quotients, XLA would keep a copy for it alone.
+        # XLA would keep a copy of quotients for their norm; untied, its float32 copy of narrow sums.
         norm = optax.tree.norm(cast_floats(sums, jnp.float32)) * scale
+        sums, norm = detours.tied(sums, norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         updated = finite & (loss.weight > 0)
         if self.config.clip_norm is not None:

@@ -1,8 +1,9 @@
 """Detours around XLA: the results are the same, and the straight way is slower or takes more memory.
 
 Each function says what XLA does without it and what that costs, measured with jaxlib 0.10 on x86-64.
-Which way a program goes depends on the platform that it is lowered for and on the CPU's instructions,
-never on a timing. `benchmarks/detours.py` shows which way is faster on the machine in hand.
+Which way a program goes depends on the platform that it is lowered for, on the CPU's instructions and
+on jaxlib's version, never on a timing. `benchmarks/detours.py` shows which way is faster on the
+machine in hand.
 """
 
 import functools
@@ -28,8 +29,8 @@ def multiplies_bfloat16() -> bool:
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
-def tied(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, as values of which XLA can compute none before it has all.
+def tied(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, or trees of them, as values of which XLA can compute none before it has all.
 
     XLA for CPU converts a bfloat16 matrix that a decode loop reads before the loop begins: all weights,
     and the whole embedding table for the sake of one row per step. Tied to the step's own input,

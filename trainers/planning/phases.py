@@ -334,8 +334,7 @@ class StepOnCPU(Step):
         # Adafactor's updates wait for their root mean square; Muon has the new moment, its normed copy
         # and the iteration's result.
         numbers = {"adafactor": self.trained, "muon": 3 * self.trained_matrices}
-        wide = self.trained if self.param_size < F32 and self.micro == 1 else 0  # it is in float32
-        return (numbers.get(self.job.optimizer, 0) + wide) * F32
+        return numbers.get(self.job.optimizer, 0) * F32
 
 
 class Sampling(Sizes):
