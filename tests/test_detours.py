@@ -98,7 +98,7 @@ def test_a_loop_over_layers_is_that_of_jax(dtype, policy):
     trained = {name: layers[name] for name in ("up", "down")}
     found, wanted = (
         jax.jit(jax.value_and_grad(functools.partial(loss, scan), argnums=(0, 1)))(trained, x)
-        for scan in (detours.scan, plain)
+        for scan in (detours._scan_on_cpu, plain)  # float32 is not given to it, and is exact
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
     tolerance = 1e-5 if dtype == "float32" else 0.05

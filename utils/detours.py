@@ -204,8 +204,10 @@ def scan(block: Block, x: Array, layers: Any, constants: Any) -> Array:
         layers: a tree of arrays with the layers on their first axis.
         constants: a tree of arrays that all layers see, which get no gradient.
     """
+    narrow = any(array.dtype == jnp.bfloat16 for array in jax.tree.leaves((x, layers)))
     # A mesh, also of one device, may be that of another platform: plan.py compiles for TPUs on a CPU.
-    if jax.default_backend() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
+    here = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    if not (narrow and here):
         return jax.lax.scan(lambda x, layer: (block(x, layer, constants), None), x, layers)[0]
     return _scan_on_cpu(block, x, layers, constants)
 
@@ -238,7 +240,7 @@ def _scan_forward(block: Block, x: Any, layers: Any, constants: Any):
 
         y, vjp = jax.vjp(of_trained, x, [leaf for leaf, t in zip(leaves, trained) if t])
         saved, vjps["structure"] = jax.tree.flatten(vjp)
-        places = {id(array): i for i, array in enumerate((*leaves, *fixed))}
+        places = {id(array): place for place, array in enumerate((*leaves, *fixed))}
         vjps["places"] = [places.get(id(array)) for array in saved]
         return y, _bits([array for array in saved if id(array) not in places])
 
