@@ -202,8 +202,8 @@ class LLaMa(nn.Module):
             )
             return stack(self.config, name="layers")(x_BTD, rope, masks)[0]
 
-        def block(x_BTD, layer, constants):
-            return _block(self.config, layer, x_BTD, *constants, None)[0]
+        def block(x_BTD, layer, constants):  # not by `_block`: its jit changes how XLA rounds
+            return TransformerBlock(self.config).apply({"params": layer}, x_BTD, *constants)[0]
 
         if (policy := _REMAT[self.remat]) is not None:
             # The loop over layers is barrier enough against merging both computations.
