@@ -109,7 +109,9 @@ def test_a_loop_over_layers_is_that_of_jax(dtype, policy):
 
 
 def test_no_stack_of_bfloat16_is_widened():
-    """As XLA does for a plain loop: it converts what it reads, and copies what it fills in each step."""
+    """As jaxlib 0.10 does for a plain loop, and 0.12 does not: it converts what it reads, and copies
+    what it fills in each step.
+    """
     x, layers, constants = stack("bfloat16")
     layers["frozen"] = Int8(*(array[:, :WIDE] for array in jax.tree.leaves(layers["frozen"])))
 
@@ -121,7 +123,8 @@ def test_no_stack_of_bfloat16_is_widened():
         return jax.jit(jax.grad(loss)).lower(trained).compile().as_text()
 
     stacks = re.compile(rf"f32\[{LAYERS},({WIDE},{DIM}|{DIM},{WIDE}|5,{WIDE}|5,{DIM})\]")
-    assert stacks.search(text(plain))
+    if jaxlib.version.__version_info__ < (0, 11):
+        assert stacks.search(text(plain))
     assert not stacks.search(text(detours.scan))
 
 

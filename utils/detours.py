@@ -193,10 +193,11 @@ def update_in_place(
 def scan(block: Block, x: Array, layers: Any, constants: Any) -> Array:
     """block(…block(block(x, layer 0, constants), layer 1, constants)…), as a loop over stacked layers.
 
-    XLA for CPU has no bfloat16 slices: it converts a stack that a loop reads to float32 before the
-    loop, and copies all of a stack for each layer that the loop writes. There the stacks are tied to the
-    loop, and what the backward pass is given, and gives, goes through it as integers of the same bits.
-    An SFT step in bfloat16 takes 1.25 times as long without, and 1.3 times the memory (Zen 5).
+    XLA for CPU has no bfloat16 slices in jaxlib 0.10: it converts a stack that a loop reads to float32
+    before the loop, and copies all of a stack for each layer that the loop writes. There the stacks are
+    tied to the loop, and what the backward pass is given, and gives, goes through it as integers of the
+    same bits. An SFT step in bfloat16 takes 1.25 times as long without, and 1.3 times the memory (Zen 5);
+    in jaxlib 0.12 a loop takes as long either way. Float32 goes through JAX's own loop.
 
     Args:
         block: (x, layer, constants) -> the next x; may be a `jax.checkpoint`.
