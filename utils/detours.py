@@ -81,9 +81,10 @@ def product(dot: Callable[..., Array], a: Array, b: Array, a_axis: int, b_axis: 
     """
     on_cpu, straight = None, functools.partial(dot, a_axis=a_axis, b_axis=b_axis)
     rows, narrow = a.size // a.shape[a_axis], a.dtype == jnp.bfloat16
-    if a_axis == a.ndim - 1 and b_axis == 1 and 1 < rows <= 32:
+    projects = a_axis == a.ndim - 1 and b_axis == 1  # a @ b.T
+    if projects and 1 < rows <= 32:
         on_cpu = _of_few_rows
-    elif narrow and a_axis == a.ndim - 1 and b_axis == 1 and rows == 1:
+    elif projects and rows == 1 and narrow:
         on_cpu = _of_one_row
     elif narrow and not multiplies_bfloat16() and (rows >= 256 or a_axis == 0):
         on_cpu = _in_float32

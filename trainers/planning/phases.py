@@ -269,7 +269,7 @@ class StepOnCPU(Step):
         super().__init__(job, ONE_DEVICE)
 
     def saved(self, remat: str) -> int:
-        """Those of "none" in float32, which norms and activations have inside in any dtype."""
+        """Bytes of activations; of "none" in float32, in which norms compute in any dtype."""
         model, numbers = self.model, self.model.dim
         if remat == "dots":  # and q, k, v, o, gate, up; the result of down is only added
             numbers += model.dim + self.q_dim + 2 * self.kv_dim + 2 * model.ffn_dim
